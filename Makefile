@@ -1,0 +1,44 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test test-integration lint bench bench-gpu demo-base clean
+
+setup: $(READY)
+
+# torch first: another package asking for a bare `torch` would fetch several GB of CUDA libraries.
+$(READY): pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "amft-fast needs Python 3.11 or newer, this is %d.%d: set PYTHON=..." % sys.version_info[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH) "setuptools>=77" wheel
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev]"
+	touch $@
+
+demo: $(READY)
+	$(BIN)/amft-fast train configs/demo.toml
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+test-integration: $(READY)
+	$(BIN)/python -m pytest -q -m integration
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: $(READY)
+	$(BIN)/python -m bench loss-head --device cpu
+
+# One command for a GPU machine, in whose own Python environment it runs (PYTHON=...): checks, then measures.
+bench-gpu:
+	$(PYTHON) -m bench gpu
+
+# Makes the demo's base checkpoint anew (recipe and hash in configs/demo_base/recipe.json).
+demo-base: $(READY)
+	$(BIN)/python -m amft_fast.tasks.gp_pretrain --out configs/demo_base
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,197 @@
+"""The seams between the parts: what a task, a rollout engine and an update engine promise each other.
+
+Imports no torch at run time, so that a task or a config can be used without it. Everything here is a plain dataclass or a
+`typing.Protocol`: a class fits by having the methods, not by inheriting. Small in-memory fakes for tests are in
+`tests/fakes.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from amft_fast.batch import Batch
+    from amft_fast.model import PolicyOutput
+
+
+class UserError(Exception):
+    """A mistake of the user's. Its text is one sentence that says what was wrong and what to do; shown without traceback."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- tasks
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation. `role` is system, user or assistant; `images` holds PIL images or paths."""
+
+    role: str
+    content: str
+    images: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Item:
+    """One problem. `id` is stable over runs and machines: seeds and splits are derived from it."""
+
+    id: str
+    data: Any
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One demonstration: a problem and the response to imitate.
+
+    `messages` is the prompt (ends with a user message), `response` the text of the assistant's answer.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    response: str
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the environment answers to one response of the policy.
+
+    `message` is the text sent back to the policy for another try, or None when there is none; `reward` is of this turn
+    alone; `done` ends the episode; `info` must hold `success: bool` and may hold floats, which are averaged into the
+    metrics under their names (`kind`, if given, is counted).
+    """
+
+    message: Message | None
+    reward: float
+    done: bool
+    info: dict[str, Any]
+
+
+class Episode(Protocol):
+    """One attempt at one problem. `messages` is the prompt, made once at the start."""
+
+    messages: Sequence[Message]
+
+    def step(self, text: str) -> StepResult: ...
+
+
+class Task(Protocol):
+    """A family of problems.
+
+    `splits` names what `prompts` knows: always `train`, `val`, `test`; `ood` (and others) where the task has them.
+    `prompts(split)` and `demos(split)` are sized and indexable, and the same on every call and every machine.
+    `max_turns` bounds the episodes. Any text of a prompt must come from `start(item).messages`.
+    """
+
+    splits: tuple[str, ...]
+    max_turns: int
+
+    def prompts(self, split: str) -> Sequence[Item]: ...
+    def demos(self, split: str) -> Sequence[Demo]: ...
+    def start(self, item: Item) -> Episode: ...
+
+
+# ------------------------------------------------------------------------------------------------------------- rollouts
+
+
+@dataclass
+class Turn:
+    """One turn of a sample: where the policy's tokens of it end in `response_ids`, and what they earned."""
+
+    end: int
+    reward: float
+
+
+@dataclass
+class Sample:
+    """One response (all turns of it), exactly as the engine returned it; never re-tokenised.
+
+    `response_ids` holds everything after the prompt: the policy's tokens (`loss_mask` 1) and, between turns, the
+    verifier's (`loss_mask` 0). `behavior_logprobs` are log-probs of the distribution sampled from, natural log, 0.0 where
+    the mask is 0. `reward` is the sum over turns.
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    loss_mask: list[int]
+    behavior_logprobs: list[float]
+    weight_version: int
+    finish_reason: str  # "stop" or "length", of the last turn
+    prompt_id: str
+    group_id: int
+    turns: list[Turn] = field(default_factory=list)
+    images: tuple[Any, ...] = ()
+    reward: float = 0.0
+    success: bool = False
+    info: dict[str, Any] = field(default_factory=dict)
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Ask an engine to continue `prompt_ids`. `seed` fixes the sample whatever else rides in the batch."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+    max_new_tokens: int
+    images: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine returns for a `Request`: token ids (the stop token included) and their log-probs."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str  # "stop" | "length"
+    weight_version: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Training uses temperature alone; top_p, top_k and min_p are for evaluation.
+
+    `temperature` 0 is greedy. `stop_token_ids` end a response.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class RolloutEngine(Protocol):
+    """Draws text. `episodes.run` drives it over turns; an engine itself knows nothing of tasks."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]: ...
+    def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None: ...
+    def health(self) -> str: ...
+    def close(self) -> None: ...
+
+
+# -------------------------------------------------------------------------------------------------------------- updates
+
+
+class UpdateEngine(Protocol):
+    """Owns parameters, gradients and the optimizer. The loop in `train.py` does not know which one it has.
+
+    A step is: `backward` for each micro-batch, then `step`. A probed step runs the SFT micro-batches, `end_sweep("sft")`,
+    the RL micro-batches, `end_sweep("rl")`, `probe()`, `step`. A utility gradient is `backward` on the utility's batches
+    and `take_gradient`, which returns this rank's shards and clears them.
+    """
+
+    rank: int
+    world_size: int
+
+    def backward(self, batch: Batch) -> PolicyOutput: ...
+    def end_sweep(self, name: str) -> None: ...
+    def take_gradient(self) -> list[torch.Tensor]: ...
+    def probe(self, utility: Sequence[list[torch.Tensor]], mu: float) -> dict[str, torch.Tensor]: ...
+    def step(self) -> torch.Tensor: ...
+    def named_full_params(self, max_bytes: int = 1 << 30) -> Iterator[tuple[str, torch.Tensor]]: ...
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
