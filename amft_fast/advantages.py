@@ -1,0 +1,65 @@
+"""From rewards to advantages.
+
+    grpo         A = (r − mean_g) / (std_g + ε)      group mean and standard deviation (Shao et al., arXiv 2402.03300)
+    dr_grpo      A = r − mean_g                       (Liu et al., arXiv 2503.20783; denominators stay global here)
+    rloo         A = r − mean of the others in the group = (r − mean_g) · G/(G−1)     (Ahmadian et al., arXiv 2402.14740)
+    reinforce++  A = (r − mean_batch) / (std_batch + ε)                               (Hu et al., arXiv 2501.03262)
+    gae          A_t = Σ_l (γλ)^l δ_{t+l},  δ_t = r_t + γ V_{t+1} − V_t               (Schulman et al., arXiv 1506.02438)
+
+The first four give one number per sample, that all its tokens share; gae gives one per token.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+EPS = 1e-6
+
+
+def group_advantages(rewards: np.ndarray, groups: np.ndarray, kind: str) -> np.ndarray:
+    """Advantages [S] of samples with `rewards` [S]; samples with the same number in `groups` [S] share a prompt.
+
+    The standard deviation is the population's (divided by the size). A group without spread gets zeros.
+    Raises ValueError for a group of one where the rest of the group is the baseline, and for an unknown `kind`.
+    """
+    rewards = np.asarray(rewards, np.float64)
+    if kind == "reinforce++":
+        centred = rewards - rewards.mean() if len(rewards) else rewards
+        return centred / (rewards.std() + EPS) if len(rewards) else rewards
+    if kind not in ("grpo", "dr_grpo", "rloo"):
+        raise ValueError(f"kind must be grpo, dr_grpo, rloo or reinforce++, got {kind!r}")
+    _, index, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    if len(sizes) and sizes.min() < 2:
+        raise ValueError(f"{kind} needs at least 2 samples in every group, got a group of 1")
+    mean = np.bincount(index, rewards) / sizes
+    centred = rewards - mean[index]
+    if kind == "dr_grpo":
+        return centred
+    if kind == "rloo":
+        return centred * (sizes / (sizes - 1))[index]
+    std = np.sqrt(np.bincount(index, centred**2) / sizes)
+    # Rounding leaves a spread near 1e-17 in groups of equal rewards; dividing it by ε must not make noise of it.
+    return np.where(std[index] > 1e-9, centred / (std[index] + EPS), 0.0)
+
+
+def gae(rewards: np.ndarray, values: np.ndarray, gamma: float, lam: float) -> tuple[np.ndarray, np.ndarray]:
+    """Advantages and returns [T] of one sample from per-token `rewards` [T] and `values` [T]; the value after the end is 0.
+
+    returns = advantages + values are the value head's targets.
+    """
+    advantages = np.zeros(len(rewards))
+    running, next_value = 0.0, 0.0
+    for t in range(len(rewards) - 1, -1, -1):
+        delta = rewards[t] + gamma * next_value - values[t]
+        running = delta + gamma * lam * running
+        advantages[t], next_value = running, values[t]
+    return advantages, advantages + values
+
+
+def normalise(advantages: list[np.ndarray]) -> list[np.ndarray]:
+    """Per-token advantages of a whole batch, brought to mean 0 and standard deviation 1 over all tokens."""
+    flat = np.concatenate(advantages) if advantages else np.zeros(0)
+    if not len(flat):
+        return advantages
+    mean, std = flat.mean(), flat.std()
+    return [(a - mean) / (std + EPS) for a in advantages]

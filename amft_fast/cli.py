@@ -1,0 +1,129 @@
+"""The command line: amft-fast train | eval | report | doctor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from amft_fast import __version__
+from amft_fast.interfaces import UserError
+
+EPILOG = """settings: every setting of the config can be given as a flag, --section.field value (for example
+--train.method sft --train.lr 1e-4); `amft-fast train CONFIG --dry-run` prints them all."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="amft-fast", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"amft-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a policy", epilog=EPILOG)
+    train.add_argument("config", nargs="?", help="TOML file; with --resume DIR the run's own config by default")
+    train.add_argument("--dry-run", action="store_true", help="check and print the resolved config, do nothing else")
+    train.add_argument(
+        "--resume", nargs="?", const="", metavar="DIR", help="go on from the newest checkpoint (of run.dir, or of DIR)"
+    )
+
+    ev = commands.add_parser("eval", help="evaluate a model on a config's task", epilog=EPILOG)
+    ev.add_argument("config", help="TOML file that names the task (and the model, unless --model is given)")
+    ev.add_argument("--model", help="checkpoint folder or hub name, instead of model.path")
+    ev.add_argument("--out", help="write the figures to this JSON file as well")
+
+    report = commands.add_parser("report", help="write report.html of a run anew")
+    report.add_argument("run", help="folder of a run")
+
+    commands.add_parser("doctor", help="what is installed, which backends serve and why")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code. A user's mistake is one sentence on stderr and exit code 2."""
+    parser = build_parser()
+    args, flags = parser.parse_known_args(argv)
+    if flags and args.command not in ("train", "eval"):
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    try:
+        return {"train": _train, "eval": _eval, "report": _report, "doctor": _doctor}[args.command](args, flags)
+    except UserError as e:
+        print(f"amft-fast: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _train(args: argparse.Namespace, flags: list[str]) -> int:
+    from amft_fast import config
+
+    path = args.config
+    if args.resume:
+        if not Path(args.resume).is_dir():
+            raise UserError(f"--resume: no run folder {args.resume!r}")
+        path = path or str(Path(args.resume) / "config.toml")
+        flags = [*flags, "--run.dir", args.resume]
+    if path is None:
+        raise UserError("train needs a config file, for example configs/demo.toml")
+    cfg = config.load(path, flags)
+    if args.dry_run:
+        print(config.to_toml(cfg), end="")
+        return 0
+    from amft_fast.run import train
+
+    return train(cfg, resume=args.resume is not None)
+
+
+def _eval(args: argparse.Namespace, flags: list[str]) -> int:
+    from amft_fast import config
+
+    cfg = config.load(args.config, flags)
+    if args.model:
+        cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": args.model})})
+    from amft_fast.evaluate import evaluate
+    from amft_fast.run import StopSignal, build
+
+    stop = StopSignal()
+    parts = build(cfg, stop)
+    e = cfg.eval
+    unknown = [s for s in e.splits if s not in parts.task.splits]
+    if unknown:
+        raise UserError(f"eval.splits: {unknown[0]!r} is not a split of {cfg.task.name}: {', '.join(parts.task.splits)}")
+    try:
+        result = evaluate(
+            parts.rollouts,
+            parts.task,
+            parts.encoder,
+            e.splits,
+            num_samples=e.num_samples,
+            max_prompts=e.max_prompts,
+            max_new_tokens=cfg.rollout.max_new_tokens,
+            seed=cfg.run.seed,
+            temperature=e.temperature,
+            top_p=e.top_p,
+            on_split=lambda split: print(f"evaluating {split} ...", file=sys.stderr, flush=True),
+        )
+    except InterruptedError:
+        return 128 + (stop.received or 2)
+    print(f"{'split':<8}{'prompts':>9}{'greedy':>9}{'sampled':>9}{'stderr':>8}{f'pass@{e.num_samples}':>9}")
+    for split, row in result.items():
+        print(
+            f"{split:<8}{row['prompts']:>9}{row['greedy']:>9.1%}{row['sampled']:>9.1%}{row['stderr']:>8.1%}"
+            f"{row['pass_at_k']:>9.1%}"
+        )
+    if args.out:
+        Path(args.out).write_text(json.dumps({"model": cfg.model.path, "results": result}, indent=1))
+    return 0
+
+
+def _report(args: argparse.Namespace, flags: list[str]) -> int:
+    from amft_fast.report import write_report
+
+    print(write_report(Path(args.run)))
+    return 0
+
+
+def _doctor(args: argparse.Namespace, flags: list[str]) -> int:
+    from amft_fast.doctor import doctor
+
+    print(doctor())
+    return 0

@@ -1,0 +1,487 @@
+"""The typed configuration: one TOML file, overridden by dotted flags (`--controller.mu_init 0.7`). Imports no torch.
+
+Every section is a pydantic model that refuses unknown keys; the text under a field is its help. `load` turns a file and
+flags into a `Config` or raises `UserError` with one sentence for each mistake.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from amft_fast.interfaces import UserError
+
+# Methods and what they need: demonstrations, rollouts.
+METHODS = ("amft", "sft", "rl", "sft_then_rl", "fixed", "linear", "cosine")
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, docstrings under fields are their descriptions."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class RunConfig(Section):
+    """Where a run lives and what makes it repeatable."""
+
+    dir: str = "runs/run"
+    """Folder of the run; made if missing. A run that is already there is refused unless `--resume` or `overwrite`."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything: data order, samples, new parameters."""
+    overwrite: bool = False
+    """Delete an earlier run in `dir` instead of refusing to start."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes CUDA when there is one."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads for torch; default: torch's own choice."""
+
+
+class GeneralPointsConfig(Section):
+    """General Points (the 24 game), see tasks/general_points.py."""
+
+    num_cards: int = Field(4, ge=2, le=6)
+    """Cards per hand."""
+    target: int = Field(24, ge=1)
+    """The number to make; used when `targets` is not given."""
+    targets: tuple[int, int] | None = None
+    """Lowest and highest target, each problem carrying its own in the prompt; overrides `target`."""
+    answer_format: Literal["json", "formula"] = "json"
+    """json: fields cards, number, formula and a prompt in sentences; formula: bare words, for tiny models."""
+    reward_scale: Literal["published", "binary", "shaped"] = "binary"
+    """published: 5, 1, -1, -2, -3; shaped: the same divided by 5; binary: 1 for a correct formula, else 0."""
+    max_turns: int = Field(5, ge=1, le=100)
+    """Tries per hand; after a wrong one the verifier's message goes back to the policy."""
+    demo_share: float = Field(1.0, ge=0, le=1)
+    """Share of the training hands that have a demonstration from the solver."""
+    val_share: float = Field(0.1, gt=0, lt=1)
+    """Share of the value multisets held out for validation."""
+    test_share: float = Field(0.2, gt=0, lt=1)
+    """Share of the value multisets held out for the test."""
+    ood_share: float = Field(0.5, gt=0, le=1)
+    """Share of the multisets with an 11, 12 or 13 that the split ood holds; no split shows the rest."""
+    max_train: int | None = Field(None, ge=1)
+    """Upper bound on the training problems; default: all."""
+    max_val: int | None = Field(None, ge=1)
+    """Upper bound on the validation problems."""
+    max_test: int | None = Field(None, ge=1)
+    """Upper bound on the test problems."""
+    max_ood: int | None = Field(None, ge=1)
+    """Upper bound on the problems of the other rule."""
+    seed: int = Field(0, ge=0)
+    """Seed of splits, order of cards and demonstrations: the data's, apart from run.seed. A base checkpoint is clean of the
+    test hands of one such seed only."""
+
+    @model_validator(mode="after")
+    def _check(self) -> GeneralPointsConfig:
+        if self.targets is not None and not 1 <= self.targets[0] <= self.targets[1]:
+            raise ValueError(f"targets must be two numbers low <= high from 1 up, got {list(self.targets)}")
+        if self.val_share + self.test_share >= 1:
+            raise ValueError(
+                f"val_share + test_share must leave hands for training, got {self.val_share} + {self.test_share}"
+            )
+        return self
+
+
+class TaskConfig(Section):
+    """What is learned."""
+
+    name: Literal["general_points"] = "general_points"
+    """The task; its own settings are in the sub-section of the same name."""
+    general_points: GeneralPointsConfig = GeneralPointsConfig()
+
+
+class ModelConfig(Section):
+    """The policy: a transformers causal language model."""
+
+    path: str = ""
+    """Folder of a transformers checkpoint, or a hub name. Relative folders are looked up from the working directory,
+    then from the config file's folder."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the parameters in the forward pass; auto: bf16 on CUDA (with fp32 master weights), fp32 on CPU."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention implementation given to transformers."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass."""
+
+
+class TrainConfig(Section):
+    """The method and the size of a step."""
+
+    method: Literal[METHODS] = "amft"
+    """amft learns mu; fixed, linear and cosine are schedules of mu; sft, rl and sft_then_rl are what they say."""
+    steps: int = Field(200, ge=1)
+    """Steps after the warm-up. A step draws rollouts once and makes `minibatches_per_rollout` updates."""
+    warmup_steps: int = Field(0, ge=0)
+    """Updates on demonstrations alone before the first step; the entropy target is measured after them."""
+    lr: float = Field(1e-6, gt=0)
+    """Peak learning rate of the policy."""
+    sft_lr: float | None = Field(None, gt=0)
+    """Learning rate of updates that only imitate: the warm-up, method sft, first stage of sft_then_rl. Default: lr."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate over the steps after its warm-up, down to a tenth of the peak."""
+    lr_warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    sft_share: float = Field(0.3, gt=0, lt=1)
+    """Share of the steps that sft_then_rl spends on demonstrations."""
+    prompts_per_step: int = Field(64, ge=1)
+    """Prompts per rollout; each is answered rollout.num_generations times."""
+    demos_per_step: int = Field(64, ge=1)
+    """Demonstrations per step, shared out over the minibatches."""
+    minibatches_per_rollout: int = Field(1, ge=1)
+    """Optimizer updates per rollout. With 1 the ratio is 1 and the clip never acts."""
+    micro_batch_tokens: int = Field(16384, ge=1)
+    """Bound on the tokens (padding included) of one forward pass; changes memory and speed, never the result."""
+    packing: bool | None = None
+    """Pack sequences into rows without padding; default: where the attention backend makes it pay (flash attention)."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """The optimizer of the policy."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the two moments."""
+    adam_eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay on matrices (not on norms and biases)."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradient clipping by global norm."""
+    max_bad_steps: int = Field(5, ge=1)
+    """Stop, with the state saved, after so many updates in a row whose loss or gradient was not finite."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        for name in ("prompts_per_step", "demos_per_step"):
+            if getattr(self, name) % self.minibatches_per_rollout:
+                raise ValueError(
+                    f"{name} must be divisible by minibatches_per_rollout, "
+                    f"got {getattr(self, name)} and {self.minibatches_per_rollout}"
+                )
+        for beta in self.adam_betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"adam_betas must lie in [0, 1), got {list(self.adam_betas)}")
+        return self
+
+
+class ObjectiveConfig(Section):
+    """The loss of the exploration part; its maths is in objective.py."""
+
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """Lower clip range: the ratio is held above 1 - clip_low."""
+    clip_high: float = Field(0.2, gt=0)
+    """Upper clip range: the ratio is held below 1 + clip_high."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Bound on the loss of tokens with a negative advantage, as a multiple of it."""
+    entropy_coef: float = Field(0.01, ge=0)
+    """Weight of the entropy bonus in L_RL."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the k3 estimate of KL(policy || reference) in L_RL; the reference is the policy after the warm-up."""
+    tis_cap: float | None = Field(None, gt=0)
+    """Cap of the truncated importance weight between trainer and rollout engine; default: off for the transformers
+    engine, whose log-probs are the trainer's."""
+
+
+class AdvantageConfig(Section):
+    """How rewards become advantages; see advantages.py."""
+
+    kind: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "gae"] = "grpo"
+    """The estimator."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount per token (gae)."""
+    lam: float = Field(0.95, ge=0, le=1)
+    """Lambda of the generalised advantage estimate (gae)."""
+    value_coef: float = Field(0.1, ge=0)
+    """Weight of the value loss in L_RL (gae)."""
+    value_lr: float = Field(5e-6, gt=0)
+    """Learning rate of the value head (gae)."""
+
+
+class ControllerConfig(Section):
+    """The mixing weight mu of L = mu L_SFT + (1 - mu) L_RL."""
+
+    mu_init: float = Field(0.5, gt=0, lt=1)
+    """Where mu starts; method `fixed` holds it there."""
+    mu_min: float = Field(0.05, gt=0, lt=1)
+    """Lower bound of a learned mu."""
+    mu_max: float = Field(0.95, gt=0, lt=1)
+    """Upper bound of a learned mu."""
+    schedule_start: float = Field(0.9, ge=0, le=1)
+    """First mu of the methods linear and cosine."""
+    schedule_end: float = Field(0.1, ge=0, le=1)
+    """Last mu of the methods linear and cosine."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ControllerConfig:
+        if not self.mu_min < self.mu_max:
+            raise ValueError(f"mu_min must be below mu_max, got {self.mu_min} and {self.mu_max}")
+        return self
+
+
+class RolloutConfig(Section):
+    """How the policy's own answers are drawn for training."""
+
+    engine: Literal["transformers"] = "transformers"
+    """transformers: in-process, shares the trainer's weights."""
+    num_generations: int = Field(8, ge=1)
+    """Answers per prompt: the group of group-relative advantages."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; the loss uses the same."""
+    top_p: float = 1.0
+    """Must stay 1: the trainer cannot reproduce a truncated distribution (evaluation may truncate, see eval.top_p)."""
+    top_k: int = 0
+    """Must stay 0, as top_p must stay 1."""
+    min_p: float = 0.0
+    """Must stay 0, as top_p must stay 1."""
+    max_new_tokens: int = Field(1024, ge=1)
+    """Bound on the tokens of one turn."""
+    max_batch: int = Field(512, ge=1)
+    """Sequences decoded at once by the transformers engine; changes memory and speed only."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RolloutConfig:
+        if self.top_p != 1 or self.top_k != 0 or self.min_p != 0:
+            raise ValueError(
+                "top_p, top_k and min_p must stay 1, 0 and 0 for training rollouts, because the trainer cannot reproduce "
+                f"a truncated distribution, got {self.top_p}, {self.top_k} and {self.min_p}; use temperature"
+            )
+        return self
+
+
+class EngineConfig(Section):
+    """How parameters are updated."""
+
+    kind: Literal["local"] = "local"
+    """local: one process."""
+
+
+class EvalConfig(Section):
+    """Evaluation at the start, on a schedule and at the end."""
+
+    every: int = Field(20, ge=0)
+    """Steps between evaluations of `schedule_splits` during training; 0: only at the start and the end."""
+    splits: list[str] = ["train", "val", "test", "ood"]
+    """Splits evaluated at the start and the end."""
+    schedule_splits: list[str] = ["val"]
+    """Splits evaluated on the schedule."""
+    num_samples: int = Field(8, ge=1)
+    """Sampled answers per prompt; sampled success is their mean, pass@k is taken with k = num_samples."""
+    temperature: float = Field(1.0, gt=0)
+    """Temperature of the sampled answers."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus of the sampled answers."""
+    max_prompts: int | None = Field(None, ge=1)
+    """Upper bound on the prompts per split; default: all of them."""
+    schedule_max_prompts: int | None = Field(128, ge=1)
+    """The same for the scheduled evaluations."""
+    schedule_num_samples: int = Field(4, ge=1)
+    """Sampled answers per prompt in the scheduled evaluations."""
+
+
+class LogConfig(Section):
+    """What a run writes besides metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write TensorBoard files under `tb/`."""
+    samples_every: int = Field(20, ge=0)
+    """Steps between the completions kept in samples.jsonl; 0: none."""
+    samples: int = Field(8, ge=1)
+    """Completions kept each time."""
+    progress: bool | None = None
+    """Show progress bars; default: only on a terminal, plain lines otherwise."""
+    every: int = Field(10, ge=1)
+    """Steps between plain progress lines."""
+
+
+class CheckpointConfig(Section):
+    """What is saved, and what is kept."""
+
+    every: int = Field(50, ge=0)
+    """Steps between checkpoints; 0: only at the end and on a signal."""
+    keep_last: int = Field(2, ge=1)
+    """How many of the newest are kept."""
+    keep_best: bool = True
+    """Keep the checkpoint with the best `metric` as well, in `checkpoints/best`."""
+    metric: str = "val/sampled"
+    """Evaluation figure that decides: split/greedy, split/sampled or split/pass_at_k. Higher is better."""
+    export: bool = True
+    """At the end write the policy as a plain transformers folder under `model/`."""
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    run: RunConfig = RunConfig()
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    controller: ControllerConfig = ControllerConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    engine: EngineConfig = EngineConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        c = self.controller
+        learned = self.train.method == "amft"
+        if learned and not c.mu_min <= c.mu_init <= c.mu_max:
+            raise ValueError(
+                f"controller.mu_init must lie in [mu_min, mu_max] = [{c.mu_min}, {c.mu_max}], got {c.mu_init}"
+            )
+        if self.advantage.kind in ("grpo", "dr_grpo", "rloo") and self.rollout.num_generations < 2:
+            raise ValueError(
+                f"rollout.num_generations must be at least 2 for advantage.kind {self.advantage.kind!r}, whose baseline is "
+                f"the rest of the group, got {self.rollout.num_generations}; reinforce++ and gae work with 1"
+            )
+        split = self.checkpoint.metric.partition("/")[0]
+        if self.checkpoint.keep_best and self.eval.every and split not in self.eval.schedule_splits:
+            raise ValueError(
+                f"checkpoint.metric must name a split that is evaluated on the schedule {self.eval.schedule_splits}, "
+                f"got {self.checkpoint.metric!r}"
+            )
+        return self
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted names of leaf settings below `model`."""
+    names: list[str] = []
+    for name, info in model.model_fields.items():
+        sub = info.annotation
+        if isinstance(sub, type) and issubclass(sub, BaseModel):
+            names += _fields(sub, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    """'; did you mean x?' for the nearest known dotted name, by the whole name or by its last part alone."""
+    by_leaf = {k.rpartition(".")[2]: k for k in reversed(known)}
+    close = difflib.get_close_matches(name, known, 1, 0.75)
+    leaf = difflib.get_close_matches(name.rpartition(".")[2], list(by_leaf), 1, 0.7)
+    if close or leaf:
+        return f"; did you mean {close[0] if close else by_leaf[leaf[0]]}?"
+    section = name.partition(".")[0]
+    sections = sorted({k.partition(".")[0] for k in known})
+    return f"; the sections are {', '.join(sections)}" if section not in sections else ""
+
+
+def _explain(error: ValidationError, source: str) -> UserError:
+    """One line per mistake: which setting, what was got, what is expected."""
+    known = _fields(Config)
+    lines = []
+    for e in error.errors():
+        name = ".".join(str(p) for p in e["loc"])
+        if e["type"] == "extra_forbidden":
+            lines.append(f"unknown setting {name}{_did_you_mean(name, known)}")
+        elif e["type"] == "value_error":
+            lines.append(f"{name + ': ' if name else ''}{str(e['ctx']['error'])}")
+        else:
+            lines.append(f"{name}: {e['msg'][0].lower() + e['msg'][1:]}, got {e['input']!r}")
+    return UserError(f"{source}: " + "\n".join(lines))
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, section by section."""
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merge(out[key], value) if both else value
+    return out
+
+
+def parse_flags(flags: list[str]) -> dict[str, Any]:
+    """`["--train.lr", "1e-4", "--run.overwrite"]` as a nested dict of the settings given.
+
+    `--name=value` works too, lists are JSON, `null` is none, and a yes/no setting alone means true. Unknown names raise
+    `UserError` with the nearest known one.
+    """
+    from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
+
+    class Flags(BaseSettings, Config):
+        pass
+
+    known = _fields(Config)
+    args: list[str] = []
+    for i, flag in enumerate(flags):
+        args.append(flag)
+        if _is_bool(flag) and (i + 1 == len(flags) or flags[i + 1].startswith("--")):
+            args.append("true")
+    try:
+        return CliSettingsSource(Flags, cli_parse_args=args, cli_exit_on_error=False)()
+    except SettingsError as e:
+        text = str(e).removeprefix("error parsing CLI: ")
+        unknown = re.match(r"unrecognized arguments: --?([^\s=]+)", text)
+        if unknown:
+            text = f"unknown flag --{unknown[1]}{_did_you_mean(unknown[1], known)}"
+        elif text.startswith("unrecognized arguments"):
+            text += "; settings are given as --section.field value"
+        raise UserError(text) from None
+
+
+def _is_bool(flag: str) -> bool:
+    """Whether `--section.field` names a yes/no setting."""
+    model: Any = Config
+    for part in flag.removeprefix("--").split("."):
+        info = getattr(model, "model_fields", {}).get(part)
+        if info is None:
+            return False
+        model = info.annotation
+    return flag.startswith("--") and model in (bool, bool | None)
+
+
+def load(path: str | Path | None, flags: list[str] | None = None) -> Config:
+    """The configuration of a TOML file with dotted flags laid over it.
+
+    Raises `UserError`: file missing or not TOML (with its line), unknown key or flag (with the nearest known one), wrong
+    type or range, settings that contradict each other.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            with open(path, "rb") as f:
+                values = tomllib.load(f)
+        except FileNotFoundError:
+            raise UserError(f"no config file {str(path)!r}; see the configs/ folder for examples") from None
+        except IsADirectoryError:
+            raise UserError(f"{str(path)!r} is a folder, not a TOML file") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+            raise UserError(f"{path} is not valid TOML: {e}") from None
+    try:
+        config = Config.model_validate(_merge(values, parse_flags(flags or [])))
+    except ValidationError as e:
+        raise _explain(e, str(path) if path else "config") from None
+    return config if path is None else _resolve_model(config, Path(path))
+
+
+def _resolve_model(config: Config, file: Path) -> Config:
+    """A relative model folder that is not under the working directory is looked up beside the config file."""
+    name = config.model.path
+    beside = file.resolve().parent / name
+    if name and not Path(name).exists() and beside.exists():
+        return config.model_copy(update={"model": config.model.model_copy(update={"path": str(beside)})})
+    return config
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML text (settings that are None are left out, as TOML has no null)."""
+
+    def lines(model: BaseModel, prefix: str) -> list[str]:
+        scalars, tables = [], []
+        for name, value in model:
+            if isinstance(value, BaseModel):
+                tables += ["", f"[{prefix}{name}]", *lines(value, f"{prefix}{name}.")]
+            elif value is not None:
+                scalars.append(f"{name} = {json.dumps(value)}")
+        return scalars + tables
+
+    return "\n".join(lines(config, "")).strip() + "\n"

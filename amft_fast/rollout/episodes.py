@@ -1,0 +1,147 @@
+"""The multi-turn driver, over any task and any rollout engine: one turn is the common case, not a special one.
+
+The policy answers, the task judges; while the task has a message to send back and turns are left, its tokens are appended and
+the policy goes on. Token ids are trained on as the engine returned them: only the verifier's message is ever tokenised here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+from amft_fast.interfaces import Item, Message, Request, RolloutEngine, Sample, Sampling, Task, Turn, UserError
+
+
+def sample_seed(*parts: object) -> int:
+    """The 64-bit seed of a sample, from what it is (run seed, step, prompt, sample index, turn), not from where it is drawn."""
+    text = "\x1f".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+class Encoder:
+    """Turns messages into token ids by the tokenizer's chat template (or plain text where it has none), with a cache."""
+
+    _MARK = "\u241fanswer\u241f"
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._prompts: dict[tuple[Message, ...], list[int]] = {}
+        eos = [tokenizer.eos_token_id, *_template_stops(tokenizer)]
+        self.stop_token_ids = tuple(dict.fromkeys(i for i in eos if i is not None))
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a prompt, ready for the policy's answer. Callers must not change the list."""
+        key = tuple(messages)
+        if key not in self._prompts:
+            self._prompts[key] = self._ids(self._render(messages, True))
+        return self._prompts[key]
+
+    def response(self, text: str) -> list[int]:
+        """Token ids of a demonstration's answer, with the stop token."""
+        return [*self._ids(text), self.stop_token_ids[0]]
+
+    def feedback(self, message: Message, stopped: bool) -> list[int]:
+        """Token ids between the policy's answer and its next one: the end of its turn unless it `stopped` itself, the
+        verifier's message, the opening of the next answer."""
+        question = Message("user", "x")
+        answer = Message("assistant", self._MARK)
+        rendered = self._render([question, answer, message], True)
+        ids = self._ids(rendered.partition(self._MARK)[2])
+        starts_with_stop = bool(ids) and ids[0] in self.stop_token_ids
+        if stopped:
+            return ids[1:] if starts_with_stop else ids
+        return ids if starts_with_stop else [self.stop_token_ids[0], *ids]
+
+    def decode(self, rows: list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    def _render(self, messages: Sequence[Message], open_answer: bool) -> str:
+        if not self.tokenizer.chat_template:
+            return "\n".join(m.content for m in messages) + "\n"
+        chat = [{"role": m.role, "content": m.content} for m in messages]
+        return self.tokenizer.apply_chat_template(chat, add_generation_prompt=open_answer, tokenize=False)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _template_stops(tokenizer) -> list[int]:
+    """End-of-turn tokens that chat templates write and that some tokenizers do not call eos."""
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[t] for t in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>") if t in vocabulary]
+
+
+def run(
+    engine: RolloutEngine,
+    task: Task,
+    items: Sequence[Item],
+    encoder: Encoder,
+    sampling: Sampling,
+    *,
+    num_generations: int,
+    max_new_tokens: int,
+    seed_parts: tuple[object, ...],
+    first_group: int = 0,
+    on_turn: Callable[[int], None] = lambda finished: None,
+) -> list[Sample]:
+    """`num_generations` samples of every item, in the order of the items, judged.
+
+    `seed_parts` (run seed, step or purpose) and each sample's prompt id, index and turn give its random stream. Samples of
+    one item share a `group_id`, counted from `first_group`. `on_turn` is told how many samples were finished by each turn.
+    """
+    samples, episodes = [], []
+    for g, item in enumerate(items):
+        prompt = None
+        for _ in range(num_generations):
+            episode = task.start(item)
+            prompt = prompt or encoder.prompt(episode.messages)
+            images = tuple(image for m in episode.messages for image in m.images)
+            samples.append(Sample(prompt, [], [], [], 0, "stop", item.id, first_group + g, images=images))
+            episodes.append(episode)
+    going = list(range(len(samples)))
+    for turn in range(task.max_turns):
+        requests = [
+            Request(
+                tuple(samples[i].prompt_ids + samples[i].response_ids),
+                sample_seed(*seed_parts, samples[i].prompt_id, i % num_generations, turn),
+                max_new_tokens,
+                samples[i].images,
+            )
+            for i in going
+        ]
+        completions = engine.generate(requests, sampling)
+        texts = encoder.decode([c.token_ids for c in completions])
+        still = []
+        for i, completion, text in zip(going, completions, texts, strict=True):
+            if _take_turn(samples[i], episodes[i], completion, text, encoder, last=turn + 1 == task.max_turns):
+                still.append(i)
+        on_turn(len(going) - len(still))
+        going = still
+        if not going:
+            break
+    return samples
+
+
+def _take_turn(sample: Sample, episode, completion, text: str, encoder: Encoder, last: bool) -> bool:
+    """Appends one completion to its sample, lets the task judge it; True when the policy is to go on."""
+    n = len(completion.token_ids)
+    sample.response_ids += completion.token_ids
+    sample.loss_mask += [1] * n
+    sample.behavior_logprobs += completion.logprobs
+    sample.finish_reason, sample.weight_version = completion.finish_reason, completion.weight_version
+    sample.text += text
+    result = episode.step(text)
+    if "success" not in result.info:
+        raise UserError(f"task: the episode of {sample.prompt_id} returned no 'success' in its info")
+    sample.turns.append(Turn(len(sample.response_ids), result.reward))
+    sample.reward += result.reward
+    sample.success = bool(result.info["success"])
+    sample.info = result.info
+    if result.done or result.message is None or last:
+        return False
+    ids = encoder.feedback(result.message, completion.finish_reason == "stop")
+    sample.response_ids += ids
+    sample.loss_mask += [0] * len(ids)
+    sample.behavior_logprobs += [0.0] * len(ids)
+    sample.text += f"\n[{result.message.content}]\n"
+    return True

@@ -1,0 +1,180 @@
+"""The embedded rollout engine: samples from the trainer's own transformers model, so that syncing weights is free.
+
+Every sample has a random stream of its own, a hash of (seed, position): what it draws does not depend on its neighbours, the
+batch size or the rank. A prompt that several requests share is prefilled once; finished rows leave the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from amft_fast.interfaces import Completion, Request, Sampling
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def uniforms(seeds: np.ndarray, steps: int) -> np.ndarray:
+    """Uniform numbers in [0, 1), [B, steps] fp64, from `seeds` [B] uint64: SplitMix64 (Steele et al. 2014) in counter mode."""
+    with np.errstate(over="ignore"):
+        z = seeds[:, None] + _GOLDEN * np.arange(1, steps + 1, dtype=np.uint64)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def sample_tokens(logits_BV: torch.Tensor, u_B: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per row by inverse transform, and its log-prob under the distribution drawn from.
+
+    temperature 0 takes the largest logit (log-prob at temperature 1). top_k, top_p and min_p cut the distribution first.
+    """
+    if sampling.temperature == 0:
+        tokens = logits_BV.argmax(-1)
+        return tokens, logits_BV.float().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+    logp_BV = (logits_BV.float() / sampling.temperature).log_softmax(-1)
+    if sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0:
+        logp_BV = _truncate(logp_BV, sampling)
+    cdf_BV = logp_BV.double().exp().cumsum(-1)
+    # The last column of the cdf is 1 up to rounding: scaling u by it keeps the draw inside the support.
+    tokens = torch.searchsorted(cdf_BV, u_B[:, None] * cdf_BV[:, -1:], right=True).squeeze(-1)
+    tokens = tokens.clamp(max=logits_BV.shape[-1] - 1)
+    return tokens, logp_BV.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def _truncate(logp_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Renormalised log-probs after top-k, nucleus and min-p cuts (evaluation only)."""
+    sorted_BV, order_BV = logp_BV.sort(-1, descending=True)
+    p_BV = sorted_BV.exp()
+    # A token stays while the mass before it is under top_p, so the first always stays.
+    keep_BV = p_BV.cumsum(-1) - p_BV < sampling.top_p
+    keep_BV &= p_BV >= sampling.min_p * p_BV[:, :1]
+    if sampling.top_k:
+        keep_BV[:, sampling.top_k :] = False
+    sorted_BV = sorted_BV.masked_fill(~keep_BV, -torch.inf)
+    return torch.empty_like(logp_BV).scatter_(-1, order_BV, sorted_BV).log_softmax(-1)
+
+
+class TransformersEngine:
+    """Batched decoding with a KV cache, in the trainer's process and on its weights.
+
+    `max_batch` bounds the sequences decoded at once. `should_stop` is asked between tokens: when it says yes,
+    `InterruptedError` is raised, and no sample is lost, since the same requests give the same samples again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pad_token_id: int = 0,
+        max_batch: int = 512,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.model, self.pad, self.max_batch, self.should_stop = model, pad_token_id, max_batch, should_stop
+        self.version = 0
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """One completion per request, in order."""
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), requests[i].prompt_ids))
+        out: list[Completion | None] = [None] * len(requests)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for start in range(0, len(order), self.max_batch):
+                chosen = order[start : start + self.max_batch]
+                for i, completion in zip(chosen, self._decode([requests[i] for i in chosen], sampling)):
+                    out[i] = completion
+        finally:
+            self.model.train(was_training)
+        return out
+
+    @torch.inference_mode()
+    def _decode(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
+        device = self.model.device
+        steps = np.array([r.max_new_tokens for r in requests])
+        u = torch.from_numpy(
+            uniforms(np.array([r.seed for r in requests], np.uint64), int(steps.max()))
+        )  # [B, steps], stays on the host until its column is used
+        u = u.to(device)
+        logits, cache, mask, positions = self._prefill(requests, device)
+        stop = torch.tensor(sampling.stop_token_ids or (-1,), device=device)
+        limit = torch.from_numpy(steps).to(device)
+        alive = torch.arange(len(requests), device=device)
+        tokens_BT = torch.full((len(requests), int(steps.max())), -1, device=device)
+        logprobs_BT = torch.zeros(tokens_BT.shape, device=device)
+        for t in range(int(steps.max())):
+            if self.should_stop():
+                raise InterruptedError("stopped while sampling")
+            token, logprob = sample_tokens(logits, u[alive, t], sampling)
+            tokens_BT[alive, t], logprobs_BT[alive, t] = token, logprob
+            going = ~torch.isin(token, stop) & (limit[alive] > t + 1)
+            left = going.nonzero().squeeze(-1)  # the one host sync per token
+            if not len(left):
+                break
+            if len(left) < len(alive):
+                alive, token, positions = alive[left], token[left], positions[left]
+                mask = None if mask is None else mask[left]
+                cache.batch_select_indices(left)
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
+            positions = positions + 1
+            logits = self._forward(token[:, None], mask, positions[:, None], cache)
+        return self._completions(tokens_BT, logprobs_BT, sampling)
+
+    def _prefill(self, requests: list[Request], device: torch.device):
+        """Left-padded prompts, each different one once; logits, cache, mask and last positions for every request.
+
+        The mask is None when nothing was padded: transformers then takes its cheapest attention path.
+        """
+        unique: dict[tuple[int, ...], int] = {}
+        which = [unique.setdefault(tuple(r.prompt_ids), len(unique)) for r in requests]
+        width = max(len(p) for p in unique)
+        ids = np.full((len(unique), width), self.pad, np.int64)
+        mask = np.zeros((len(unique), width), np.int64)
+        for row, prompt in enumerate(unique):
+            ids[row, width - len(prompt) :] = prompt
+            mask[row, width - len(prompt) :] = 1
+        ids_t, mask_t = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+        positions = (mask_t.cumsum(1) - 1).clamp(min=0)
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        padded = not mask.all()
+        logits = self._forward(ids_t, mask_t if padded else None, positions, cache)
+        rows = torch.tensor(which, device=device)
+        if len(unique) != len(requests) or which != list(range(len(which))):
+            cache.batch_select_indices(rows)
+        return logits[rows], cache, mask_t[rows] if padded else None, positions[rows, -1]
+
+    def _forward(self, ids, mask, positions, cache) -> torch.Tensor:
+        out = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1]
+
+    def _completions(self, tokens_BT, logprobs_BT, sampling: Sampling) -> list[Completion]:
+        lengths = (tokens_BT >= 0).sum(1).tolist()
+        rows = tokens_BT.tolist()
+        logprobs = logprobs_BT.tolist()
+        stop = set(sampling.stop_token_ids)
+        return [
+            Completion(row[:n], lp[:n], "stop" if row[n - 1] in stop else "length", self.version)
+            for row, lp, n in zip(rows, logprobs, lengths)
+        ]
+
+    def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """The weights are the trainer's own: only the version moves on, and the tensors are never asked for."""
+        self.version = version
+
+    def health(self) -> str:
+        return "ok"
+
+    def close(self) -> None:
+        """Nothing to release."""

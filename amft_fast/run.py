@@ -1,0 +1,224 @@
+"""Puts a run together: its folder and files, its parts, the signals that end it, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amft_fast import __version__, checkpoint
+from amft_fast.config import Config, TaskConfig, to_toml
+from amft_fast.engine.local import LocalEngine
+from amft_fast.interfaces import RolloutEngine, Task, UpdateEngine, UserError
+from amft_fast.metrics import JsonLines, Phases, Progress, TensorBoard
+from amft_fast.model import Policy, load_model, load_tokenizer
+from amft_fast.rollout.episodes import Encoder
+from amft_fast.rollout.transformers import TransformersEngine
+
+
+class StopSignal:
+    """Remembers a first SIGINT or SIGTERM, for the loop to save and stop; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = number
+        print(f"\n{signal.Signals(number).name}: saving and stopping (once more: stop at once)", flush=True)
+
+    def __call__(self) -> bool:
+        return self.received is not None
+
+
+@dataclass
+class Parts:
+    """What a trainer works with."""
+
+    task: Task
+    encoder: Encoder
+    policy: Policy
+    engine: UpdateEngine
+    rollouts: RolloutEngine
+    phases: Phases
+    should_stop: Callable[[], bool]
+
+
+class RunFiles:
+    """The files of a run that grow while it goes."""
+
+    def __init__(self, folder: Path, cfg: Config, total: int, resume_step: int) -> None:
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self.metrics = JsonLines(folder / "metrics.jsonl", resume_step)
+        self.evals = JsonLines(folder / "evals.jsonl", resume_step)
+        self.samples = JsonLines(folder / "samples.jsonl", resume_step)
+        self.tensorboard = TensorBoard(folder / "tb", cfg.log.tensorboard, resume_step)
+        self.progress = Progress(total, resume_step, cfg.log.every, cfg.log.progress)
+
+    def say(self, text: str) -> None:
+        self.progress.say(text)
+
+    def close(self) -> None:
+        for part in (self.metrics, self.evals, self.samples, self.tensorboard, self.progress):
+            part.close()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that run.device asks for. Raises UserError when CUDA is asked for and not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device is cuda, but torch sees no CUDA device; see amft-fast doctor, or use run.device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def make_task(cfg: TaskConfig) -> Task:
+    """The task that task.name asks for, from its own section."""
+    from amft_fast.tasks.general_points import GeneralPoints
+
+    settings = getattr(cfg, cfg.name).model_dump()
+    try:
+        return {"general_points": GeneralPoints}[cfg.name](**settings)
+    except ValueError as e:
+        raise UserError(f"task.{cfg.name}: {e}") from None
+
+
+def build(cfg: Config, should_stop: Callable[[], bool]) -> Parts:
+    """Task, policy, update engine and rollout engine as the config asks for them."""
+    device = pick_device(cfg.run.device)
+    if cfg.run.threads:
+        torch.set_num_threads(cfg.run.threads)
+    torch.manual_seed(cfg.run.seed)
+    task = make_task(cfg.task)
+    encoder = Encoder(load_tokenizer(cfg.model))
+    model = load_model(cfg.model, device)
+    policy = Policy(model, cfg.objective, with_value=cfg.advantage.kind == "gae")
+    engine = LocalEngine(policy, cfg.train, cfg.advantage.value_lr)
+    pad = encoder.tokenizer.pad_token_id or 0
+    rollouts = TransformersEngine(model, pad, cfg.rollout.max_batch, should_stop)
+    return Parts(task, encoder, policy, engine, rollouts, Phases(device), should_stop)
+
+
+def prepare_folder(cfg: Config, resume: bool) -> Path:
+    """The run's folder. An earlier run there is an error, unless it is resumed or may be overwritten."""
+    folder = Path(cfg.run.dir)
+    try:
+        if (folder / "metrics.jsonl").exists() and not resume:
+            if not cfg.run.overwrite:
+                raise UserError(
+                    f"run.dir {str(folder)!r} holds an earlier run: go on with --resume, take another --run.dir, or delete it "
+                    "with --run.overwrite"
+                )
+            for name in ("checkpoints", "tb", "model"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl", "summary.json", "report.html"):
+                (folder / name).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(to_toml(cfg))
+        (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
+    except OSError as e:
+        raise UserError(f"run.dir {str(folder)!r} cannot be written: {e.strerror}") from None
+    return folder
+
+
+def environment() -> dict[str, str]:
+    """Versions and device, for the record."""
+    import transformers
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "amft_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def train(cfg: Config, resume: bool = False) -> int:
+    """Runs (or goes on with) the training that `cfg` describes; returns the process's exit code.
+
+    0: done; 130 or 143: stopped by SIGINT or SIGTERM with the state saved.
+    """
+    from amft_fast.train import Trainer
+
+    stop = StopSignal()
+    folder = prepare_folder(cfg, resume)
+    found = checkpoint.latest(folder / "checkpoints") if resume else None
+    if resume and found is None:
+        print(f"--resume: no whole checkpoint under {folder / 'checkpoints'}, starting from the beginning")
+    parts = build(cfg, stop)
+    total = cfg.train.warmup_steps + cfg.train.steps
+    files = RunFiles(folder, cfg, total, found[2]["step"] if found else 0)
+    try:
+        trainer = Trainer(cfg, parts, files)
+        if found:
+            try:
+                trainer.load(*found[1:])
+            except ValueError as e:
+                raise UserError(f"--resume: {found[0]} does not fit this config: {e}") from None
+            files.say(f"resumed from {found[0]} at step {trainer.step} of {total}")
+        try:
+            trainer.run()
+        except InterruptedError:
+            files.say(f"stopped at step {trainer.step} of {total}; go on with --resume")
+            return 128 + (stop.received or signal.SIGINT)
+        finish(cfg, trainer, folder)
+    finally:
+        files.close()
+        parts.rollouts.close()
+    return 0
+
+
+def finish(cfg: Config, trainer: Any, folder: Path) -> None:
+    """summary.json, the exported model, report.html, and the table on the terminal."""
+    from amft_fast.report import write_report
+
+    summary = {
+        "method": cfg.train.method,
+        "task": cfg.task.name,
+        "seed": cfg.run.seed,
+        "steps": trainer.total,
+        "wall_s": trainer.wall(),
+        "tokens": trainer.tokens,
+        "mu_first": trainer.mus[0] if trainer.mus else None,
+        "mu_last": trainer.mus[-1] if trainer.mus else None,
+        "entropy_target": trainer.entropy_target,
+        **trainer.results,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    if cfg.checkpoint.export:
+        trainer.policy.model.save_pretrained(folder / "model")
+        trainer.encoder.tokenizer.save_pretrained(folder / "model")
+    report = write_report(folder)
+    trainer.files.say(results_table(summary))
+    trainer.files.say(f"report:  {report}\nsummary: {folder / 'summary.json'}")
+
+
+def results_table(summary: dict[str, Any]) -> str:
+    """Success per split before and after, as aligned text."""
+    start, end = summary.get("start", {}), summary.get("end", {})
+    k = next((row["k"] for row in end.values()), 0)
+    head = f"{'success':<8}" + "".join(f"{name:>22}" for name in ("greedy", "sampled", f"pass@{k}"))
+    lines = [head]
+    for split, after in end.items():
+        before = start.get(split, {})
+        cells = (
+            f"{before.get(name, float('nan')):>13.1%} -> {after[name]:<5.1%}"
+            for name in ("greedy", "sampled", "pass_at_k")
+        )
+        lines.append(f"{split:<8}" + "".join(f"{c:>22}" for c in cells))
+    return "\n".join(lines)

@@ -1,0 +1,437 @@
+"""The AMFT loop, top to bottom as the paper has it.
+
+    warm up on demos; H* ← entropy of the warmed-up policy on its own rollouts
+    for each step:
+        rollouts ← engine.generate(prompts, G per prompt)
+        A ← advantages(rewards)
+        backward SFT micro-batches · μ,  RL micro-batches · (1−μ)
+        optimizer.step();  engine.sync(weights)
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from amft_fast import checkpoint, controller, objective
+from amft_fast.batch import Sequence, micro_batches, scatter
+from amft_fast.config import Config
+from amft_fast.evaluate import evaluate
+from amft_fast.interfaces import Item, Sample, Sampling, UserError
+from amft_fast.metrics import PHASES
+from amft_fast.model import MAXES, SUMS
+from amft_fast.rollout import episodes
+from amft_fast.run import Parts, RunFiles
+
+
+class Stream:
+    """Endless shuffled passes over `n` indices; the order depends on the seed alone, the position is part of checkpoints."""
+
+    def __init__(self, n: int, seed: int, name: str) -> None:
+        self.n, self.key, self.position = n, episodes.sample_seed(seed, name), 0
+        self._epoch, self._order = -1, np.zeros(0, np.int64)
+
+    def take(self, k: int) -> list[int]:
+        """The next k indices."""
+        out = []
+        for position in range(self.position, self.position + k):
+            epoch, i = divmod(position, self.n)
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, np.random.default_rng([self.key, epoch]).permutation(self.n)
+            out.append(int(self._order[i]))
+        self.position += k
+        return out
+
+
+class Trainer:
+    """One run: its parts, its state, its loop. `run()` returns when all steps are done or a stop was asked for."""
+
+    def __init__(self, cfg: Config, parts: Parts, files: RunFiles) -> None:
+        self.cfg, self.files = cfg, files
+        self.task, self.encoder, self.policy = parts.task, parts.encoder, parts.policy
+        self.engine, self.rollouts, self.phases = parts.engine, parts.rollouts, parts.phases
+        self.controller = controller.make(cfg)
+        self.should_stop = parts.should_stop
+        self.prompts = self.task.prompts("train")
+        self.demos = self.task.demos("train")
+        self.prompt_stream = Stream(len(self.prompts), cfg.run.seed, "prompts")
+        self.demo_stream = Stream(max(len(self.demos), 1), cfg.run.seed, "demos")
+        self.reference: torch.nn.Module | None = None
+        self.total = cfg.train.warmup_steps + cfg.train.steps
+        self.step = 0
+        self.entropy_target: float | None = None
+        self.evaluated_step = -1
+        self.mus: list[float] = []
+        self.tokens = 0
+        self.wall_before = 0.0
+        self.started = time.perf_counter()
+        self.best: float | None = None
+        self.results: dict[str, Any] = {}
+        self._check_needs()
+
+    def _check_needs(self) -> None:
+        """What the method needs must be there, before any time is spent."""
+        needs_demos = self.cfg.train.warmup_steps > 0 or any(
+            self.controller.mu(t) > 0 for t in range(self.cfg.train.steps)
+        )
+        if needs_demos and not self.demos:
+            raise UserError(
+                f"train.method {self.cfg.train.method!r} (or its warm-up) needs demonstrations and the task has none"
+            )
+        if not self.prompts:
+            raise UserError("the task has no training prompts")
+
+    # ------------------------------------------------------------------------------------------------------ the loop
+
+    def run(self) -> None:
+        """Trains to the end, or until a stop was asked for: then the state is saved and InterruptedError raised."""
+        try:
+            while True:
+                if self.evaluation_due():
+                    self.evaluate()
+                if self.step == self.total:
+                    break
+                if self.checkpoint_due():
+                    self.save()
+                if self.should_stop():
+                    raise InterruptedError
+                if self.step == self.cfg.train.warmup_steps and self.entropy_target is None:
+                    self.after_warmup()
+                self.record(self.train_step())
+        except InterruptedError:
+            self.save()
+            raise
+        self.save()
+
+    def train_step(self) -> dict[str, Any]:
+        """One step: rollouts, advantages, `minibatches_per_rollout` updates, new weights to the rollout engine."""
+        cfg = self.cfg.train
+        begin = time.perf_counter()
+        t = self.step - cfg.warmup_steps
+        mu = 1.0 if t < 0 else self.controller.mu(t)
+        rewind = self.prompt_stream.position, self.demo_stream.position
+        try:
+            samples = self.draw_rollouts() if mu < 1 else []
+        except InterruptedError:  # nothing has changed yet: on resume the same step draws the same samples
+            self.prompt_stream.position, self.demo_stream.position = rewind
+            raise
+        sft = self.draw_demos() if mu > 0 else []
+        with self.phases("advantage"):
+            rl = self.judge(samples)
+        lr = self.learning_rate(t)
+        self.engine.set_lr(lr)
+
+        sums, maxes, norms = [], [], []
+        for k in range(cfg.minibatches_per_rollout):
+            m = cfg.minibatches_per_rollout
+            with self.phases("update"):
+                s, x, norm = self.update(_share(sft, k, m), _share(rl, k, m), mu)
+            sums.append(s), maxes.append(x), norms.append(norm)
+        self.step += 1
+        with self.phases("sync"):
+            self.rollouts.sync(self.engine.named_full_params(), self.step)
+        figures = self.read_figures(sums, maxes, norms)
+        record = {"step": self.step - 1, "phase": "warmup" if t < 0 else "train", "mu": mu, "lr": lr, **figures}
+        record |= rollout_figures(samples)
+        if t >= 0:
+            self.mus = [*(self.mus[:1] or [mu]), mu]
+        seconds = time.perf_counter() - begin
+        tokens = int(sum(len(s.ids) for s in sft + rl))
+        self.tokens += tokens
+        record |= {"entropy_target": self.entropy_target, "tokens": tokens, "tokens_per_s": tokens / seconds}
+        record |= {"seconds": seconds, **{f"time/{k}": v for k, v in self.phases.read().items() if k in PHASES}}
+        self.keep_samples(samples)
+        return record
+
+    def draw_rollouts(self) -> list[Sample]:
+        """G answers to each of the step's prompts, judged by the task."""
+        cfg = self.cfg
+        items = [self.prompts[i] for i in self.prompt_stream.take(cfg.train.prompts_per_step)]
+        return self.sample(items, cfg.rollout.temperature, ("train", self.step), cfg.rollout.num_generations)
+
+    def sample(self, items: list[Item], temperature: float, purpose: tuple, num_generations: int) -> list[Sample]:
+        with self.phases("rollout"):
+            return episodes.run(
+                self.rollouts,
+                self.task,
+                items,
+                self.encoder,
+                Sampling(temperature=temperature, stop_token_ids=self.encoder.stop_token_ids),
+                num_generations=num_generations,
+                max_new_tokens=self.cfg.rollout.max_new_tokens,
+                seed_parts=(self.cfg.run.seed, *purpose),
+            )
+
+    def draw_demos(self) -> list[Sequence]:
+        """The step's demonstrations, tokenised."""
+        chosen = [self.demos[i] for i in self.demo_stream.take(self.cfg.train.demos_per_step)]
+        return [
+            objective.demo_sequence(self.encoder.prompt(d.messages), self.encoder.response(d.response)) for d in chosen
+        ]
+
+    def judge(self, samples: list[Sample]) -> list[Sequence]:
+        """Rollouts as sequences with all that the loss reads: advantages, and old and reference log-probs where needed."""
+        rl = [objective.rollout_sequence(s, self.cfg.rollout.temperature) for s in samples]
+        if not rl:
+            return rl
+        gae = self.cfg.advantage.kind == "gae"
+        # One update per rollout is on-policy by construction: the ratio is 1 and old log-probs would be a wasted pass.
+        if self.cfg.train.minibatches_per_rollout > 1 or gae:
+            outs = self.forward_only(rl)
+            if self.cfg.train.minibatches_per_rollout > 1:
+                scatter(rl, *zip(*[(b, o.logprobs) for b, o in outs]), "old_logprobs")
+            if gae:
+                scatter(rl, *zip(*[(b, o.values) for b, o in outs]), "values")
+        if self.reference is not None:
+            outs = self.forward_only(rl, self.reference)
+            scatter(rl, *zip(*[(b, o.logprobs) for b, o in outs]), "ref_logprobs")
+        objective.set_advantages(rl, samples, self.cfg.advantage)
+        return rl
+
+    def forward_only(self, sequences: list[Sequence], model: torch.nn.Module | None = None, temperature=None):
+        """(batch, output) pairs without gradients, over all trained tokens."""
+        batches = micro_batches(sequences, self.cfg.train.micro_batch_tokens, self.packed)
+        return [(b, self.policy.logprobs(b.to(self.engine.device), model, temperature)) for b in batches]
+
+    @property
+    def packed(self) -> bool:
+        """Packing pays where attention skips the other sequences of a row; SDPA with a dense mask does not."""
+        if self.cfg.train.packing is not None:
+            return self.cfg.train.packing
+        return "flash" in str(getattr(self.policy.model.config, "_attn_implementation", ""))
+
+    def update(self, sft: list[Sequence], rl: list[Sequence], mu: float):
+        """One optimizer update on L = μ L_SFT + (1−μ) L_RL; SFT and RL rows ride in the same calls of the head."""
+        value_coef = self.cfg.advantage.value_coef if self.policy.value_head is not None else 0.0
+        counts = objective.count_tokens(sft, rl)
+        weighed = objective.weigh_sft(sft, mu, counts.sft)
+        weighed += objective.weigh_rl(rl, mu, counts.rl, self.cfg.objective, value_coef)
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.engine.device)
+        maxes = torch.zeros(len(MAXES), dtype=torch.float64, device=self.engine.device)
+        for batch in micro_batches(weighed, self.cfg.train.micro_batch_tokens, self.packed):
+            out = self.engine.backward(batch)
+            sums += out.sums
+            maxes = torch.maximum(maxes, out.maxes)
+        return sums, maxes, self.engine.step()
+
+    def learning_rate(self, t: int) -> float:
+        """The learning rate of step t after the warm-up (negative: in it)."""
+        cfg = self.cfg.train
+        if t < 0 or self.controller.imitates_only(t):
+            return cfg.sft_lr or cfg.lr
+        ramp = min(1.0, (t + 1) / cfg.lr_warmup_steps) if cfg.lr_warmup_steps else 1.0
+        progress = t / max(cfg.steps, 1)
+        shape = {
+            "constant": 1.0,
+            "linear": 1 - 0.9 * progress,
+            "cosine": 0.1 + 0.45 * (1 + float(np.cos(np.pi * progress))),
+        }[cfg.lr_schedule]
+        return cfg.lr * ramp * shape
+
+    def after_warmup(self) -> None:
+        """H*, the entropy of the warmed-up policy on its own rollouts, and the reference of the KL term."""
+        chosen = self.prompts[: self.cfg.train.prompts_per_step]
+        samples = self.sample(list(chosen), 1.0, ("entropy target",), self.cfg.rollout.num_generations)
+        rl = [objective.rollout_sequence(s, 1.0) for s in samples]
+        outs = [o.entropy for _, o in self.forward_only(rl)]
+        self.entropy_target = torch.cat(outs).double().mean().item()
+        if self.cfg.objective.kl_coef > 0:
+            self.reference = copy.deepcopy(self.policy.model).requires_grad_(False).eval()
+
+    # ------------------------------------------------------------------------------------------------- what is recorded
+
+    def read_figures(self, sums: list, maxes: list, norms: list) -> dict[str, Any]:
+        """Means over the step's tokens, from device sums; the one transfer of a step from the device."""
+        guard = torch.stack([self.engine.bad_in_row, self.engine.bad_total]).double()
+        n, m = len(SUMS), len(MAXES)
+        values = torch.cat(
+            [torch.stack(sums).sum(0), torch.stack(maxes).amax(0), torch.stack(norms).double().mean()[None], guard]
+        ).tolist()
+        s, x = dict(zip(SUMS, values[:n])), dict(zip(MAXES, values[n : n + m]))
+        grad_norm, bad_in_row, bad_total = values[n + m :]
+        sft, rl = max(s["sft_tokens"], 1), max(s["rl_tokens"], 1)
+        out: dict[str, Any] = {"loss": s["loss"] / len(sums), "grad_norm": grad_norm, "skipped_total": int(bad_total)}
+        if s["sft_tokens"]:
+            out["sft_loss"] = s["sft_nll"] / sft
+        if s["rl_tokens"]:
+            out |= {
+                "pg_loss": s["pg"] / rl,
+                "entropy": s["entropy"] / rl,
+                "clip_fraction": s["clipped"] / rl,
+                "approx_kl": s["approx_kl"] / rl,
+                "ratio_mean": s["ratio"] / rl,
+                "ratio_max": x["ratio_max"],
+                "mismatch_mean": s["mismatch"] / rl,
+                "mismatch_max": x["mismatch_max"],
+                "mismatch_kl": s["mismatch_kl"] / rl,
+                "mismatch_ess": s["is_weight"] ** 2 / max(s["is_weight_sq"] * rl, 1e-30),
+            }
+            if self.reference is not None:
+                out["ref_kl"] = s["kl"] / rl
+            if self.policy.value_head is not None:
+                out["value_loss"] = s["value_loss"] / rl
+        self.guard(out, int(bad_in_row))
+        return out
+
+    def guard(self, figures: dict[str, Any], bad_in_row: int) -> None:
+        """Names an update that was skipped because something was not finite; gives up after several in a row."""
+        if not bad_in_row:
+            return
+        which = "loss" if not np.isfinite(figures["loss"]) else "gradient"
+        self.files.say(
+            f"step {self.step - 1}: the {which} was not finite, the update was skipped ({bad_in_row} in a row)"
+        )
+        if bad_in_row >= self.cfg.train.max_bad_steps:
+            path = self.save()
+            raise UserError(
+                f"stopped after {bad_in_row} updates in a row whose {which} was not finite (train.max_bad_steps); the state "
+                f"is saved in {path}. Lower train.lr or train.max_grad_norm and go on with --resume"
+            )
+
+    def record(self, record: dict[str, Any]) -> None:
+        self.files.metrics.write(record)
+        self.files.tensorboard.write(record["step"], record)
+        shown = ("mu", "success", "sft_loss", "entropy", "grad_norm")
+        self.files.progress.step(self.step, {k: record.get(k) for k in shown})
+
+    def keep_samples(self, samples: list[Sample]) -> None:
+        """A few completions of this step for the report: the first group, then one of each following."""
+        every = self.cfg.log.samples_every
+        if not samples or not every or (self.step - 1) % every:
+            return
+        groups = {s.group_id: s for s in reversed(samples)}
+        for s in list(groups.values())[::-1][: self.cfg.log.samples]:
+            prompt = self.encoder.tokenizer.decode(s.prompt_ids)
+            self.files.samples.write(
+                {"step": self.step - 1, "prompt": prompt, "completion": s.text, "reward": s.reward, "success": s.success}
+            )
+
+    # --------------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluation_due(self) -> bool:
+        t, every = self.step - self.cfg.train.warmup_steps, self.cfg.eval.every
+        scheduled = every > 0 and t >= 0 and t % every == 0
+        return self.evaluated_step != self.step and (self.step in (0, self.total) or scheduled)
+
+    def evaluate(self) -> None:
+        """All splits with all prompts at the start and the end, the scheduled ones in between."""
+        cfg, whole = self.cfg.eval, self.step in (0, self.total)
+        splits = [s for s in (cfg.splits if whole else cfg.schedule_splits) if s in self.task.splits]
+        with self.phases("eval"):
+            result = evaluate(
+                self.rollouts,
+                self.task,
+                self.encoder,
+                splits,
+                num_samples=cfg.num_samples if whole else cfg.schedule_num_samples,
+                max_prompts=cfg.max_prompts if whole else cfg.schedule_max_prompts,
+                max_new_tokens=self.cfg.rollout.max_new_tokens,
+                seed=self.cfg.run.seed,
+                temperature=cfg.temperature,
+                top_p=cfg.top_p,
+            )
+        self.evaluated_step = self.step
+        if whole:
+            self.results["start" if self.step == 0 else "end"] = result
+        wall = self.wall()
+        self.files.evals.write(
+            {"step": self.step - 1, "at": self.step, "tokens": self.tokens, "wall_s": wall, "full": whole, **result}
+        )
+        flat = {f"{split}/{k}": v for split, row in result.items() for k, v in row.items()}
+        self.files.tensorboard.write(self.step, {f"eval/{k}": v for k, v in flat.items()})
+        self.files.say(
+            f"eval at {self.step}: " + "  ".join(f"{s} {r['greedy']:.1%}/{r['sampled']:.1%}" for s, r in result.items())
+        )
+        self._track_best(flat, whole)
+
+    def _track_best(self, flat: dict[str, float], whole: bool) -> None:
+        value = flat.get(self.cfg.checkpoint.metric)
+        if not self.cfg.checkpoint.keep_best or value is None or whole or self.step <= self.cfg.train.warmup_steps:
+            return
+        if self.best is None or value > self.best:
+            self.best = value
+            path = self.save()
+            checkpoint.mark_best(self.files.checkpoints, path)
+
+    def wall(self) -> float:
+        """Seconds of work so far, over all resumptions."""
+        return self.wall_before + time.perf_counter() - self.started
+
+    # -------------------------------------------------------------------------------------------------------- checkpoints
+
+    def checkpoint_due(self) -> bool:
+        every = self.cfg.checkpoint.every
+        saved = self.files.checkpoints / f"step-{self.step:06d}"
+        return every > 0 and self.step > 0 and self.step % every == 0 and not saved.exists()
+
+    def save(self) -> Any:
+        """The whole state: a run resumed from it goes on as if it had never stopped."""
+        with self.phases("checkpoint"):
+            tensors = dict(self.engine.state_dict())
+            tensors["rng.cpu"] = torch.get_rng_state()
+            if self.reference is not None:
+                tensors |= {f"reference.{n}": p for n, p in self.reference.named_parameters()}
+            state = {
+                "method": self.cfg.train.method,
+                "prompt_position": self.prompt_stream.position,
+                "demo_position": self.demo_stream.position,
+                "controller": self.controller.state_dict(),
+                "entropy_target": self.entropy_target,
+                "evaluated_step": self.evaluated_step,
+                "mus": self.mus,
+                "tokens": self.tokens,
+                "wall_s": self.wall(),
+                "best": self.best,
+                "results": self.results,
+            }
+            path = checkpoint.save(self.files.checkpoints, self.step, tensors, state)
+            checkpoint.prune(self.files.checkpoints, self.cfg.checkpoint.keep_last)
+        return path
+
+    def load(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        """Takes up the state of a checkpoint."""
+        if state["method"] != self.cfg.train.method:
+            raise UserError(
+                f"--resume: the checkpoint is of method {state['method']!r}, the config says {self.cfg.train.method!r}"
+            )
+        self.engine.load_state_dict(tensors)
+        torch.set_rng_state(tensors["rng.cpu"])
+        reference = {k.removeprefix("reference."): v for k, v in tensors.items() if k.startswith("reference.")}
+        if reference:
+            self.reference = copy.deepcopy(self.policy.model).requires_grad_(False).eval()
+            self.reference.load_state_dict(reference, strict=False)
+        self.step = state["step"]
+        self.prompt_stream.position, self.demo_stream.position = state["prompt_position"], state["demo_position"]
+        self.controller.load_state_dict(state["controller"])
+        self.entropy_target, self.evaluated_step = state["entropy_target"], state["evaluated_step"]
+        self.mus, self.tokens, self.wall_before = state["mus"], state["tokens"], state["wall_s"]
+        self.best, self.results = state["best"], state["results"]
+        self.rollouts.sync(self.engine.named_full_params(), self.step)
+
+
+def _share(sequences: list[Sequence], k: int, m: int) -> list[Sequence]:
+    """The k-th of m equal runs of the list."""
+    n = len(sequences)
+    return sequences[k * n // m : (k + 1) * n // m]
+
+
+def rollout_figures(samples: list[Sample]) -> dict[str, Any]:
+    """Reward, success, lengths and how informative the groups were."""
+    if not samples:
+        return {}
+    rewards: dict[int, list[float]] = {}
+    for s in samples:
+        rewards.setdefault(s.group_id, []).append(s.reward)
+    n = len(samples)
+    return {
+        "reward": sum(s.reward for s in samples) / n,
+        "success": sum(s.success for s in samples) / n,
+        "groups_without_spread": sum(max(r) == min(r) for r in rewards.values()) / len(rewards),
+        "response_length": sum(sum(s.loss_mask) for s in samples) / n,
+        "truncated": sum(s.finish_reason == "length" for s in samples) / n,
+        "turns": sum(len(s.turns) for s in samples) / n,
+    }
