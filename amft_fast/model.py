@@ -5,6 +5,7 @@ The head must run inside, because under ZeRO-3 `lm_head.weight` has shape (0,) o
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,8 +187,11 @@ def load_model(cfg: ModelConfig, device: torch.device) -> nn.Module:
     Raises UserError when there is no such checkpoint, or its head does something that the loss head does not do.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     _check_path(cfg.path)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     attention = {} if cfg.attention == "auto" else {"attn_implementation": cfg.attention}
     try:
         model = AutoModelForCausalLM.from_pretrained(cfg.path, dtype=pick_dtype(cfg, device), **attention)

@@ -72,7 +72,8 @@ class LocalEngine:
     def __init__(self, policy: Policy, cfg: TrainConfig, value_lr: float = 0.0) -> None:
         self.policy, self.cfg = policy, cfg
         self.device = policy.head.weight.device
-        trainable = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
+        # The policy's own prefix goes: checkpoints and messages name parameters as transformers does.
+        trainable = [(n.removeprefix("model."), p) for n, p in policy.named_parameters() if p.requires_grad]
         is_value = [n.startswith("value_head.") for n, _ in trainable]
         body = [x for x, v in zip(trainable, is_value) if not v]
         decay = [x for x in body if x[1].dim() >= 2 and cfg.weight_decay > 0]
@@ -96,9 +97,7 @@ class LocalEngine:
             groups.append({"params": [self.value_group.master], "weight_decay": 0.0, "lr": self.value_lr})
         if self.cfg.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=self.cfg.lr, fused=True)
-        return torch.optim.AdamW(
-            groups, lr=self.cfg.lr, betas=self.cfg.adam_betas, eps=self.cfg.adam_eps, fused=True
-        )
+        return torch.optim.AdamW(groups, lr=self.cfg.lr, betas=self.cfg.adam_betas, eps=self.cfg.adam_eps, fused=True)
 
     def _give_head_its_buffer(self) -> None:
         """The loss head adds dW straight into the fp32 gradient instead of returning one more [V, H] tensor."""

@@ -1,0 +1,18 @@
+import os
+
+# One thread: bit-for-bit comparisons must not depend on the machine, and tests share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from fakes import make_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)

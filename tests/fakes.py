@@ -1,0 +1,112 @@
+"""Small in-memory parts that fit interfaces.py: a task, a rollout engine, a tokenizer and a model for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from amft_fast.interfaces import Completion, Demo, Item, Message, StepResult
+
+WORDS = "a b c d e f yes no again".split()
+
+
+def make_checkpoint(folder: Path, hidden: int = 16, layers: int = 2, tie: bool = True, seed: int = 0) -> Path:
+    """A random Qwen3 with a word-level tokenizer, as a transformers folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    vocabulary = ["<pad>", "<eos>", "<user>", "<answer>", "<unk>", *WORDS]
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<user>", "<answer>"],
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<answer> ' }}{{ m.content }} "
+        "{% if m.role == 'assistant' %}<eos> {% endif %}{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
+    )
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(vocabulary),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=2 * hidden,
+        max_position_embeddings=256,
+        tie_word_embeddings=tie,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    model = Qwen3ForCausalLM(config)
+    # Far enough from uniform that tests see real differences between tokens.
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() >= 2:
+                p.mul_(8)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class CopyEpisode:
+    """Asked with a word, the policy must answer with it; a wrong answer is told so, up to the task's turns."""
+
+    def __init__(self, task: CopyTask, word: str) -> None:
+        self.task, self.word, self.tries = task, word, 0
+        self.messages = [Message("user", word)]
+
+    def step(self, text: str) -> StepResult:
+        self.tries += 1
+        right = self.word in text.split()
+        done = right or self.tries == self.task.max_turns
+        message = None if done else Message("user", "again")
+        return StepResult(message, float(right), done, {"success": right, "words": float(len(text.split()))})
+
+
+class CopyTask:
+    """Repeat the word. Demonstrations answer with the word alone."""
+
+    splits = ("train", "val", "test", "ood")
+
+    def __init__(self, max_turns: int = 1) -> None:
+        self.max_turns = max_turns
+
+    def prompts(self, split: str) -> list[Item]:
+        words = {"train": "abcd", "val": "e", "test": "f", "ood": "ef"}[split]
+        return [Item(f"{split}/{w}", w) for w in words]
+
+    def demos(self, split: str) -> list[Demo]:
+        return [Demo(i.id, (Message("user", i.data),), i.data) for i in self.prompts(split)]
+
+    def start(self, item: Item) -> CopyEpisode:
+        return CopyEpisode(self, item.data)
+
+
+class ScriptedEngine:
+    """A rollout engine that answers from a list of token id lists, in turn, and remembers what it was asked."""
+
+    def __init__(self, answers: list[list[int]]) -> None:
+        self.answers, self.asked, self.synced = list(answers), [], []
+
+    def generate(self, requests, sampling) -> list[Completion]:
+        self.asked += requests
+        out = [self.answers.pop(0) for _ in requests]
+        stop = set(sampling.stop_token_ids)
+        return [Completion(ids, [-0.5] * len(ids), "stop" if ids[-1] in stop else "length", 7) for ids in out]
+
+    def sync(self, named_tensors, version: int) -> None:
+        self.synced.append(version)
+
+    def health(self) -> str:
+        return "ok"
+
+    def close(self) -> None:
+        self.answers.clear()

@@ -1,0 +1,138 @@
+"""The local update engine: one step against plain torch, bf16 with fp32 masters, guards, state."""
+
+import copy
+
+import pytest
+import torch
+from fakes import make_checkpoint
+from transformers import AutoModelForCausalLM
+
+from amft_fast import objective
+from amft_fast.batch import collate
+from amft_fast.config import ObjectiveConfig, TrainConfig
+from amft_fast.engine.local import LocalEngine
+from amft_fast.model import Policy
+
+CFG = TrainConfig(lr=1e-2, max_grad_norm=0.5, weight_decay=0.1, adam_betas=(0.9, 0.99))
+
+
+def build(folder, cfg=CFG, dtype=torch.float32, **policy):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return LocalEngine(Policy(model, ObjectiveConfig(), **policy), cfg, value_lr=1e-2)
+
+
+def batch(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    seqs = [
+        objective.demo_sequence([2, 5, 3], torch.randint(5, 13, (k,), generator=g).tolist() + [1]) for k in (2, 5, 3)
+    ]
+    return collate(objective.weigh_sft(seqs, 1.0, 13), [0, 1, 2], False)
+
+
+def plain_steps(folder, batches):
+    """The same updates with torch's own AdamW and clipping on separate tensors."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    opt = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=1e-2,
+        betas=(0.9, 0.99),
+    )
+    for b in batches:
+        hidden = model.model(b.input_ids).last_hidden_state.flatten(0, 1)[b.rows]
+        logp = model.lm_head(hidden).log_softmax(-1).gather(-1, b.targets[:, None]).squeeze(-1)
+        (-(logp * b.get("nll_weight")).sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        opt.step()
+        opt.zero_grad()
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_steps_equal_plain_torch(tmp_path, tie):
+    folder = make_checkpoint(tmp_path, tie=tie)
+    engine = build(folder)
+    batches = [batch(i) for i in range(3)]
+    for b in batches:
+        engine.backward(b)
+        engine.step()
+    for name, want in plain_steps(folder, batches).items():
+        torch.testing.assert_close(dict(engine.policy.model.named_parameters())[name], want, atol=2e-6, rtol=1e-5)
+
+
+def test_two_backwards_add_up_and_take_gradient_clears(checkpoint_folder):
+    engine = build(checkpoint_folder)
+    engine.backward(batch(0))
+    one = engine.take_gradient()
+    assert all(not g.grad.any() for g in engine.groups)
+    engine.backward(batch(0))
+    engine.backward(batch(0))
+    for a, b in zip(one, engine.take_gradient()):
+        torch.testing.assert_close(2 * a, b)
+
+
+def test_bf16_weights_move_by_their_fp32_masters(checkpoint_folder):
+    """A step far below bf16's resolution is not lost: it adds up in the master until the weight moves."""
+    cfg = TrainConfig(lr=1e-5, max_grad_norm=1e9)
+    engine = build(checkpoint_folder, cfg, torch.bfloat16)
+    before = copy.deepcopy(engine.policy.model.state_dict())
+    masters = [g.master.clone() for g in engine.groups]
+    engine.backward(batch())
+    engine.step()
+    assert all((g.master != m).float().mean() > 0.1 for g, m in zip(engine.groups, masters))
+    moved = sum((p != before[n]).sum().item() for n, p in engine.policy.model.state_dict().items())
+    for _ in range(60):
+        engine.backward(batch())
+        engine.step()
+    later = sum((p != before[n]).sum().item() for n, p in engine.policy.model.state_dict().items())
+    assert later > 10 * (moved + 1)
+    for g in engine.groups:
+        for p, m in zip(g.params, g.master_views):
+            assert p.dtype == torch.bfloat16 and torch.equal(p, m.bfloat16())
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(checkpoint_folder, poison):
+    engine = build(checkpoint_folder)
+    engine.backward(batch(0))
+    engine.step()
+    before = {k: v.clone() for k, v in engine.state_dict().items()}
+    for count in (1, 2):
+        engine.backward(batch(1))
+        engine.groups[0].grad[3] = poison
+        engine.step()
+        assert engine.bad_in_row.item() == count
+    after = engine.state_dict()
+    for name, value in before.items():
+        if not name.startswith("guard"):
+            assert torch.equal(after[name], value), name
+    engine.backward(batch(1))
+    engine.step()
+    assert engine.bad_in_row.item() == 0 and engine.bad_total.item() == 2
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_state_goes_round(checkpoint_folder, optimizer):
+    cfg = CFG.model_copy(update={"optimizer": optimizer})
+    engine = build(checkpoint_folder, cfg, with_value=True)
+    engine.backward(batch(0))
+    engine.step()
+    state = {k: v.clone() for k, v in engine.state_dict().items()}
+    other = build(checkpoint_folder, cfg, with_value=True)
+    other.load_state_dict(state)
+    for e in (engine, other):
+        e.backward(batch(1))
+        e.step()
+    for a, b in zip(engine.all_groups, other.all_groups):
+        assert torch.equal(a.master, b.master)
+    del state["param.model.norm.weight"]
+    with pytest.raises(ValueError, match=r"model.norm.weight should have shape \[16\], got nothing"):
+        other.load_state_dict(state)
+
+
+def test_named_full_params_are_hf_names_in_layer_order(checkpoint_folder):
+    engine = build(checkpoint_folder)
+    names = [n for n, _ in engine.named_full_params()]
+    assert names == [n for n, _ in engine.policy.model.named_parameters()]
+    assert names[0] == "model.embed_tokens.weight" and "lm_head.weight" not in names

@@ -1,0 +1,254 @@
+"""Whole runs of a few steps: each method, resume, signals, guards, what a run leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import CopyTask
+
+from amft_fast import checkpoint, config, run
+from amft_fast.interfaces import UserError
+from amft_fast.train import Stream
+
+TIMES = ("seconds", "tokens_per_s", "wall_s")
+
+
+def cfg_for(folder, model, *flags):
+    base = [
+        *("--run.dir", str(folder), "--model.path", str(model), "--train.steps", "4", "--train.warmup_steps", "2"),
+        *("--train.lr", "0.01", "--train.prompts_per_step", "4", "--train.demos_per_step", "4"),
+        *("--rollout.num_generations", "4", "--rollout.max_new_tokens", "4", "--log.tensorboard", "false"),
+        *("--eval.every", "2", "--eval.num_samples", "2", "--checkpoint.every", "2", "--log.samples_every", "2"),
+        *("--run.threads", "1", "--checkpoint.export", "false", "--train.method", "fixed"),
+    ]
+    return config.load(None, base + list(flags))
+
+
+@pytest.fixture(autouse=True)
+def copy_task(monkeypatch):
+    """The task of these runs; the signal handlers of a run are put back afterwards."""
+    monkeypatch.setattr(run, "make_task", lambda cfg: CopyTask())
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, h in handlers.items():
+        signal.signal(s, h)
+
+
+def lines(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
+
+
+def without_times(records):
+    return [{k: v for k, v in r.items() if k not in TIMES and not k.startswith("time/")} for r in records]
+
+
+@pytest.mark.parametrize("method", ["sft", "rl", "sft_then_rl", "fixed", "linear", "cosine"])
+def test_each_method_runs_and_leaves_what_it_should(tmp_path, checkpoint_folder, method):
+    cfg = cfg_for(
+        tmp_path, checkpoint_folder, "--train.method", method, "--checkpoint.export", "true", "--train.sft_share", "0.5"
+    )  # fmt: skip
+    assert run.train(cfg) == 0
+    records = lines(tmp_path)
+    assert [r["step"] for r in records] == list(range(6))
+    assert [r["phase"] for r in records] == ["warmup"] * 2 + ["train"] * 4
+    main = records[2:]
+    want = {
+        "sft": [1, 1, 1, 1],
+        "rl": [0, 0, 0, 0],
+        "sft_then_rl": [1, 1, 0, 0],
+        "fixed": [0.5] * 4,
+        "linear": [0.9, 0.9 - 0.8 / 3, 0.9 - 1.6 / 3, 0.1],
+        "cosine": [0.9, 0.7, 0.3, 0.1],
+    }[method]
+    assert [r["mu"] for r in main] == pytest.approx(want)
+    for r in main:
+        assert ("sft_loss" in r) == (r["mu"] > 0) and ("success" in r) == (r["mu"] < 1)
+        assert r["entropy_target"] > 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for when in ("start", "end"):
+        assert set(summary[when]) == {"train", "val", "test", "ood"}
+        assert all(0 <= row[k] <= 1 for row in summary[when].values() for k in ("greedy", "sampled", "pass_at_k"))
+    assert summary["mu_first"] == pytest.approx(want[0]) and summary["mu_last"] == pytest.approx(want[-1])
+    assert summary["method"] == method and summary["steps"] == 6 and summary["wall_s"] > 0
+    assert (tmp_path / "report.html").read_text().count("<") > 20
+    assert config.load(tmp_path / "config.toml") == cfg
+    from transformers import AutoModelForCausalLM
+
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tensors, _ = checkpoint.load(tmp_path / "checkpoints" / "step-000006")
+    for name, p in exported.named_parameters():
+        assert torch.equal(p, tensors[f"param.{name}"]), name
+
+
+@pytest.mark.parametrize("kind", ["dr_grpo", "rloo", "reinforce++", "gae"])
+def test_each_advantage_runs_with_two_minibatches(tmp_path, checkpoint_folder, kind):
+    cfg = cfg_for(
+        tmp_path, checkpoint_folder, "--advantage.kind", kind, "--train.minibatches_per_rollout", "2",
+        "--objective.kl_coef", "0.1", "--objective.tis_cap", "2.0", "--advantage.value_lr", "0.01", "--train.lr", "0.05",
+    )  # fmt: skip
+    assert run.train(cfg) == 0
+    main = lines(tmp_path)[2:]
+    assert all(r["mismatch_max"] < 1e-4 for r in main), "old log-probs must be the sampler's"
+    assert any(r["ratio_max"] > 1.001 for r in main), "the second minibatch must be off-policy"
+    assert ("value_loss" in main[0]) == (kind == "gae")
+    assert any(r["ref_kl"] > 0 for r in main[1:])
+
+
+def test_rl_learns_to_copy(tmp_path, checkpoint_folder):
+    cfg = cfg_for(
+        tmp_path, checkpoint_folder, "--train.method", "rl", "--train.warmup_steps", "0", "--train.steps", "40",
+        "--rollout.num_generations", "8", "--eval.every", "0", "--rollout.max_new_tokens", "2",
+    )  # fmt: skip
+    assert run.train(cfg) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["end"]["train"]["sampled"] > summary["start"]["train"]["sampled"] + 0.3
+
+
+def test_sft_learns_the_demonstrations(tmp_path, checkpoint_folder):
+    cfg = cfg_for(tmp_path, checkpoint_folder, "--train.method", "sft", "--train.steps", "30", "--eval.every", "0")
+    assert run.train(cfg) == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["end"]["train"]["greedy"] == 1.0
+    losses = [r["sft_loss"] for r in lines(tmp_path)]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--advantage.kind", "gae", "--train.minibatches_per_rollout", "2"), ("--objective.kl_coef", "0.1")]
+)
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, checkpoint_folder, flags):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run.train(cfg_for(whole, checkpoint_folder, *flags)) == 0
+    assert run.train(cfg_for(cut, checkpoint_folder, *flags, "--checkpoint.keep_last", "9")) == 0
+    for step in (4, 5, 6):
+        for path in (cut / "checkpoints").glob(f"step-{step:06d}"):
+            (path / "state.json").write_text("damaged")
+    assert run.train(cfg_for(cut, checkpoint_folder, *flags), resume=True) == 0
+    assert without_times(lines(cut)) == without_times(lines(whole))
+    assert without_times(lines(cut, "evals.jsonl")) == without_times(lines(whole, "evals.jsonl"))
+    a, b = (checkpoint.load(f / "checkpoints" / "step-000006")[0] for f in (whole, cut))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_micro_batch_size_does_not_change_the_run(tmp_path, checkpoint_folder):
+    for name, tokens in (("a", "100000"), ("b", "16")):
+        run.train(cfg_for(tmp_path / name, checkpoint_folder, "--train.micro_batch_tokens", tokens))
+    for x, y in zip(lines(tmp_path / "a"), lines(tmp_path / "b")):
+        for key in ("loss", "sft_loss", "entropy", "grad_norm"):
+            if key in x:
+                assert x[key] == pytest.approx(y[key], rel=1e-4), key
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(tmp_path, checkpoint_folder):
+    cfg = cfg_for(tmp_path, checkpoint_folder, "--train.steps", "1")
+    run.train(cfg)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="--resume"):
+        run.train(cfg)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert run.train(cfg_for(tmp_path, checkpoint_folder, "--train.steps", "1", "--run.overwrite")) == 0
+
+
+def test_resume_without_a_checkpoint_starts_anew(tmp_path, checkpoint_folder, capsys):
+    assert run.train(cfg_for(tmp_path, checkpoint_folder), resume=True) == 0
+    assert "starting from the beginning" in capsys.readouterr().out
+
+
+def test_resume_of_another_method_or_model_is_refused(tmp_path, checkpoint_folder):
+    run.train(cfg_for(tmp_path, checkpoint_folder, "--train.steps", "2"))
+    with pytest.raises(UserError, match="method 'fixed'"):
+        run.train(cfg_for(tmp_path, checkpoint_folder, "--train.method", "rl"), resume=True)
+
+
+def test_updates_that_are_not_finite_are_named_and_stop_the_run(tmp_path, checkpoint_folder, capsys, monkeypatch):
+    from amft_fast.engine.local import LocalEngine
+
+    real = LocalEngine.step
+
+    def poisoned(self):
+        self.groups[0].grad[0] = float("nan")
+        return real(self)
+
+    monkeypatch.setattr(LocalEngine, "step", poisoned)
+    with pytest.raises(UserError, match="stopped after 3 updates in a row whose gradient was not finite"):
+        run.train(cfg_for(tmp_path, checkpoint_folder, "--train.max_bad_steps", "3"))
+    out = capsys.readouterr().out
+    assert "step 0: the gradient was not finite" in out and "(3 in a row)" in out
+    path, tensors, _ = checkpoint.latest(tmp_path / "checkpoints")
+    assert path.name == "step-000003" and all(
+        torch.isfinite(v).all() for k, v in tensors.items() if k.startswith("param")
+    )
+
+
+def test_stream_visits_everything_once_per_pass_and_resumes():
+    s = Stream(7, 3, "x")
+    order = s.take(21)
+    assert all(sorted(order[i : i + 7]) == list(range(7)) for i in (0, 7, 14)) and order[:7] != order[7:14]
+    other = Stream(7, 3, "x")
+    other.position = 5
+    assert other.take(9) == order[5:14]
+    assert Stream(7, 4, "x").take(21) != order and Stream(7, 3, "y").take(21) != order
+
+
+SCRIPT = """
+import sys; sys.path.insert(0, {tests!r})
+import fakes
+from amft_fast import run, cli
+run.make_task = lambda cfg: fakes.CopyTask()
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def start(tmp_path, checkpoint_folder, *flags):
+    (tmp_path / "c.toml").write_text(config.to_toml(cfg_for(tmp_path / "run", checkpoint_folder)))
+    script = SCRIPT.format(tests=str(Path(__file__).parent))
+    return subprocess.Popen(
+        [sys.executable, "-c", script, "train", str(tmp_path / "c.toml"), *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_in_mid_step_saves_and_stops_and_resume_goes_on(tmp_path, checkpoint_folder, number, code):
+    flags = ("--train.steps", "60", "--checkpoint.every", "0", "--eval.every", "0")
+    process = start(tmp_path, checkpoint_folder, *flags)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == code, out
+    assert "saving and stopping" in out and "go on with --resume" in out and "Traceback" not in out
+    done = len(lines(tmp_path / "run"))
+    assert 5 <= done < 62 and checkpoint.latest(tmp_path / "run" / "checkpoints")[2]["step"] == done
+    process = start(tmp_path, checkpoint_folder, *flags, "--resume")
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert [r["step"] for r in lines(tmp_path / "run")] == list(range(62))
+    whole = cfg_for(tmp_path / "whole", checkpoint_folder, *flags)
+    run.train(whole)
+    assert without_times(lines(tmp_path / "run")) == without_times(lines(tmp_path / "whole"))
+
+
+def test_a_users_mistake_is_one_sentence_without_traceback(tmp_path):
+    for args, said in (
+        (["train", "nowhere.toml"], "no config file"),
+        (["train"], "needs a config file"),
+        (["train", "--resume", str(tmp_path / "none")], "no run folder"),
+        (["report", str(tmp_path)], "metrics.jsonl"),
+    ):
+        p = subprocess.run([sys.executable, "-m", "amft_fast", *args], capture_output=True, text=True)
+        assert p.returncode == 2 and said in p.stderr and "Traceback" not in p.stderr + p.stdout, p.stderr
+
+
+@pytest.mark.parametrize(("path", "said"), [("", "model.path is not set"), ("./nothing", "no config.json")])
+def test_a_missing_model_is_one_sentence(tmp_path, path, said):
+    with pytest.raises(UserError, match=said):
+        run.train(cfg_for(tmp_path, path or "", *(() if path else ())))
