@@ -87,7 +87,9 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
     e = cfg.eval
     unknown = [s for s in e.splits if s not in parts.task.splits]
     if unknown:
-        raise UserError(f"eval.splits: {unknown[0]!r} is not a split of {cfg.task.name}: {', '.join(parts.task.splits)}")
+        raise UserError(
+            f"eval.splits: {unknown[0]!r} is not a split of {cfg.task.name}: {', '.join(parts.task.splits)}"
+        )
     try:
         result = evaluate(
             parts.rollouts,

@@ -384,7 +384,7 @@ def _explain(error: ValidationError, source: str) -> UserError:
         if e["type"] == "extra_forbidden":
             lines.append(f"unknown setting {name}{_did_you_mean(name, known)}")
         elif e["type"] == "value_error":
-            lines.append(f"{name + ': ' if name else ''}{str(e['ctx']['error'])}")
+            lines.append(f"{name + ': ' if name else ''}{e['ctx']['error']!s}")
         else:
             lines.append(f"{name}: {e['msg'][0].lower() + e['msg'][1:]}, got {e['input']!r}")
     return UserError(f"{source}: " + "\n".join(lines))

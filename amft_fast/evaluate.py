@@ -52,7 +52,7 @@ def evaluate(
     for split in splits:
         items = choose(task.prompts(split), max_prompts)
         on_split(split)
-        common = dict(max_new_tokens=max_new_tokens, seed_parts=(seed, "eval", split))
+        common = {"max_new_tokens": max_new_tokens, "seed_parts": (seed, "eval", split)}
         greedy = episodes.run(
             engine, task, items, encoder, Sampling(temperature=0.0, stop_token_ids=stop), num_generations=1, **common
         )

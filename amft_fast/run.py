@@ -78,7 +78,9 @@ class RunFiles:
 def pick_device(name: str) -> torch.device:
     """The device that run.device asks for. Raises UserError when CUDA is asked for and not there."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("run.device is cuda, but torch sees no CUDA device; see amft-fast doctor, or use run.device cpu")
+        raise UserError(
+            "run.device is cuda, but torch sees no CUDA device; see amft-fast doctor, or use run.device cpu"
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)

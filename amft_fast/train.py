@@ -1,11 +1,11 @@
 """The AMFT loop, top to bottom as the paper has it.
 
-    warm up on demos; H* ← entropy of the warmed-up policy on its own rollouts
-    for each step:
-        rollouts ← engine.generate(prompts, G per prompt)
-        A ← advantages(rewards)
-        backward SFT micro-batches · μ,  RL micro-batches · (1−μ)
-        optimizer.step();  engine.sync(weights)
+warm up on demos; H* ← entropy of the warmed-up policy on its own rollouts
+for each step:
+    rollouts ← engine.generate(prompts, G per prompt)
+    A ← advantages(rewards)
+    backward SFT micro-batches · μ,  RL micro-batches · (1−μ)
+    optimizer.step();  engine.sync(weights)
 """
 
 from __future__ import annotations
@@ -307,7 +307,13 @@ class Trainer:
         for s in list(groups.values())[::-1][: self.cfg.log.samples]:
             prompt = self.encoder.tokenizer.decode(s.prompt_ids)
             self.files.samples.write(
-                {"step": self.step - 1, "prompt": prompt, "completion": s.text, "reward": s.reward, "success": s.success}
+                {
+                    "step": self.step - 1,
+                    "prompt": prompt,
+                    "completion": s.text,
+                    "reward": s.reward,
+                    "success": s.success,
+                }
             )
 
     # --------------------------------------------------------------------------------------------------------- evaluation

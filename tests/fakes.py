@@ -8,7 +8,7 @@ import torch
 
 from amft_fast.interfaces import Completion, Demo, Item, Message, StepResult
 
-WORDS = "a b c d e f yes no again".split()
+WORDS = ["a", "b", "c", "d", "e", "f", "yes", "no", "again"]
 
 
 def make_checkpoint(folder: Path, hidden: int = 16, layers: int = 2, tie: bool = True, seed: int = 0) -> Path:

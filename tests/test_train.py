@@ -251,4 +251,4 @@ def test_a_users_mistake_is_one_sentence_without_traceback(tmp_path):
 @pytest.mark.parametrize(("path", "said"), [("", "model.path is not set"), ("./nothing", "no config.json")])
 def test_a_missing_model_is_one_sentence(tmp_path, path, said):
     with pytest.raises(UserError, match=said):
-        run.train(cfg_for(tmp_path, path or "", *(() if path else ())))
+        run.train(cfg_for(tmp_path, path))
