@@ -87,16 +87,16 @@ def cuda_archs(nvcc: str, torch) -> list[str]:
 
 
 def build_cuda(target: Path) -> str:
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which(os.environ.get("NVCC") or (f"{home}/bin/nvcc" if home else "nvcc")) or shutil.which("nvcc")
+    if nvcc is None:
+        raise NotBuiltError("no nvcc found")
     torch = None
     if importlib.util.find_spec("torch"):
         import torch
     forced = os.environ.get("AMFT_CUDA", "0") not in ("", "0")
     if not forced and (torch is None or torch.version.cuda is None):
         raise NotBuiltError("torch is not a CUDA build" if torch else "torch is not importable at build time")
-    home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which(os.environ.get("NVCC") or (f"{home}/bin/nvcc" if home else "nvcc")) or shutil.which("nvcc")
-    if nvcc is None:
-        raise NotBuiltError("no nvcc found")
     archs = cuda_archs(nvcc, torch)
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")  # for GPUs newer than those

@@ -1,8 +1,8 @@
 // CPU driver: cuts the rows into chunks, lets threads take them, adds up the chunks' sums in their order.
 //
 // Deterministic: the chunks do not depend on the number of threads, each writes its own slot, and the slots are added
-// in order. (The one atomic hands out chunk numbers.) Threads are started per call: 20 us each, against 20 ms for a pass
-// over 50 M elements; a pool of our own, or a second OpenMP runtime beside torch's, would cost more than it saves.
+// in order. (The one atomic hands out chunk numbers.) Threads are started per call: 20 us each, against 20 ms for a
+// pass over 50 M elements; a pool, or a second OpenMP runtime beside torch's, would cost more than it saves.
 #include <atomic>
 #include <system_error>
 #include <thread>
@@ -54,8 +54,8 @@ struct Chunk {
 };
 
 // Writes NUM_SUMS doubles. `adam` is null where no diagonal is asked for. Returns 0, or 1 when memory ran out.
-AMFT_EXPORT int amft_multi_tensor_dot_cpu(const Row *rows, int64_t num_rows, int num_v, const Adam *adam, int num_threads,
-                                          double *out) try {
+AMFT_EXPORT int amft_multi_tensor_dot_cpu(const Row *rows, int64_t num_rows, int num_v, const Adam *adam,
+                                          int num_threads, double *out) try {
   std::vector<Chunk> chunks;
   for (const Row *row = rows; row < rows + num_rows; row++)
     for (int64_t begin = 0; begin < row->numel; begin += CHUNK)

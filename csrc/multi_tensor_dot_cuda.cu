@@ -15,9 +15,9 @@ static __host__ __device__ __forceinline__ double one_where_zero(double x) { ret
 
 #define AMFT_EXPORT extern "C" __attribute__((visibility("default")))
 
-// 128 threads, because with both v and AdamW a thread needs about 150 registers: three such blocks fit on an SM, but only
-// one of 256 threads. A chunk of 8192 gives each thread 64 elements, and 50 M elements 6100 blocks, which is 5 waves on
-// 132 SMs of the lightest kernel. MAX_BLOCKS bounds the workspace at 3.5 MB.
+// 128 threads, because with both v and AdamW a thread needs about 150 registers: three such blocks fit on an SM, but
+// only one of 256 threads. A chunk of 8192 gives each thread 64 elements, and 50 M elements 6100 blocks: five or more
+// waves on 132 SMs. MAX_BLOCKS bounds the workspace at 3.5 MB.
 static const int THREADS = 128;
 static const int WARPS = THREADS / 32;
 static const int64_t CHUNK = 8192;
@@ -52,8 +52,8 @@ static AMFT_INLINE T load_once(const T *in) {
 #endif
 }
 
-// A thread's WIDTH elements of a tile of THREADS * WIDTH: neighbours in 128-bit loads where all lists start at 16 bytes,
-// else every THREADS-th element, which coalesces too. The loads of all lists are issued before the first is used.
+// A thread's WIDTH elements of a tile of THREADS * WIDTH: neighbours in 128-bit loads where all lists start at 16
+// bytes, else every THREADS-th element, which coalesces too. All lists are loaded before the first is used.
 template <bool VECTOR, int WIDTH, class T>
 static AMFT_INLINE void load(T *out, const T *tile, int thread) {
   if constexpr (VECTOR) {
