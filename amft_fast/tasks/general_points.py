@@ -146,7 +146,8 @@ def _as_numbers(field: Any) -> list[int] | None:
 PROMPT_WORDS = ("A", *FACES, "faces", "target", "wrong", "formula", "numbers", "value", "unfinished", "again")
 
 _JSON_PROMPT = """\
-You play a card game. The hand is {cards}. Build a formula that equals {target} and uses the number of each card exactly once.
+You play a card game. The hand is {cards}. Build a formula that equals {target} and uses the number of each card \
+exactly once.
 
 Rules:
 - An ace (A) counts 1, the cards 2 to 10 count their number. {rule}
@@ -154,8 +155,9 @@ Rules:
 
 Answer with one JSON object with three fields and nothing after it:
 {{"cards": the cards as dealt, "number": the number of each card, "formula": the formula as a string}}
-For example, with the hand 2, 5, 9 and the target 19: {{"cards": ["2", "5", "9"], "number": [2, 5, 9], "formula":
-"2*5+9=19"}} """  # noqa: E501
+For example, with the hand 2, 5, 9 and the target 19:
+{{"cards": ["2", "5", "9"], "number": [2, 5, 9], "formula": "2*5+9=19"}}
+"""
 _JSON_RULES = {
     "10": "The face cards J, Q and K each count 10.",
     "11-12-13": "The face cards count J = 11, Q = 12 and K = 13.",

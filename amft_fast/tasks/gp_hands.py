@@ -1,11 +1,12 @@
 """Hands of cards for General Points: which there are, how they are dealt, and which split each belongs to.
 
 A hand is known by its multiset of values, and by nothing else is it put into a split: whatever its order, its face
-cards or its target, it stays where it is. Nothing here draws random numbers: all that looks random is a hash.
+cards or its target, it stays where it is. What looks random in `deal` and `assign_split` is a hash: the same on every machine.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -63,6 +64,12 @@ def deal(hand: Sequence[int], target: int, rule: str, seed: int = 0) -> Problem:
     shuffled = sorted(enumerate(sorted(hand)), key=lambda pair: draw("order", *key, pair[0]))
     cards = tuple(_card(value, rule, draw("face", *key, i)) for i, value in shuffled)
     return Problem(cards, tuple(value for _, value in shuffled), target, rule)
+
+
+def shuffled_deal(hand: Sequence[int], target: int, rule: str, rng: random.Random) -> Problem:
+    """As `deal`, in an order and with face cards drawn from `rng`."""
+    order = rng.sample(list(hand), len(hand))
+    return Problem(tuple(_card(value, rule, rng.random()) for value in order), tuple(order), target, rule)
 
 
 def _card(value: int, rule: str, pick: float) -> str:
