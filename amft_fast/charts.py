@@ -110,8 +110,8 @@ def _label(value: float, step: float, percent: bool) -> str:
     """The text of a tick: all ticks of an axis with the same decimals."""
     if percent:
         return f"{100 * value:.{max(0, -math.floor(math.log10(100 * step) + 1e-9))}f}%"
-    if value and (step < 1e-3 or abs(value) >= 1e4):
-        return number(value)
+    if step < 1e-3 or abs(value) >= 1e4:
+        return number(value) if value else "0"
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     decimals += not math.isclose(round(step, decimals), step)  # steps of 0.25
     return f"{value:.{decimals}f}".replace("-", "−")
@@ -120,7 +120,7 @@ def _label(value: float, step: float, percent: bool) -> str:
 class Scale:
     """From values to pixels, linear or logarithmic, with ticks."""
 
-    def __init__(self, values: Sequence[float], pixels: tuple[float, float], log: bool = False) -> None:
+    def __init__(self, values: Sequence[float], pixels: tuple[float, float], log: bool = False, n: int = 4) -> None:
         self.log, self.pixels = log, pixels
         low, high = min(values), max(values)
         if log:
@@ -132,7 +132,7 @@ class Scale:
         else:
             if high - low < 1e-12 * max(abs(high), abs(low), 1e-9):
                 low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
-            self.ticks = ticks(low, high)
+            self.ticks = ticks(low, high, n)
             self.low, self.high = self.ticks[0], self.ticks[-1]
 
     def __call__(self, value: float) -> float:
@@ -179,20 +179,22 @@ def line_chart(
     """A figure with title, legend (each series with its last value), chart and note; empty when nothing is finite.
 
     `guides` are horizontal lines; `shaded` = (first, last, in x) is the warm-up; `include` are values the y axis must
-    reach. `log` None: logarithmic where all is positive and spans more than two decades.
+    reach. `log` None: logarithmic where all is positive and spans a factor of 30 or has spikes.
     """
     lines = [line for line in lines if line.finite()]
     if not lines:
         return Markup("")
     values = [y for line in lines for _, y in line.finite()]
     if log is None:
-        log = min(values) > 0 and max(values) / min(values) > 100
+        log = min(values) > 0 and (
+            max(values) > 30 * min(values) or max(values) > 10 * sorted(values)[len(values) // 2]
+        )
     if log:
         include = []
     reach = [y + s * e for line in lines for y, e in zip(line.ys, line.errors) for s in (-1, 1) if y is not None]
     y_of = Scale([*values, *(g.value for g in guides), *include, *([] if log else reach)], (HEIGHT - BOTTOM, TOP), log)
     xs = [x for line in lines for x, _ in line.finite()]
-    x_of = Scale([*xs, *(shaded or ())], (LEFT + 6, WIDTH - RIGHT - 6))
+    x_of = Scale([*xs, *(shaded or ())], (LEFT + 6, WIDTH - RIGHT - 6), n=5)
     if max(xs) > min(xs):  # steps need not end at a round number
         x_of.low, x_of.high = min(xs + list(shaded or ())), max(xs)
     parts = [_shade(x_of, shaded), _axes(x_of, y_of, percent)]
@@ -222,7 +224,7 @@ def stacked_bars(
     heights = [sum(column) for column in zip(*(h for _, _, h in layers))]
     if not heights or max(heights) <= 0:
         return Markup("")
-    x_of = Scale(edges, (LEFT + 6, WIDTH - RIGHT - 6))
+    x_of = Scale(edges, (LEFT + 6, WIDTH - RIGHT - 6), n=5)
     x_of.low, x_of.high = edges[0], edges[-1]
     y_of = Scale([0.0, max(heights)], (HEIGHT - BOTTOM, TOP))
     parts = [_axes(x_of, y_of, False)]

@@ -174,7 +174,7 @@ def _lines(record: Record, name: str, key: str, unique: bool) -> list[dict[str, 
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and type(row.get(key)) is int and row[key] >= 0:
+        if isinstance(row, dict) and type(row.get(key)) is int and 0 <= row[key] < 1 << 53:
             out.append(row)
         else:
             record.damaged[name] = record.damaged.get(name, 0) + 1
