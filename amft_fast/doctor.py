@@ -269,26 +269,22 @@ def backends(torch: ModuleType | None) -> Iterator[tuple[str, ...]]:
     half = device == "cuda"
     yield "parameters", "bf16" if half else "fp32", "with fp32 masters" if half else "bf16 gains nothing on most CPUs"
     yield from _explained(device)
-    yield from _multi_tensor(device)
     yield ("attention", *attention(device))
 
 
 def _explained(device: str) -> Iterator[tuple[str, ...]]:
+    """What ops.py says of its operations; the probe's dot-products alone when ops.py cannot be imported."""
     try:
         yield from importlib.import_module("amft_fast.ops").explain(device)
+        return
     except Exception as e:
         yield "loss head", "none", f"amft_fast.ops cannot be imported: {_brief(e)}"
-
-
-def _multi_tensor(device: str) -> Iterator[tuple[str, ...]]:
-    """The dot-products of the controller's probe."""
     try:
         words = importlib.import_module("amft_fast.multi_tensor").backends()[device]
     except Exception as e:
         yield "multi_tensor_dot", "none", _brief(e)
-        return
-    backend, _, reason = words.removesuffix(")").partition(" (" if "(" in words else ", ")
-    yield "multi_tensor_dot", backend, reason
+    else:
+        yield "multi_tensor_dot", words, ""
 
 
 def attention(device: str) -> tuple[str, str]:

@@ -47,14 +47,18 @@ class Record:
 
     @property
     def planned(self) -> int | None:
-        """Steps the config asks for, the warm-up's included."""
+        """Steps the config asks for, the warm-up's included; None when it gives a budget of tokens instead."""
         steps = finite(self.setting("train.steps"))
-        return None if steps is None else int(steps + (finite(self.setting("train.warmup_steps")) or 0))
+        if steps is None or self.setting("train.token_budget") is not None:
+            return None
+        return int(steps + (finite(self.setting("train.warmup_steps")) or 0))
 
     @property
     def finished(self) -> bool:
         """Whether summary.json is of the run as configured: after a resume with more steps it is of the earlier one."""
-        return bool(self.summary) and (finite(self.summary.get("steps")) or 0) >= (self.planned or 0)
+        budget = finite(self.setting("train.token_budget"))
+        reached, wanted = ("steps", self.planned) if budget is None else ("tokens", budget)
+        return bool(self.summary) and (finite(self.summary.get(reached)) or 0) >= (wanted or 0)
 
     @property
     def warmup(self) -> int:
@@ -72,7 +76,7 @@ class Record:
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on."""
+        """Tokens of the whole run, as the trainer counts them."""
         known = finite(self.summary.get("tokens")) if self.finished else None
         return int(sum(finite(m.get("tokens")) or 0 for m in self.metrics) if known is None else known)
 

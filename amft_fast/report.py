@@ -31,6 +31,8 @@ from amft_fast.report_plots import (
 
 METHODS = {
     "amft": "AMFT, μ learned by its meta-gradient",
+    "amft_no_meta": "AMFT without its meta-gradient",
+    "amft_no_entropy": "AMFT without its entropy term",
     "sft": "SFT, imitation alone",
     "rl": "RL alone",
     "sft_then_rl": "SFT, then RL",
@@ -124,7 +126,7 @@ def sentence(record: Record) -> str:
         device += f", {threads} threads"
     return (
         f"{METHODS.get(method, method)}, on {task}: {steps} in {duration(record.wall_s)} on {device}; "
-        f"{number(record.tokens)} tokens trained on."
+        f"{number(record.tokens)} tokens."
     )
 
 

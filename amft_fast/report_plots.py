@@ -161,7 +161,7 @@ def _grid(title: str, body: Markup, intro: str = "") -> Section | None:
 def mix_section(record: Record) -> Section | None:
     """μ, entropy against H*, reward: what the method is about."""
     xs, mus = record.series("mu")
-    learned = record.setting("train.method") == "amft"
+    learned = str(record.setting("train.method")).startswith("amft")
     bounds = [Guide(n, v) for n in ("mu_min", "mu_max") if (v := finite(record.setting(f"controller.{n}"))) is not None]
     body = line_chart(
         "Mixing weight μ",
@@ -254,27 +254,15 @@ def answers_section(record: Record) -> Section | None:
 
 CONTROLLER = (
     Plot(
-        "Signal",
-        (("controller/signal", "signal"),),
-        "Above 0 the held-out reward asks for more imitation, below 0 for more exploration.",
-        include=(0.0,),
-    ),
-    Plot(
-        "Signal to noise",
-        (("controller/snr", "SNR"),),
-        "Beyond ±2 the two halves of the held-out prompts agree on the signal; near 0 it is noise.",
-        include=(-2.0, 0.0, 2.0),
-    ),
-    Plot(
         "Gate",
         (("controller/gate", "gate"),),
         "Share of the meta step let through: near 0 the signal was too noisy to be followed.",
         include=(0.0, 1.0),
     ),
     Plot(
-        "Alignment with held-out reward",
-        (("controller/cos_sft", "imitation step"), ("controller/cos_rl", "exploration step")),
-        "Cosine of the utility gradient with each part's descent direction: the higher line is the part that helps more.",
+        "Alignment with the utility",
+        (("controller/cos_sft", "imitation"), ("controller/cos_rl", "exploration")),
+        "Cosine of the utility gradient with each part's step: the higher line is the part that helps held-out prompts more.",
         include=(0.0,),
     ),
     Plot(
@@ -282,20 +270,48 @@ CONTROLLER = (
         (("controller/ess", "effective share of samples"),),
         "How much the cached validation rollouts still say about the present policy; below min_ess they are redrawn.",
         percent=True,
-        guides=(("min_ess", "controller.min_ess"),),
+        guides=(("min_ess", "meta.min_ess"),),
         include=(0.0, 1.0),
     ),
+    Plot(
+        "Cache, success",
+        (("controller/success", "success"),),
+        "Of the cached validation rollouts: where all fail (or none), the reward has nothing to say about μ.",
+        percent=True,
+        include=(0.0,),
+    ),
+    Plot(
+        "Cache, groups",
+        (("controller/useful_groups", "of mixed success"), ("controller/demo_groups", "failed, demonstration instead")),
+        "Only prompts whose answers earn different rewards tell the two steps apart.",
+        include=(0.0,),
+    ),
 )
+# Told by other charts already, or counted in the section's first sentence.
+_TOLD = {"controller/mu_next", "controller/entropy", "controller/tokens", "controller/stderr"}
 
 
 def controller_section(record: Record) -> Section | None:
-    """Why μ moved: the parts of its changes, and what the meta-gradient was worth. For runs with `controller/` fields.
+    """Why μ moved: the parts of its moves, and what the meta-gradient was worth. For runs with `controller/` fields.
 
-    `controller/mu_meta` and `controller/mu_entropy` are the two parts of one update's change of μ.
+    `controller/mu_meta` and `controller/mu_entropy` are the two parts of one move of μ (of its logit with
+    `controller.space` logit). Fields without a chart of their own get a plain one.
     """
     fields = record.fields("controller/")
     if not fields:
         return None
+    body = _moves(record) + _signal(record)
+    shown = {f for plot in CONTROLLER for f, _ in plot.fields} | _TOLD
+    shown |= {f"controller/{name}" for name in ("mu_meta", "mu_entropy", "signal", "snr")}
+    others = [
+        Plot(f.removeprefix("controller/"), ((f, f.removeprefix("controller/")),)) for f in fields if f not in shown
+    ]
+    return _grid("Why μ moved", body + _plots(record, (*CONTROLLER, *others)), _controller_cost(record))
+
+
+def _moves(record: Record) -> Markup:
+    """Running sums of the two parts of μ's moves."""
+    what = "logit(μ)" if record.setting("controller.space") == "logit" else "μ"
     lines = []
     for i, (field, label) in enumerate((("mu_meta", "by the meta-gradient"), ("mu_entropy", "by the entropy term"))):
         xs, ys = record.series(f"controller/{field}")
@@ -304,26 +320,45 @@ def controller_section(record: Record) -> Section | None:
             total += y or 0.0
             sums.append(total)
         lines.append(Line(label, xs, sums, 1 + i))
-    body = line_chart(
-        "Change of μ since the start",
-        lines,
-        "Running sum of each part: together they are how far μ has gone, except where a bound held it.",
+    note = f"Running sum of each part: together they are how far {what} has gone, except where a bound held it."
+    return line_chart(f"Change of {what} since the start", lines, note, log=False, include=(0.0,))
+
+
+def _signal(record: Record) -> Markup:
+    """The signal with its standard error, and their ratio against the gate's threshold."""
+    xs, ys = record.series("controller/signal")
+    steps, errors = record.series("controller/stderr")
+    by_step = dict(zip(steps, errors))
+    bars = [by_step.get(x) or 0.0 for x in xs] if len(xs) <= 60 else ()
+    note = "Above 0 the utility asks for more imitation, below 0 for more exploration."
+    note += " Bars: one standard error." if any(bars) else ""
+    out = line_chart("Signal", [Line("signal", xs, ys, 1, errors=bars)], note, log=False, include=(0.0,))
+    gate = finite(record.setting("controller.snr_gate"))
+    guides = [Guide(name, v) for name, v in (("snr_gate", gate), ("−snr_gate", -gate))] if gate else []
+    return out + line_chart(
+        "Signal to noise",
+        smoothed(record, "controller/snr", "SNR"),
+        "Signal over its standard error, which the two halves of the held-out prompts give; near 0 it is noise.",
+        guides=guides,
         log=False,
         include=(0.0,),
     )
-    known = {f for plot in CONTROLLER for f, _ in plot.fields} | {"controller/mu_meta", "controller/mu_entropy"}
-    others = [
-        Plot(f.removeprefix("controller/"), ((f, f.removeprefix("controller/")),)) for f in fields if f not in known
-    ]
-    return _grid("Why μ moved", body + _plots(record, (*CONTROLLER, *others)))
+
+
+def _controller_cost(record: Record) -> str:
+    """What the controller took, in a sentence."""
+    seconds = sum(sum(s) for s in phase_seconds(record).values())
+    utility = sum(y or 0.0 for y in record.series("time/utility")[1])
+    tokens = sum(y or 0.0 for y in record.series("controller/tokens")[1])
+    parts = [f"{utility / seconds:.1%} of the recorded time"] if utility and seconds else []
+    parts += [f"{tokens / record.tokens:.1%} of the tokens"] if tokens and record.tokens else []
+    return f"The utility gradient took {' and '.join(parts)}." if parts else ""
 
 
 # ----------------------------------------------------------------------------------------------------------------- time
 
 
-THROUGHPUT = Plot(
-    "Throughput", (("tokens_per_s", "tokens/s"),), "Tokens trained on per second of a step.", include=(0.0,)
-)
+THROUGHPUT = Plot("Throughput", (("tokens_per_s", "tokens/s"),), "Tokens of a step per second of it.", include=(0.0,))
 
 
 def phase_seconds(record: Record) -> dict[str, list[float]]:

@@ -332,24 +332,32 @@ def test_command_prints_the_path(folder, capsys):
 
 def test_controller_section_comes_with_its_fields(folder):
     rows = [rl_step(i) for i in range(40)]
+    names = ("signal", "stderr", "snr", "gate", "cos_sft", "cos_rl", "ess", "success", "useful_groups", "something_new")
     for i in range(9, 40, 10):
+        rows[i] |= {f"controller/{name}": 0.01 * i for name in names}
         rows[i] |= {
-            f"controller/{k}": 0.01 * i for k in ("signal", "snr", "gate", "cos_sft", "cos_rl", "ess", "probe_cost")
+            "controller/mu_meta": -0.02,
+            "controller/mu_entropy": 0.01,
+            "controller/tokens": 500,
+            "time/utility": 0.05,
         }
-        rows[i] |= {"controller/mu_meta": -0.02, "controller/mu_entropy": 0.01}
-    run = folder(**{"metrics.jsonl": lines(rows)})
+    config = {"train": {"method": "amft", "steps": 40}}
+    run = folder(config=config, **{"metrics.jsonl": lines(rows), "summary.json": None})
     words = page(run).words
-    assert "Why μ moved" in words
-    for title in (
-        "Change of μ since the start",
-        "Signal to noise",
-        "Gate",
-        "Alignment with held-out reward",
-        "probe_cost",
-    ):
+    assert "Why μ moved" in words and "took 0.5% of the recorded time and 5.0% of the tokens" in words
+    titles = ("Change of μ since the start", "Signal to noise", "Gate", "Alignment with the utility", "Cache, groups")
+    for title in (*titles, "something_new", "mu_min 0.05"):
         assert title in words
-    assert "by the meta-gradient −0.08" in words and "by the entropy term 0.04" in words  # running sums of four updates
+    assert "by the meta-gradient −0.08" in words and "by the entropy term 0.04" in words  # running sums of four moves
     assert controller_section(records.Record(run, metrics=[rl_step(0)])) is None
+
+
+def test_run_with_a_token_budget(folder):
+    config = "[train]\nmethod = 'rl'\nsteps = 9\ntoken_budget = 4000\n"
+    record = records.read(folder(**{"config.toml": config}))
+    assert record.finished and record.planned is None
+    record.config["train"]["token_budget"] = 5000
+    assert not record.finished and "4 steps are done" in report.warnings(record)[0]
 
 
 def test_1000_steps_in_under_5_seconds(folder):
