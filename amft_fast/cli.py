@@ -1,9 +1,10 @@
-"""The command line: amft-fast train | eval | report | doctor."""
+"""The command line: amft-fast train | eval | compare | report | doctor."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -31,6 +32,16 @@ def build_parser() -> argparse.ArgumentParser:
     ev.add_argument("--model", help="checkpoint folder or hub name, instead of model.path")
     ev.add_argument("--out", help="write the figures to this JSON file as well")
 
+    compare = commands.add_parser("compare", help="run several methods at equal compute and tabulate them", epilog=EPILOG)
+    compare.add_argument("config", help="TOML file")
+    compare.add_argument(
+        "--methods", required=True, help="comma-separated: method[:mu][+section.field=value...], e.g. rl,fixed:0.2,amft:0.9"
+    )
+    compare.add_argument("--seeds", type=int, default=3, help="seeds per method (default %(default)s)")
+    compare.add_argument("--out", default="runs/compare", help="folder of the study (default %(default)s)")
+    compare.add_argument("--cores", type=int, default=os.cpu_count(), help="runs at a time, one core each (default: all)")
+    compare.add_argument("--budget", type=int, help="tokens per run (default: what train.steps of fixed:0.5 take)")
+
     report = commands.add_parser("report", help="write report.html of a run anew")
     report.add_argument("run", help="folder of a run")
 
@@ -42,10 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code. A user's mistake is one sentence on stderr and exit code 2."""
     parser = build_parser()
     args, flags = parser.parse_known_args(argv)
-    if flags and args.command not in ("train", "eval"):
+    if flags and args.command not in ("train", "eval", "compare"):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
-        return {"train": _train, "eval": _eval, "report": _report, "doctor": _doctor}[args.command](args, flags)
+        return {"train": _train, "eval": _eval, "compare": _compare, "report": _report, "doctor": _doctor}[args.command](args, flags)
     except UserError as e:
         print(f"amft-fast: {e}", file=sys.stderr)
         return 2
@@ -115,6 +126,16 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
     if args.out:
         Path(args.out).write_text(json.dumps({"model": cfg.model.path, "results": result}, indent=1))
     return 0
+
+
+def _compare(args: argparse.Namespace, flags: list[str]) -> int:
+    from amft_fast.compare import compare
+
+    for name in ("seeds", "cores"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    methods = [m for m in args.methods.split(",") if m]
+    return compare(args.config, methods, args.seeds, Path(args.out), args.cores, args.budget, flags)
 
 
 def _report(args: argparse.Namespace, flags: list[str]) -> int:

@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from amft_fast.interfaces import UserError
 
-# Methods and what they need: demonstrations, rollouts.
-METHODS = ("amft", "sft", "rl", "sft_then_rl", "fixed", "linear", "cosine")
+# What train.method may be; the LEARNED ones have a controller that learns mu.
+METHODS = ("amft", "amft_no_meta", "amft_no_entropy", "sft", "rl", "sft_then_rl", "fixed", "linear", "cosine")
+LEARNED = ("amft", "amft_no_meta", "amft_no_entropy")
 
 
 class Section(BaseModel):
@@ -117,6 +118,9 @@ class TrainConfig(Section):
     """amft learns mu; fixed, linear and cosine are schedules of mu; sft, rl and sft_then_rl are what they say."""
     steps: int = Field(200, ge=1)
     """Steps after the warm-up. A step draws rollouts once and makes `minibatches_per_rollout` updates."""
+    token_budget: int | None = Field(None, ge=1)
+    """End after so many tokens instead of `steps`: tokens sampled plus tokens trained on, the controller's own included.
+    Schedules and evaluations are then spread over the budget as they are over `steps` otherwise."""
     warmup_steps: int = Field(0, ge=0)
     """Updates on demonstrations alone before the first step; the entropy target is measured after them."""
     lr: float = Field(1e-6, gt=0)
@@ -200,7 +204,7 @@ class AdvantageConfig(Section):
 
 
 class ControllerConfig(Section):
-    """The mixing weight mu of L = mu L_SFT + (1 - mu) L_RL."""
+    """The mixing weight mu of L = mu L_SFT + (1 - mu) L_RL, and how it is learned; see controller.py."""
 
     mu_init: float = Field(0.5, gt=0, lt=1)
     """Where mu starts; method `fixed` holds it there."""
@@ -212,12 +216,53 @@ class ControllerConfig(Section):
     """First mu of the methods linear and cosine."""
     schedule_end: float = Field(0.1, ge=0, le=1)
     """Last mu of the methods linear and cosine."""
+    signal: Literal["balanced", "cosine", "rms", "raw", "random"] = "balanced"
+    """What the probe's dot-products become; random is a control with the sign of balanced drawn by lot."""
+    space: Literal["mu", "logit"] = "mu"
+    """Whether steps are taken in mu itself or in its logit."""
+    window: int = Field(10, ge=1)
+    """Steps over which the signal is averaged before mu moves once; one utility gradient serves them all."""
+    start_step: int = Field(0, ge=0)
+    """Steps after the warm-up before the first window."""
+    eta_mu: float = Field(0.3, ge=0)
+    """Gain from the signal to mu (or its logit)."""
+    max_step: float = Field(0.05, gt=0)
+    """Bound on the signal's part of one move."""
+    eta_entropy: float = Field(0.02, ge=0)
+    """Gain from the entropy's shortfall H* - H to mu."""
+    snr_gate: float = Field(1.0, ge=0)
+    """Signal-to-noise ratio under which the signal moves nothing: its step is scaled by max(0, 1 - (snr_gate / SNR)^2).
+    0: no gate."""
+    noise_memory: float = Field(0.7, ge=0, lt=1)
+    """Decay per window of the running estimate of the signal's standard error."""
 
     @model_validator(mode="after")
     def _check(self) -> ControllerConfig:
         if not self.mu_min < self.mu_max:
             raise ValueError(f"mu_min must be below mu_max, got {self.mu_min} and {self.mu_max}")
         return self
+
+
+class MetaConfig(Section):
+    """The utility gradient, whose products with the two gradients tell mu where to go; see meta_gradient.py."""
+
+    utility: Literal["reward", "nll", "hybrid"] = "reward"
+    """reward: policy gradient on rollouts of held-out prompts; nll: likelihood of held-out demonstrations; hybrid: reward,
+    and the demonstration where no rollout of a prompt succeeds."""
+    prompts: int = Field(64, ge=2)
+    """Validation prompts that the utility is taken on."""
+    num_generations: int = Field(8, ge=2)
+    """Rollouts per validation prompt."""
+    refresh_share: float = Field(0.25, gt=0, le=1)
+    """Share of the cached rollouts redrawn for each new utility gradient, oldest first; 1: all of them."""
+    min_ess: float = Field(0.3, ge=0, le=1)
+    """Relative effective sample size of the cache's importance weights under which it is redrawn whole."""
+    is_cap: float = Field(2.0, gt=0)
+    """Cap of the token-level importance weights of cached rollouts."""
+    demo_weight: float = Field(1.0, gt=0)
+    """Weight of a demonstration against a rollout group in the hybrid utility."""
+    precondition: Literal["auto", "none", "plain", "exact"] = "auto"
+    """The optimizer's Jacobian in the signals raw and rms: none (SGD), AdamW's plain or exact diagonal; auto: by optimizer."""
 
 
 class RolloutConfig(Section):
@@ -320,6 +365,7 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     controller: ControllerConfig = ControllerConfig()
+    meta: MetaConfig = MetaConfig()
     rollout: RolloutConfig = RolloutConfig()
     engine: EngineConfig = EngineConfig()
     eval: EvalConfig = EvalConfig()
@@ -329,7 +375,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         c = self.controller
-        learned = self.train.method == "amft"
+        learned = self.train.method in LEARNED
         if learned and not c.mu_min <= c.mu_init <= c.mu_max:
             raise ValueError(
                 f"controller.mu_init must lie in [mu_min, mu_max] = [{c.mu_min}, {c.mu_max}], got {c.mu_init}"

@@ -1,39 +1,47 @@
-"""μ over the course of a run: the schedules, and (method amft) the learned controller.
+"""μ over the course of a run: schedules, and the learned controller of method amft.
 
-A controller is asked for μ at the start of a step and told afterwards what the step measured. Its state is a plain dict of
-JSON values that goes into checkpoints.
+The learned controller works in windows of K steps. At a window's start the loop takes a utility gradient u = ∇(−U) (two
+halves, see meta_gradient.py); at every step of the window the probe gives its dot-products with that step's two gradients; at
+the window's end μ moves once:
+
+    s     = mean over the window of the signal, in which a positive value says that imitation helps the utility more
+    σ     = standard error of s, from the two halves of u, remembered over windows
+    gate  = max(0, 1 − (snr_gate · σ / s)²)
+    Δμ    = clip(η_μ · s · gate, ±max_step) + η_H · (H* − H),        μ kept in [μ_min, μ_max]
+
+Signals, per half k, with X the difference of the two gradients' unit vectors or of the gradients themselves:
+
+    balanced   ⟨u_k, g_SFT/|g_SFT| − g_RL/|g_RL|⟩ / |u|     separate cosines: neither gradient's length outweighs the other
+    cosine     ⟨u_k, g_SFT − g_RL⟩ / (|u| |g_SFT − g_RL|)
+    raw        η ⟨u_k, P ∘ c(I − ĝĝᵀ)(g_SFT − g_RL)⟩        the derivative dU/dμ itself, of one real optimizer step
+    rms        raw, divided by its own running root mean square
+    random     balanced with a sign drawn by lot in each window: a control
+
+A controller is asked for μ at the start of a step and told afterwards what the step measured. Its state is plain JSON.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
-from amft_fast.config import Config
-
-
-class Controller(Protocol):
-    """What the training loop asks of a controller."""
-
-    def mu(self, step: int) -> float: ...
-    def imitates_only(self, step: int) -> bool: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+from amft_fast.config import LEARNED, Config
+from amft_fast.multi_tensor import mixing_slope, named_sums
+from amft_fast.rollout.episodes import sample_seed
 
 
 class Schedule:
     """μ as a fixed function of the progress 0..1 through the run."""
 
+    learned = False
+
     def __init__(self, shape: Callable[[float], float], steps: int) -> None:
         self.shape, self.steps = shape, steps
 
-    def mu(self, step: int) -> float:
-        return self.shape(step / max(self.steps - 1, 1))
-
-    def imitates_only(self, step: int) -> bool:
-        """Whether a step at this point takes demonstrations alone (then `train.sft_lr` applies)."""
-        return self.mu(step) == 1.0
+    def mu(self, clock: float) -> float:
+        """μ at `clock`, a position between 0 and the number of steps (see Trainer.clock)."""
+        return self.shape(min(clock / max(self.steps - 1, 1), 1.0))
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -42,9 +50,138 @@ class Schedule:
         """A schedule depends on the step alone."""
 
 
-def make(cfg: Config) -> Controller:
+class MetaController:
+    """Learns μ from the probe and the policy's entropy; `meta` and `entropy` switch its two parts."""
+
+    learned = True
+
+    def __init__(self, cfg: Config, meta: bool = True, entropy: bool = True) -> None:
+        self.cfg, self.c = cfg, cfg.controller
+        self.has_meta, self.has_entropy = meta, entropy
+        self.value = self.c.mu_init
+        self.windows = 0
+        self.variance: float | None = None  # running σ² of the window's signal
+        self.mean_square = 0.0  # of the raw signal, for rms
+        self.at_bound = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.sums = dict.fromkeys(("half1", "half2", "cos_sft", "cos_rl", "entropy"), 0.0)
+        self.probed = self.seen = 0
+
+    def mu(self, clock: float) -> float:
+        return self.value
+
+    def starts_window(self, step: int) -> bool:
+        """Whether a fresh utility gradient is due before this step."""
+        t = step - self.c.start_step
+        return self.has_meta and t >= 0 and t % self.c.window == 0
+
+    def probes(self, step: int) -> bool:
+        return self.has_meta and step >= self.c.start_step
+
+    def observe(self, step: int, sums: list[float] | None, clip: float, lr: float, entropy: float, target: float):
+        """What one step measured: the probe's sums (None on a step without), its clip coefficient, the mean entropy.
+
+        Returns the figures of μ's move at the end of a window, else an empty dict.
+        """
+        if step < self.c.start_step:
+            return {}
+        if sums is not None:
+            self._take_probe(dict(named_sums(sums, self.value)), clip, lr)
+        self.sums["entropy"] += entropy
+        self.seen += 1
+        last = (step - self.c.start_step + 1) % self.c.window == 0
+        return self._move(target) if last else {}
+
+    def _take_probe(self, n: dict[str, float], clip: float, lr: float) -> None:
+        norm_u = math.sqrt(max(n["v1_v1"] + n["v2_v2"] + 2 * n["v1_v2"], 0.0)) / 2
+        norm_sft, norm_rl = math.sqrt(n["sft_sft"]), math.sqrt(n["rl_rl"])
+        halves = [self._signal(n, v, norm_u, clip, lr) for v in ("v1", "v2")]
+        if not all(map(math.isfinite, halves)):
+            return  # a step that was not finite is skipped by the guard; it says nothing about μ either
+        self.sums["half1"] += halves[0]
+        self.sums["half2"] += halves[1]
+        self.sums["cos_sft"] += _ratio(n["v1_sft"] + n["v2_sft"], 2 * norm_u * norm_sft)
+        self.sums["cos_rl"] += _ratio(n["v1_rl"] + n["v2_rl"], 2 * norm_u * norm_rl)
+        self.probed += 1
+
+    def _signal(self, n: dict[str, float], v: str, norm_u: float, clip: float, lr: float) -> float:
+        """The signal of one half of u: it is linear in u, so the whole signal is the mean of the two."""
+        kind = self.c.signal
+        if kind in ("balanced", "random"):
+            norm_sft, norm_rl = math.sqrt(n["sft_sft"]), math.sqrt(n["rl_rl"])
+            return _ratio(n[f"{v}_sft"], norm_u * norm_sft) - _ratio(n[f"{v}_rl"], norm_u * norm_rl)
+        if kind == "cosine":
+            return _ratio(n[f"{v}_d"], norm_u * math.sqrt(max(n["d_d"], 0.0)))
+        return lr * mixing_slope(n, v, self._diagonal(), clip)
+
+    def _diagonal(self) -> str | None:
+        p = self.cfg.meta.precondition
+        if p == "auto":
+            p = "exact" if self.cfg.train.optimizer == "adamw" else "none"
+        return None if p == "none" else p
+
+    def _move(self, target: float) -> dict[str, float]:
+        """μ's one move at the end of a window."""
+        c = self.c
+        figures: dict[str, float] = {}
+        meta = self._meta_part(figures) if self.probed else 0.0
+        entropy = self.sums["entropy"] / max(self.seen, 1)
+        pull = c.eta_entropy * (target - entropy) if self.has_entropy else 0.0
+        if c.space == "logit":
+            logit = math.log(self.value / (1 - self.value)) + meta + pull
+            moved = 1 / (1 + math.exp(-logit))
+        else:
+            moved = self.value + meta + pull
+        self.value = min(max(moved, c.mu_min), c.mu_max)
+        self.at_bound = self.at_bound + 1 if self.value in (c.mu_min, c.mu_max) else 0
+        self.windows += 1
+        self._clear()
+        figures |= {"mu_meta": meta, "mu_entropy": pull, "mu_next": self.value, "entropy": entropy}
+        return {f"controller/{k}": v for k, v in figures.items()}
+
+    def _meta_part(self, figures: dict[str, float]) -> float:
+        c, n = self.c, self.probed
+        half1, half2 = self.sums["half1"] / n, self.sums["half2"] / n
+        signal = (half1 + half2) / 2
+        if c.signal == "random":
+            signal = abs(signal) * (1 if sample_seed(self.cfg.run.seed, "random sign", self.windows) % 2 else -1)
+        square = ((half1 - half2) / 2) ** 2
+        self.variance = square if self.variance is None else c.noise_memory * self.variance + (1 - c.noise_memory) * square
+        error = math.sqrt(self.variance)
+        if c.signal == "rms":
+            self.mean_square = 0.9 * self.mean_square + 0.1 * signal**2
+            scale = math.sqrt(self.mean_square / (1 - 0.9 ** (self.windows + 1)))
+            signal, error = _ratio(signal, scale), _ratio(error, scale)
+        snr = _ratio(signal, error)
+        gate = max(0.0, 1 - (c.snr_gate / snr) ** 2) if snr else 0.0
+        if c.snr_gate == 0:
+            gate = 1.0
+        figures |= {"signal": signal, "stderr": error, "snr": snr, "gate": gate}
+        figures |= {"cos_sft": self.sums["cos_sft"] / n, "cos_rl": self.sums["cos_rl"] / n}
+        return min(max(c.eta_mu * signal * gate, -c.max_step), c.max_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        keys = ("value", "windows", "variance", "mean_square", "at_bound", "sums", "probed", "seen")
+        return {k: getattr(self, k) for k in keys}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for key, value in state.items():
+            setattr(self, key, value)
+
+
+def _ratio(a: float, b: float) -> float:
+    """a / b, and 0 where b is 0: a utility without spread, or a gradient that vanished, says nothing."""
+    return a / b if b > 0 else 0.0
+
+
+
+def make(cfg: Config) -> Schedule | MetaController:
     """The controller that `train.method` names."""
     c, t = cfg.controller, cfg.train
+    if t.method in LEARNED:
+        return MetaController(cfg, meta=t.method != "amft_no_meta", entropy=t.method != "amft_no_entropy")
     start, end = c.schedule_start, c.schedule_end
     shapes: dict[str, Callable[[float], float]] = {
         "sft": lambda x: 1.0,

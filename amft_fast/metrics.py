@@ -119,6 +119,7 @@ class Progress:
 
     def __init__(self, total: int, start: int, every: int, enabled: bool | None) -> None:
         self.total, self.every, self.begin, self.start = total, every, time.perf_counter(), start
+        self.said = -1
         self.bar = None
         if enabled if enabled is not None else sys.stderr.isatty():
             from tqdm import tqdm
@@ -131,7 +132,8 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(done - self.bar.n)
-        elif done % self.every == 0 or done == self.total:
+        elif done // self.every > self.said or done == self.total:
+            self.said = done // self.every
             rate = (time.perf_counter() - self.begin) / max(done - self.start, 1)
             eta = rate * (self.total - done)
             self.say(f"step {done}/{self.total}  {text}  eta {eta // 60:.0f}m{eta % 60:02.0f}s")

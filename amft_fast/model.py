@@ -78,9 +78,10 @@ class Policy(nn.Module):
         out = backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
         return out.last_hidden_state.flatten(0, 1).index_select(0, batch.rows)
 
-    def forward(self, batch: Batch) -> PolicyOutput:
+    def forward(self, batch: Batch, objective: ObjectiveConfig | None = None) -> PolicyOutput:
+        """The loss of one micro-batch; `objective` stands in for the run's own (the utility gradient has another)."""
         hidden_NH = self.hidden_rows(batch)
-        o = self.objective
+        o = objective or self.objective
         old, behavior = batch.get("old_logprobs"), batch.get("behavior_logprobs")
         ref = batch.get("ref_logprobs")
         # A parameter's bias is rare but must not be lost (GPT-2 style heads).

@@ -8,12 +8,15 @@ import torch
 from amft_kernels.linear_logprob import linear_logprob
 from amft_kernels.linear_policy_loss import PolicyLoss, linear_policy_loss
 
-__all__ = ["PolicyLoss", "explain", "linear_logprob", "linear_policy_loss"]
+from amft_fast.multi_tensor import AdamState, backends, multi_tensor_dot
+
+__all__ = ["AdamState", "PolicyLoss", "explain", "linear_logprob", "linear_policy_loss", "multi_tensor_dot"]
 
 
 def explain(device: torch.device | str) -> list[tuple[str, str, str]]:
     """(operation, backend used on `device`, reason) for each operation."""
-    cuda = torch.device(device).type == "cuda"
+    kind = torch.device(device).type
+    cuda = kind == "cuda"
     triton = importlib.util.find_spec("triton") is not None
     if cuda and triton:
         head = ("triton", "CUDA device and triton are there")
@@ -21,4 +24,6 @@ def explain(device: torch.device | str) -> list[tuple[str, str, str]]:
         head = ("torch", "CUDA device, but triton is not installed: pip install triton")
     else:
         head = ("torch", "chunked torch is the CPU path; Triton needs a GPU")
-    return [("linear_policy_loss", *head), ("linear_logprob", *head)]
+    dot, _, why = backends()[kind].partition(" (")
+    native = ("multi_tensor_dot", dot, why.rstrip(")") or "the native extension was built at install")
+    return [("linear_policy_loss", *head), ("linear_logprob", *head), native]

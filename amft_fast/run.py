@@ -193,7 +193,7 @@ def finish(cfg: Config, trainer: Any, folder: Path) -> None:
         "method": cfg.train.method,
         "task": cfg.task.name,
         "seed": cfg.run.seed,
-        "steps": trainer.total,
+        "steps": trainer.step,
         "wall_s": trainer.wall(),
         "tokens": trainer.tokens,
         "mu_first": trainer.mus[0] if trainer.mus else None,

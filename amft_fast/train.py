@@ -20,8 +20,9 @@ import torch
 from amft_fast import checkpoint, controller, objective
 from amft_fast.batch import Sequence, micro_batches, scatter
 from amft_fast.config import Config
-from amft_fast.evaluate import evaluate
+from amft_fast.evaluate import choose, evaluate
 from amft_fast.interfaces import Item, Sample, Sampling, UserError
+from amft_fast.meta_gradient import Utility, UtilityGradient
 from amft_fast.metrics import PHASES
 from amft_fast.model import MAXES, SUMS
 from amft_fast.rollout import episodes
@@ -60,11 +61,14 @@ class Trainer:
         self.demos = self.task.demos("train")
         self.prompt_stream = Stream(len(self.prompts), cfg.run.seed, "prompts")
         self.demo_stream = Stream(max(len(self.demos), 1), cfg.run.seed, "demos")
+        self.utility_gradient = self._make_utility() if self.controller.learned else None
+        self.utility: Utility | None = None  # u of the present window
         self.reference: torch.nn.Module | None = None
         self.total = cfg.train.warmup_steps + cfg.train.steps
         self.step = 0
         self.entropy_target: float | None = None
-        self.evaluated_step = -1
+        self.evaluated_step, self.evaluations = -1, 0
+        self.warmup_tokens = 0
         self.mus: list[float] = []
         self.tokens = 0
         self.wall_before = 0.0
@@ -72,6 +76,22 @@ class Trainer:
         self.best: float | None = None
         self.results: dict[str, Any] = {}
         self._check_needs()
+
+    def _make_utility(self) -> UtilityGradient:
+        """The held-out prompts that μ is learned on, with their demonstrations."""
+        items = choose(self.task.prompts("val"), self.cfg.meta.prompts)
+        if len(items) < 2:
+            raise UserError(f"method {self.cfg.train.method!r} needs at least 2 validation prompts, the task has {len(items)}")
+        return UtilityGradient(
+            self.cfg.meta,
+            items,
+            {d.id: d for d in self.task.demos("val")} if self.cfg.meta.utility != "reward" else {},
+            self.encoder,
+            self.engine,
+            self.cfg.train.micro_batch_tokens,
+            self.packed,
+            self.cfg.rollout.temperature,
+        )
 
     def _check_needs(self) -> None:
         """What the method needs must be there, before any time is spent."""
@@ -85,6 +105,22 @@ class Trainer:
         if not self.prompts:
             raise UserError("the task has no training prompts")
 
+    @property
+    def finished(self) -> bool:
+        budget = self.cfg.train.token_budget
+        return self.step >= self.total if budget is None else self.tokens >= budget
+
+    @property
+    def clock(self) -> float:
+        """The position of the run on a scale of `train.steps`: steps after the warm-up, or the token budget's used share."""
+        cfg = self.cfg.train
+        if cfg.token_budget is None:
+            return self.step - cfg.warmup_steps
+        if self.step < cfg.warmup_steps:
+            return -1
+        used = (self.tokens - self.warmup_tokens) / max(cfg.token_budget - self.warmup_tokens, 1)
+        return min(used, 1.0) * cfg.steps
+
     # ------------------------------------------------------------------------------------------------------ the loop
 
     def run(self) -> None:
@@ -93,13 +129,14 @@ class Trainer:
             while True:
                 if self.evaluation_due():
                     self.evaluate()
-                if self.step == self.total:
+                if self.finished:
                     break
                 if self.checkpoint_due():
                     self.save()
                 if self.should_stop():
                     raise InterruptedError
                 if self.step == self.cfg.train.warmup_steps and self.entropy_target is None:
+                    self.warmup_tokens = self.tokens
                     self.after_warmup()
                 self.record(self.train_step())
         except InterruptedError:
@@ -112,40 +149,62 @@ class Trainer:
         cfg = self.cfg.train
         begin = time.perf_counter()
         t = self.step - cfg.warmup_steps
-        mu = 1.0 if t < 0 else self.controller.mu(t)
+        mu = 1.0 if t < 0 else self.controller.mu(self.clock)
         rewind = self.prompt_stream.position, self.demo_stream.position
         try:
             samples = self.draw_rollouts() if mu < 1 else []
+            utility_figures = self.begin_window(t)
         except InterruptedError:  # nothing has changed yet: on resume the same step draws the same samples
             self.prompt_stream.position, self.demo_stream.position = rewind
             raise
         sft = self.draw_demos() if mu > 0 else []
         with self.phases("advantage"):
             rl = self.judge(samples)
-        lr = self.learning_rate(t)
+        lr = self.learning_rate(t, mu)
         self.engine.set_lr(lr)
 
         sums, maxes, norms = [], [], []
+        probe = None
         for k in range(cfg.minibatches_per_rollout):
             m = cfg.minibatches_per_rollout
+            probed = k == 0 and t >= 0 and self.controller.learned and self.controller.probes(t)
             with self.phases("update"):
-                s, x, norm = self.update(_share(sft, k, m), _share(rl, k, m), mu)
+                s, x, norm, sweep = self.update(_share(sft, k, m), _share(rl, k, m), mu, probed)
             sums.append(s), maxes.append(x), norms.append(norm)
+            probe = sweep if probed else probe
         self.step += 1
         with self.phases("sync"):
             self.rollouts.sync(self.engine.named_full_params(), self.step)
-        figures = self.read_figures(sums, maxes, norms)
+        figures = self.read_figures(sums, maxes, norms, probe)
+        if self.controller.learned and t >= 0:
+            seen = figures.pop("probe", None)
+            figures |= self.controller.observe(t, *(seen or (None, 1.0)), lr, figures["entropy"], self.entropy_target)
+            figures |= utility_figures
+            self.warn_at_bound()
         record = {"step": self.step - 1, "phase": "warmup" if t < 0 else "train", "mu": mu, "lr": lr, **figures}
         record |= rollout_figures(samples)
         if t >= 0:
             self.mus = [*(self.mus[:1] or [mu]), mu]
         seconds = time.perf_counter() - begin
-        tokens = int(sum(len(s.ids) for s in sft + rl))
+        tokens = int(sum(len(s.ids) for s in sft + rl) + sum(sum(s.loss_mask) for s in samples))
+        tokens += int(utility_figures.get("controller/tokens", 0))
         self.tokens += tokens
         record |= {"entropy_target": self.entropy_target, "tokens": tokens, "tokens_per_s": tokens / seconds}
         record |= {"seconds": seconds, **{f"time/{k}": v for k, v in self.phases.read().items() if k in PHASES}}
         self.keep_samples(samples)
         return record
+
+    def begin_window(self, t: int) -> dict[str, float]:
+        """At the start of a window: the utility gradient u that the probes of its steps are taken with."""
+        if t < 0 or not self.controller.learned or not self.controller.starts_window(t):
+            return {}
+
+        def draw(items: list[Item], step: int) -> list[Sample]:
+            return self.sample(items, self.cfg.rollout.temperature, ("utility", step), self.cfg.meta.num_generations)
+
+        with self.phases("utility"):
+            self.utility = self.utility_gradient.compute(self.step, draw)
+        return {f"controller/{k}": v for k, v in self.utility.figures.items()}
 
     def draw_rollouts(self) -> list[Sample]:
         """G answers to each of the step's prompts, judged by the task."""
@@ -204,27 +263,41 @@ class Trainer:
             return self.cfg.train.packing
         return "flash" in str(getattr(self.policy.model.config, "_attn_implementation", ""))
 
-    def update(self, sft: list[Sequence], rl: list[Sequence], mu: float):
-        """One optimizer update on L = μ L_SFT + (1−μ) L_RL; SFT and RL rows ride in the same calls of the head."""
+    def update(self, sft: list[Sequence], rl: list[Sequence], mu: float, probed: bool = False):
+        """One optimizer update on L = μ L_SFT + (1−μ) L_RL.
+
+        Plain: SFT and RL rows ride in the same calls of the head. Probed: two sweeps, with the dot-products taken after.
+        """
         value_coef = self.cfg.advantage.value_coef if self.policy.value_head is not None else 0.0
         counts = objective.count_tokens(sft, rl)
-        weighed = objective.weigh_sft(sft, mu, counts.sft)
-        weighed += objective.weigh_rl(rl, mu, counts.rl, self.cfg.objective, value_coef)
+        sft = objective.weigh_sft(sft, mu, counts.sft)
+        rl = objective.weigh_rl(rl, mu, counts.rl, self.cfg.objective, value_coef)
+        if not probed:
+            return *self.sweep(sft + rl), self.engine.step(), None
+        sft_sums, sft_maxes = self.sweep(sft)
+        self.engine.end_sweep("sft")
+        rl_sums, rl_maxes = self.sweep(rl)
+        self.engine.end_sweep("rl")
+        probe = self.engine.probe(self.utility.halves)
+        return sft_sums + rl_sums, torch.maximum(sft_maxes, rl_maxes), self.engine.step(), probe
+
+    def sweep(self, sequences: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Backward over all micro-batches of these sequences; statistics as device sums and maxima."""
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.engine.device)
         maxes = torch.zeros(len(MAXES), dtype=torch.float64, device=self.engine.device)
-        for batch in micro_batches(weighed, self.cfg.train.micro_batch_tokens, self.packed):
+        for batch in micro_batches(sequences, self.cfg.train.micro_batch_tokens, self.packed):
             out = self.engine.backward(batch)
             sums += out.sums
             maxes = torch.maximum(maxes, out.maxes)
-        return sums, maxes, self.engine.step()
+        return sums, maxes
 
-    def learning_rate(self, t: int) -> float:
+    def learning_rate(self, t: int, mu: float) -> float:
         """The learning rate of step t after the warm-up (negative: in it)."""
         cfg = self.cfg.train
-        if t < 0 or self.controller.imitates_only(t):
+        if mu == 1:
             return cfg.sft_lr or cfg.lr
         ramp = min(1.0, (t + 1) / cfg.lr_warmup_steps) if cfg.lr_warmup_steps else 1.0
-        progress = t / max(cfg.steps, 1)
+        progress = self.clock / cfg.steps
         shape = {
             "constant": 1.0,
             "linear": 1 - 0.9 * progress,
@@ -244,15 +317,16 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- what is recorded
 
-    def read_figures(self, sums: list, maxes: list, norms: list) -> dict[str, Any]:
+    def read_figures(self, sums: list, maxes: list, norms: list, probe: tuple | None) -> dict[str, Any]:
         """Means over the step's tokens, from device sums; the one transfer of a step from the device."""
         guard = torch.stack([self.engine.bad_in_row, self.engine.bad_total]).double()
         n, m = len(SUMS), len(MAXES)
-        values = torch.cat(
-            [torch.stack(sums).sum(0), torch.stack(maxes).amax(0), torch.stack(norms).double().mean()[None], guard]
-        ).tolist()
+        parts = [torch.stack(sums).sum(0), torch.stack(maxes).amax(0), torch.stack(norms).double().mean()[None], guard]
+        if probe is not None:
+            parts += [probe[0], probe[1].reshape(1)]
+        values = torch.cat(parts).tolist()
         s, x = dict(zip(SUMS, values[:n])), dict(zip(MAXES, values[n : n + m]))
-        grad_norm, bad_in_row, bad_total = values[n + m :]
+        grad_norm, bad_in_row, bad_total, *probed = values[n + m :]
         sft, rl = max(s["sft_tokens"], 1), max(s["rl_tokens"], 1)
         out: dict[str, Any] = {"loss": s["loss"] / len(sums), "grad_norm": grad_norm, "skipped_total": int(bad_total)}
         if s["sft_tokens"]:
@@ -275,7 +349,16 @@ class Trainer:
             if self.policy.value_head is not None:
                 out["value_loss"] = s["value_loss"] / rl
         self.guard(out, int(bad_in_row))
+        if probe is not None:
+            out["probe"] = (probed[:-1], probed[-1])
         return out
+
+    def warn_at_bound(self) -> None:
+        if self.controller.at_bound == 3:
+            self.files.say(
+                f"step {self.step - 1}: mu has sat at its bound {self.controller.value:g} for 3 windows: the controller would "
+                "go further than controller.mu_min and mu_max allow"
+            )
 
     def guard(self, figures: dict[str, Any], bad_in_row: int) -> None:
         """Names an update that was skipped because something was not finite; gives up after several in a row."""
@@ -296,7 +379,9 @@ class Trainer:
         self.files.metrics.write(record)
         self.files.tensorboard.write(record["step"], record)
         shown = ("mu", "success", "sft_loss", "entropy", "grad_norm")
-        self.files.progress.step(self.step, {k: record.get(k) for k in shown})
+        budget = self.cfg.train.token_budget
+        done = self.step if budget is None else self.cfg.train.warmup_steps + int(self.clock)
+        self.files.progress.step(done, {k: record.get(k) for k in shown})
 
     def keep_samples(self, samples: list[Sample]) -> None:
         """A few completions of this step for the report: the first group, then one of each following."""
@@ -319,13 +404,16 @@ class Trainer:
     # --------------------------------------------------------------------------------------------------------- evaluation
 
     def evaluation_due(self) -> bool:
-        t, every = self.step - self.cfg.train.warmup_steps, self.cfg.eval.every
-        scheduled = every > 0 and t >= 0 and t % every == 0
-        return self.evaluated_step != self.step and (self.step in (0, self.total) or scheduled)
+        """At the start, at the end, and each time the clock has passed another `eval.every`."""
+        if self.evaluated_step == self.step:
+            return False
+        every = self.cfg.eval.every
+        passed = int(self.clock // every) if every and self.clock >= 0 else -1
+        return self.step == 0 or self.finished or passed >= self.evaluations
 
     def evaluate(self) -> None:
         """All splits with all prompts at the start and the end, the scheduled ones in between."""
-        cfg, whole = self.cfg.eval, self.step in (0, self.total)
+        cfg, whole = self.cfg.eval, self.step == 0 or self.finished
         splits = [s for s in (cfg.splits if whole else cfg.schedule_splits) if s in self.task.splits]
         with self.phases("eval"):
             result = evaluate(
@@ -341,6 +429,8 @@ class Trainer:
                 top_p=cfg.top_p,
             )
         self.evaluated_step = self.step
+        if cfg.every and self.clock >= 0:
+            self.evaluations = int(self.clock // cfg.every) + 1
         if whole:
             self.results["start" if self.step == 0 else "end"] = result
         wall = self.wall()
@@ -379,6 +469,9 @@ class Trainer:
         with self.phases("checkpoint"):
             tensors = dict(self.engine.state_dict())
             tensors["rng.cpu"] = torch.get_rng_state()
+            if self.utility is not None:  # a window may be half over, and its u belongs to weights that are gone
+                for i, half in enumerate(self.utility.halves):
+                    tensors |= {f"utility.{i}.{j}": u for j, u in enumerate(half)}
             if self.reference is not None:
                 tensors |= {f"reference.{n}": p for n, p in self.reference.named_parameters()}
             state = {
@@ -386,8 +479,11 @@ class Trainer:
                 "prompt_position": self.prompt_stream.position,
                 "demo_position": self.demo_stream.position,
                 "controller": self.controller.state_dict(),
+                "cache": self.utility_gradient.cache.state_dict() if self.utility_gradient is not None else [],
                 "entropy_target": self.entropy_target,
                 "evaluated_step": self.evaluated_step,
+                "evaluations": self.evaluations,
+                "warmup_tokens": self.warmup_tokens,
                 "mus": self.mus,
                 "tokens": self.tokens,
                 "wall_s": self.wall(),
@@ -413,7 +509,15 @@ class Trainer:
         self.step = state["step"]
         self.prompt_stream.position, self.demo_stream.position = state["prompt_position"], state["demo_position"]
         self.controller.load_state_dict(state["controller"])
+        if self.utility_gradient is not None:
+            self.utility_gradient.cache.load_state_dict(state["cache"])
+        if "utility.0.0" in tensors:
+            halves = [
+                [tensors[f"utility.{i}.{j}"].to(self.engine.device) for j in range(len(self.engine.groups))] for i in (0, 1)
+            ]
+            self.utility = Utility((halves[0], halves[1]), {})
         self.entropy_target, self.evaluated_step = state["entropy_target"], state["evaluated_step"]
+        self.evaluations, self.warmup_tokens = state["evaluations"], state["warmup_tokens"]
         self.mus, self.tokens, self.wall_before = state["mus"], state["tokens"], state["wall_s"]
         self.best, self.results = state["best"], state["results"]
         self.rollouts.sync(self.engine.named_full_params(), self.step)

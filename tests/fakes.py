@@ -80,7 +80,7 @@ class CopyTask:
         self.max_turns = max_turns
 
     def prompts(self, split: str) -> list[Item]:
-        words = {"train": "abcd", "val": "e", "test": "f", "ood": "ef"}[split]
+        words = {"train": "abcd", "val": "ea", "test": "f", "ood": "ef"}[split]
         return [Item(f"{split}/{w}", w) for w in words]
 
     def demos(self, split: str) -> list[Demo]:

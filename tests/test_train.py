@@ -48,10 +48,11 @@ def without_times(records):
     return [{k: v for k, v in r.items() if k not in TIMES and not k.startswith("time/")} for r in records]
 
 
-@pytest.mark.parametrize("method", ["sft", "rl", "sft_then_rl", "fixed", "linear", "cosine"])
+@pytest.mark.parametrize("method", config.METHODS)
 def test_each_method_runs_and_leaves_what_it_should(tmp_path, checkpoint_folder, method):
     cfg = cfg_for(
-        tmp_path, checkpoint_folder, "--train.method", method, "--checkpoint.export", "true", "--train.sft_share", "0.5"
+        tmp_path, checkpoint_folder, "--train.method", method, "--checkpoint.export", "true", "--train.sft_share", "0.5",
+        "--controller.window", "2", "--meta.prompts", "2",
     )  # fmt: skip
     assert run.train(cfg) == 0
     records = lines(tmp_path)
@@ -65,7 +66,10 @@ def test_each_method_runs_and_leaves_what_it_should(tmp_path, checkpoint_folder,
         "fixed": [0.5] * 4,
         "linear": [0.9, 0.9 - 0.8 / 3, 0.9 - 1.6 / 3, 0.1],
         "cosine": [0.9, 0.7, 0.3, 0.1],
-    }[method]
+    }.get(method)
+    if want is None:  # learned: it starts where it is told and moves from the second window on
+        want = [r["mu"] for r in main]
+        assert want[:2] == [0.5, 0.5] and 0.05 <= want[-1] <= 0.95
     assert [r["mu"] for r in main] == pytest.approx(want)
     for r in main:
         assert ("sft_loss" in r) == (r["mu"] > 0) and ("success" in r) == (r["mu"] < 1)
@@ -119,7 +123,13 @@ def test_sft_learns_the_demonstrations(tmp_path, checkpoint_folder):
 
 
 @pytest.mark.parametrize(
-    "flags", [(), ("--advantage.kind", "gae", "--train.minibatches_per_rollout", "2"), ("--objective.kl_coef", "0.1")]
+    "flags",
+    [
+        (),
+        ("--train.method", "amft", "--controller.window", "3", "--meta.prompts", "2"),
+        ("--advantage.kind", "gae", "--train.minibatches_per_rollout", "2"),
+        ("--objective.kl_coef", "0.1"),
+    ],
 )
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, checkpoint_folder, flags):
     whole, cut = tmp_path / "whole", tmp_path / "cut"

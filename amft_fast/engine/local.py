@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from amft_fast import ops
 from amft_fast.batch import Batch
-from amft_fast.config import TrainConfig
+from amft_fast.config import ObjectiveConfig, TrainConfig
 from amft_fast.model import Policy, PolicyOutput
 
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 ALIGN = 64  # elements: each view starts at a 256-byte boundary, so that 128-bit loads hold everywhere
 
 
@@ -86,7 +88,8 @@ class LocalEngine:
         self.optimizer = self._make_optimizer()
         self.bad_in_row = torch.zeros((), device=self.device)
         self.bad_total = torch.zeros((), device=self.device)
-        self.snapshot: list[torch.Tensor] | None = None
+        self.sft_gradient: list[torch.Tensor] | None = None  # G₁ of a probed step
+        self.updates = 0  # AdamW's step count (an update that was skipped counts one too many: it only dampens the bias term)
         self._give_head_its_buffer()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -110,9 +113,9 @@ class LocalEngine:
     def all_groups(self) -> list[FlatGroup]:
         return self.groups + ([self.value_group] if self.value_group is not None else [])
 
-    def backward(self, batch: Batch) -> PolicyOutput:
+    def backward(self, batch: Batch, objective: ObjectiveConfig | None = None) -> PolicyOutput:
         """Forward and backward of one micro-batch; gradients add up until `step` or `take_gradient`."""
-        out = self.policy(batch.to(self.device))
+        out = self.policy(batch.to(self.device), objective)
         out.loss.backward()
         out.loss = out.loss.detach()
         return out
@@ -131,22 +134,49 @@ class LocalEngine:
         self.zero_grad()
         return taken
 
+    def end_sweep(self, name: str) -> None:
+        """After the SFT micro-batches of a probed step their gradient is copied aside; the RL sweep adds on top of it."""
+        if name == "sft":
+            self.sft_gradient = self.sft_gradient or [torch.empty_like(g.grad) for g in self.groups]
+            torch._foreach_copy_(self.sft_gradient, [g.grad for g in self.groups])
+
+    def probe(self, halves: list[list[torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sums of `multi_tensor.SUMS` over (u₁, u₂, G₁, G₂) and the clip coefficient of the step about to be taken."""
+        clip = self._clip(self._norm()).double()
+        gradients = [g.grad for g in self.groups]
+        return ops.multi_tensor_dot(halves, self.sft_gradient, gradients, self._adam_state(clip)), clip
+
+    def _adam_state(self, clip: torch.Tensor) -> ops.AdamState | None:
+        """AdamW's moments before the step about to be taken (zeros before the first)."""
+        if self.cfg.optimizer != "adamw":
+            return None
+        states = [self.optimizer.state.get(g.master, {}) for g in self.groups]
+        moments = [[s.get(k, torch.zeros_like(g.master)) for s, g in zip(states, self.groups)] for k in ADAM_MOMENTS]
+        beta1, beta2 = self.cfg.adam_betas
+        return ops.AdamState(*moments, beta1, beta2, self.cfg.adam_eps, self.updates + 1, clip)
+
+    def _norm(self) -> torch.Tensor:
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.grad) for g in self.all_groups]))
+
+    def _clip(self, norm: torch.Tensor) -> torch.Tensor:
+        return (self.cfg.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+
     @torch.no_grad()
     def step(self) -> torch.Tensor:
         """Clips by the global norm, updates, clears the gradients; returns the norm before clipping (a device scalar).
 
         A gradient that is not finite changes nothing: the optimizer is told so by a device flag, without a host sync.
         """
-        norms = [torch.linalg.vector_norm(g.grad) for g in self.all_groups]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm = self._norm()
         bad = (~torch.isfinite(norm)).float()
-        scale = (self.cfg.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        scale = self._clip(norm)
         for g in self.all_groups:
             g.grad.mul_(scale)
         self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
         self.optimizer.step()
         for g in self.all_groups:
             g.publish()
+        self.updates += 1
         self.bad_in_row = (self.bad_in_row + 1) * bad
         self.bad_total = self.bad_total + bad
         self.zero_grad()
@@ -176,6 +206,7 @@ class LocalEngine:
                 if torch.is_tensor(value):
                     tensors[f"optimizer.{i}.{key}"] = value
         tensors["guard.bad_in_row"], tensors["guard.bad_total"] = self.bad_in_row, self.bad_total
+        tensors["updates"] = torch.tensor(self.updates)
         return tensors
 
     @torch.no_grad()
@@ -196,5 +227,6 @@ class LocalEngine:
                     for k, v in moments.items()
                 }
             g.publish()
+        self.updates = int(state["updates"])
         self.bad_in_row = state["guard.bad_in_row"].to(self.device)
         self.bad_total = state["guard.bad_total"].to(self.device)

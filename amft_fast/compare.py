@@ -1,0 +1,182 @@
+"""The study: several methods, several seeds, equal compute; one table, one picture, whichever wins.
+
+`amft-fast compare CONFIG --methods rl,fixed:0.05,amft --seeds 5` runs every method with every seed as a process of its own,
+several at a time within the core budget. All get the same token budget (tokens sampled plus tokens trained on, the controller's
+own included), so a method with cheap steps takes more of them. Finished runs are kept: the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amft_fast import config
+from amft_fast.interfaces import UserError
+
+# Student's t, 97.5 %, for 1, 2, ... degrees of freedom; 1.96 beyond.
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the study: a label and the flags that make it."""
+
+    label: str
+    flags: tuple[str, ...]
+
+
+def parse_method(text: str) -> Method:
+    """`method[:mu][+section.field=value...]`, for example fixed:0.2 or amft:0.9+controller.signal=cosine.
+
+    Raises UserError for an unknown method or a mu outside (0, 1).
+    """
+    head, *extra = text.split("+")
+    name, _, mu = head.partition(":")
+    if name not in config.METHODS:
+        raise UserError(f"--methods: unknown method {name!r}; known are {', '.join(config.METHODS)}")
+    flags = ["--train.method", name]
+    if mu:
+        flags += ["--controller.mu_init", mu]
+    for item in extra:
+        key, eq, value = item.partition("=")
+        if not eq:
+            raise UserError(f"--methods: after + give section.field=value, got {item!r}")
+        flags += [f"--{key}", value]
+    return Method(text, tuple(flags))
+
+
+@dataclass
+class Job:
+    method: Method
+    seed: int
+    folder: Path
+    process: subprocess.Popen | None = None
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "summary.json").exists()
+
+
+def compare(path: str, methods: list[str], seeds: int, out: Path, cores: int, budget: int | None, flags: list[str]) -> int:
+    """Runs what is missing, then writes compare.json, compare.md, compare.png and compare.html under `out`."""
+    rows = [parse_method(m) for m in methods]
+    for row in rows:  # every mistake before the first run
+        config.load(path, [*flags, *row.flags])
+    out.mkdir(parents=True, exist_ok=True)
+    jobs = [Job(m, s, out / _slug(m.label) / f"seed-{s}") for s in range(seeds) for m in rows]
+    budget = budget or _token_budget(path, out, jobs, cores, flags)
+    failed = _run_all(path, [j for j in jobs if not j.done], cores, [*flags, "--train.token_budget", str(budget)])
+    from amft_fast.compare_report import write_comparison
+
+    print(write_comparison(out, path, [(j.method.label, j.seed, j.folder) for j in jobs if j.done], budget))
+    return 1 if failed else 0
+
+
+def _slug(label: str) -> str:
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in label)
+
+
+def _token_budget(path: str, out: Path, jobs: list[Job], cores: int, flags: list[str]) -> int:
+    """The tokens that `train.steps` steps of fixed mu 0.5 take: what the config's own length means in tokens."""
+    cfg = config.load(path, flags)
+    if cfg.train.token_budget:
+        return cfg.train.token_budget
+    kept = out / "budget.json"
+    if not kept.exists():
+        reference = Job(parse_method("fixed:0.5"), 0, out / "reference")
+        quiet = ["--eval.every", "0", "--checkpoint.keep_best", "false", "--eval.max_prompts", "8"]
+        print(f"measuring the token budget: {cfg.train.steps} steps of fixed:0.5", flush=True)
+        if not reference.done and _run_all(path, [reference], cores, [*flags, *quiet]):
+            raise UserError(f"the reference run failed; see {reference.folder / 'log.txt'}")
+        tokens = json.loads((reference.folder / "summary.json").read_text())["tokens"]
+        kept.write_text(json.dumps({"tokens": tokens}))
+    return json.loads(kept.read_text())["tokens"]
+
+
+def _run_all(path: str, jobs: list[Job], cores: int, flags: list[str]) -> list[Job]:
+    """Runs the jobs, `cores` at a time on one thread each; a stop ends the children, who save. Returns those that failed."""
+    waiting, running, failed, begin = list(jobs), [], [], time.monotonic()
+    done = 0
+    try:
+        while waiting or running:
+            while waiting and len(running) < cores:
+                running.append(_start(path, waiting.pop(0), flags))
+            for job in [j for j in running if j.process.poll() is not None]:
+                running.remove(job)
+                done += 1
+                if job.process.returncode or not job.done:
+                    failed.append(job)
+                left = (time.monotonic() - begin) / done * (len(waiting) + len(running))
+                state = "done" if job not in failed else f"failed, see {job.folder / 'log.txt'}"
+                print(f"[{done}/{len(jobs)}] {job.method.label} seed {job.seed}: {state}; {left / 60:.0f} min left", flush=True)
+            time.sleep(0.2)
+    finally:
+        for job in running:
+            job.process.terminate()
+        for job in running:
+            job.process.wait()
+    return failed
+
+
+def _start(path: str, job: Job, flags: list[str]) -> Job:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    resume = ["--resume"] if any((job.folder / "checkpoints").glob("step-*")) else ["--run.overwrite"]
+    fixed = ["--run.dir", str(job.folder), "--run.seed", str(job.seed), "--run.threads", "1", "--log.progress", "false"]
+    command = [sys.executable, "-m", "amft_fast", "train", path, *flags, *job.method.flags, *fixed, *resume]
+    with (job.folder / "log.txt").open("a") as log:
+        job.process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+    return job
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % interval over seeds (Student's t); the half-width of one value is NaN."""
+    n = len(values)
+    mean = sum(values) / n
+    if n < 2:
+        return mean, float("nan")
+    variance = sum((v - mean) ** 2 for v in values) / (n - 1)
+    t = T975[n - 2] if n - 2 < len(T975) else 1.96
+    return mean, t * (variance / n) ** 0.5
+
+
+def area_under_curve(points: list[tuple[float, float]], budget: float) -> float:
+    """Mean success over the compute spent, from (tokens, success) points: trapezoids, up to `budget`, last value held."""
+    points = sorted((min(x, budget), y) for x, y in points)
+    if points[-1][0] < budget:
+        points.append((budget, points[-1][1]))
+    area = sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in zip(points, points[1:]))
+    return area / (points[-1][0] - points[0][0]) if points[-1][0] > points[0][0] else points[-1][1]
+
+
+def read_run(folder: Path, budget: float) -> dict[str, Any]:
+    """The figures of one finished run: summary, curve of scheduled evaluations, path of μ, entropy at the end."""
+    summary = json.loads((folder / "summary.json").read_text())
+    evals = [json.loads(line) for line in (folder / "evals.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    split = "test" if all("test" in e for e in evals) else "val"
+    curve = [(e["tokens"], e[split]["sampled"]) for e in evals if split in e]
+    spent, path = 0, []
+    for s in steps:
+        spent += s["tokens"]
+        if s["phase"] == "train":
+            path.append((spent, s["mu"]))
+    entropies = [s["entropy"] for s in steps if s.get("entropy") is not None]
+    tail = entropies[-max(len(entropies) // 10, 1) :]
+    controller = [s.get("time/utility", 0.0) for s in steps]
+    return {
+        "summary": summary,
+        "curve": curve,
+        "curve_split": split,
+        "auc": area_under_curve(curve, budget),
+        "mu_path": path,
+        "entropy": sum(tail) / len(tail) if tail else None,
+        "utility_share": sum(controller) / max(sum(s["seconds"] for s in steps), 1e-9),
+    }

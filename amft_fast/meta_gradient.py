@@ -1,0 +1,213 @@
+"""The meta-gradient: which of the two gradients helps the reward on held-out prompts, without a Hessian.
+
+One real optimizer step is θ'(μ) = θ − η·Opt(∇L(θ; μ)), so to first order
+
+    dU(θ')/dμ ≈ −η ⟨∇U, P ∘ (g_SFT − g_RL)⟩ = +η ⟨u, P ∘ (g_SFT − g_RL)⟩ ,     u = ∇(−U) = −v
+
+Everything here works with u, the gradient of the *loss* −U, as backward passes give it: a positive ⟨u, g_SFT⟩ means that a
+step down the SFT loss also steps down −U. U is the expected reward on validation prompts; its gradient is the policy
+gradient on cached rollouts of them,
+
+    u = −(1/N) Σ_tokens  w_t A_i ∇log π(y_t) ,    w_t = min(π(y_t) / π_then(y_t), cap) detached,
+
+with group-normalised advantages and truncated token-level importance weights against the log-probs that the rollouts were
+sampled with. `utility = "nll"` takes held-out demonstrations instead; "hybrid" takes a demonstration for those prompts whose
+group has no success, where the policy gradient vanishes and only imitation can help.
+
+u comes as two independent halves (even and odd validation prompts): the signal's standard error is read off their difference.
+The cache rolls: every new u redraws the oldest share of the rollouts, and all of them when the effective sample size of the
+importance weights has fallen under `min_ess`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from amft_fast import objective
+from amft_fast.advantages import group_advantages
+from amft_fast.batch import Sequence, micro_batches
+from amft_fast.config import MetaConfig, ObjectiveConfig
+from amft_fast.interfaces import Demo, Item, Sample, Turn, UpdateEngine
+from amft_fast.model import SUMS
+from amft_fast.rollout.episodes import Encoder
+
+Draw = Callable[[list[Item], int], list[Sample]]
+
+
+@dataclass
+class Group:
+    """The rollouts of one validation prompt, and the step they were drawn at."""
+
+    item: int
+    step: int
+    samples: list[Sample]
+
+
+class RolloutCache:
+    """Rollouts of the held-out prompts, refreshed a share at a time, oldest first."""
+
+    def __init__(self, items: list[Item], refresh_share: float) -> None:
+        self.items, self.refresh_share = items, refresh_share
+        self.groups: list[Group] = []
+
+    def refresh(self, step: int, draw: Draw, everything: bool = False) -> int:
+        """Redraws the oldest share (all of it at first, or when asked); returns how many groups were drawn."""
+        if not self.groups or everything:
+            stale = list(range(len(self.items)))
+            self.groups = [Group(i, -1, []) for i in stale]
+        else:
+            count = -(-len(self.items) * self.refresh_share // 1)
+            oldest = sorted(range(len(self.groups)), key=lambda i: (self.groups[i].step, i))
+            stale = sorted(oldest[: int(count)])
+        samples = draw([self.items[self.groups[i].item] for i in stale], step)
+        per = len(samples) // max(len(stale), 1)
+        for n, i in enumerate(stale):
+            self.groups[i].step, self.groups[i].samples = step, samples[n * per : (n + 1) * per]
+        return len(stale)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """All cached rollouts as JSON values: importance weights need the very tokens and log-probs."""
+        keep = ("prompt_ids", "response_ids", "loss_mask", "behavior_logprobs", "reward", "success", "prompt_id")
+        return [
+            {
+                "item": g.item,
+                "step": g.step,
+                "samples": [
+                    {k: getattr(s, k) for k in keep} | {"turns": [asdict(t) for t in s.turns]} for s in g.samples
+                ],
+            }
+            for g in self.groups
+        ]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        self.groups = [
+            Group(
+                g["item"],
+                g["step"],
+                [
+                    Sample(
+                        **(s | {"turns": [Turn(**t) for t in s["turns"]]}),
+                        weight_version=g["step"],
+                        finish_reason="stop",
+                        group_id=g["item"],
+                    )
+                    for s in g["samples"]
+                ],
+            )
+            for g in state
+        ]
+
+
+@dataclass
+class Utility:
+    """The two halves of u = ∇(−U) (lists of flat shards, as the engine gives them) and what they were made of."""
+
+    halves: tuple[list[torch.Tensor], list[torch.Tensor]]
+    figures: dict[str, float]
+
+
+class UtilityGradient:
+    """Makes u from the rolling cache; owns the cache and nothing else."""
+
+    def __init__(
+        self,
+        cfg: MetaConfig,
+        items: list[Item],
+        demos: dict[str, Demo],
+        encoder: Encoder,
+        engine: UpdateEngine,
+        micro_batch_tokens: int,
+        packed: bool,
+        temperature: float,
+    ) -> None:
+        self.cfg, self.encoder, self.engine = cfg, encoder, engine
+        self.micro_batch_tokens, self.packed, self.temperature = micro_batch_tokens, packed, temperature
+        self.cache = RolloutCache(items, cfg.refresh_share)
+        self.demos = demos
+        self.tokens = 0  # sampled and trained on for the last u
+        # On-policy form (old = None): the detached current log-prob stands for old, so the importance weight against the
+        # log-probs sampled with is the truncated TIS weight, and nothing is clipped.
+        self.objective = ObjectiveConfig(entropy_coef=0.0, tis_cap=cfg.is_cap)
+
+    def compute(self, step: int, draw: Draw) -> Utility:
+        """u at the present weights. The engine's gradients must be clear; they are clear again afterwards."""
+        self.tokens = drawn = 0
+        if self.cfg.utility != "nll":
+            drawn = self._refresh(step, draw)
+        utility = self._gradient(drawn)
+        stale = drawn < len(self.cache.groups)
+        if self.cfg.utility != "nll" and stale and utility.figures["ess"] < self.cfg.min_ess:
+            drawn += self._refresh(step, draw, everything=True)
+            utility = self._gradient(drawn)
+        utility.figures["tokens"] = self.tokens
+        return utility
+
+    def _refresh(self, step: int, draw: Draw, everything: bool = False) -> int:
+        drawn = self.cache.refresh(step, draw, everything)
+        self.tokens += sum(sum(s.loss_mask) for g in self.cache.groups if g.step == step for s in g.samples)
+        return drawn
+
+    def _gradient(self, drawn: int) -> Utility:
+        halves, sums, counts = [], 0.0, {"useful_groups": 0, "demo_groups": 0}
+        for half in (0, 1):
+            sequences = self._sequences(half, counts)
+            self.tokens += sum(len(s.ids) for s in sequences)
+            for batch in micro_batches(sequences, self.micro_batch_tokens, self.packed):
+                sums = sums + self.engine.backward(batch, self.objective).sums
+            halves.append(self.engine.take_gradient())
+        return Utility((halves[0], halves[1]), self._figures(sums, counts, drawn))
+
+    def _sequences(self, half: int, counts: dict[str, int]) -> list[Sequence]:
+        """The sequences of one half with their weights. Groups without spread add nothing and are left out."""
+        if self.cfg.utility == "nll":
+            demos = [self.demos[item.id] for item in self.cache.items[half::2] if item.id in self.demos]
+            return self._weigh(self._demo_sequences(demos), 1.0, objective.weigh_sft)
+        groups = self.cache.groups[half::2]
+        useful = [g for g in groups if max(s.reward for s in g.samples) > min(s.reward for s in g.samples)]
+        counts["useful_groups"] += len(useful)
+        tokens = sum(sum(s.loss_mask) for g in groups for s in g.samples)
+        out = self._reward_sequences(useful, max(tokens, 1))
+        if self.cfg.utility == "hybrid":
+            failed = [self.cache.items[g.item].id for g in groups if not any(s.success for s in g.samples)]
+            demos = [self.demos[i] for i in failed if i in self.demos]
+            counts["demo_groups"] += len(demos)
+            share = self.cfg.demo_weight * len(demos) / max(len(groups), 1)
+            out += self._weigh(self._demo_sequences(demos), share, objective.weigh_sft)
+        return out
+
+    def _reward_sequences(self, groups: list[Group], tokens: int) -> list[Sequence]:
+        samples = [s for g in groups for s in g.samples]
+        if not samples:
+            return []
+        sequences = [objective.rollout_sequence(s, self.temperature) for s in samples]
+        rewards = np.array([s.reward for s in samples])
+        ids = np.repeat(np.arange(len(groups)), [len(g.samples) for g in groups])
+        advantages = group_advantages(rewards, ids, "grpo")
+        return [s.with_fields(advantages=a, pg_weight=1 / tokens) for s, a in zip(sequences, advantages)]
+
+    def _demo_sequences(self, demos: list[Demo]) -> list[Sequence]:
+        return [
+            objective.demo_sequence(self.encoder.prompt(d.messages), self.encoder.response(d.response)) for d in demos
+        ]
+
+    @staticmethod
+    def _weigh(sequences: list[Sequence], share: float, weigh: Callable) -> list[Sequence]:
+        return weigh(sequences, share, sum(int(s.trained.sum()) for s in sequences))
+
+    def _figures(self, sums: Any, counts: dict[str, int], drawn: int) -> dict[str, float]:
+        """The cache's health. One transfer from the device per u, that is once in a window of steps."""
+        s = dict(zip(SUMS, sums.tolist())) if torch.is_tensor(sums) else dict.fromkeys(SUMS, 0.0)
+        n = s["rl_tokens"]
+        ess = s["is_weight"] ** 2 / (s["is_weight_sq"] * n) if n else 1.0
+        samples = [x for g in self.cache.groups for x in g.samples]
+        return {
+            "ess": ess,
+            "drawn": drawn,
+            "success": sum(x.success for x in samples) / max(len(samples), 1),
+            **counts,
+        }
