@@ -19,10 +19,10 @@ from amft_fast import charts, report_page
 from amft_fast.charts import number
 from amft_fast.interfaces import UserError
 from amft_fast.records import Record, finite, read
+from amft_fast.report_controller import controller_section
 from amft_fast.report_plots import (
     Section,
     answers_section,
-    controller_section,
     mix_section,
     success_section,
     time_section,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from amft_fast.charts import LIGHT
 from amft_fast.records import Record
-from amft_fast.report_plots import PHASES, phase_seconds, smoothed, success_lines
+from amft_fast.report_plots import PHASES, phase_seconds, smoothed, success_lines, time_bars
 
 _STYLES = {"solid": "-", "dashed": "--", "dotted": ":", "faint": "-"}
 
@@ -115,14 +116,12 @@ def _mu(ax, record: Record) -> None:
 
 def _time(ax, record: Record) -> None:
     phases = phase_seconds(record)
-    n = len(record.metrics)
-    size = -(-n // 48) if n else 1
-    lefts = [record.metrics[i]["step"] for i in range(0, n, size)]
-    base = [0.0] * len(lefts)
-    for i, (phase, seconds) in enumerate(phases.items()):
-        heights = [sum(seconds[j : j + size]) / len(seconds[j : j + size]) for j in range(0, n, size)]
+    edges, bars, _ = time_bars(record)
+    widths = [b - a for a, b in itertools.pairwise(edges)]
+    total, base = sum(sum(s) for s in phases.values()), [0.0] * len(widths)
+    for i, (phase, heights) in enumerate(bars.items()):
         colour = LIGHT[PHASES.get(phase, (5 + i % 3, ""))[0]]
-        share = sum(seconds) / sum(sum(s) for s in phases.values())
+        share = sum(phases[phase]) / total
         label = f"{_text(phase)} {share:.0%}" if share >= 0.005 else None
-        ax.bar(lefts, heights, size, base, align="edge", color=colour, alpha=0.85, label=label)
+        ax.bar(edges[:-1], heights, widths, base, align="edge", color=colour, alpha=0.85, label=label)
         base = [b + h for b, h in zip(base, heights)]

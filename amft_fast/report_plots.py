@@ -52,7 +52,7 @@ def success_section(record: Record) -> Section | None:
         note_k = " The scheduled ones may use a smaller k." if name == "pass_at_k" else ""
         lines = success_lines(record, name)
         body += line_chart(title, lines, note + note_k, percent=True, log=False, include=(0.0,), shaded=warmup(record))
-    return _grid("Success", body)
+    return grid("Success", body)
 
 
 def success_lines(record: Record, name: str) -> list[Line]:
@@ -146,15 +146,17 @@ class Plot:
         return ", ".join(parts)
 
 
-def _plots(record: Record, plots: Sequence[Plot]) -> Markup:
+def draw_all(record: Record, plots: Sequence[Plot]) -> Markup:
+    """The charts of all plots, and a sentence on those that never change."""
     flat = [text for plot in plots if (text := plot.constant(record))]
     body = Markup("").join(plot.draw(record) for plot in plots if not plot.constant(record))
     if flat:
-        body += Markup('<p class="note wide">The same at every step: {}.</p>').format("; ".join(flat))
+        body += Markup('<p class="note wide">Constant throughout: {}.</p>').format("; ".join(flat))
     return body
 
 
-def _grid(title: str, body: Markup, intro: str = "") -> Section | None:
+def grid(title: str, body: Markup, intro: str = "") -> Section | None:
+    """A section of charts side by side, None when there are none."""
     return Section(title, Markup('<div class="grid">{}</div>').format(body), intro) if body else None
 
 
@@ -182,7 +184,7 @@ def mix_section(record: Record) -> Section | None:
         include=(0.0,),
     )
     reward = Plot("Reward", (("reward", "reward"),), "Mean over the step's rollouts.")
-    return _grid("Imitation and exploration", body + _plots(record, (reward,)))
+    return grid("Imitation and exploration", body + draw_all(record, (reward,)))
 
 
 UPDATES = (
@@ -242,117 +244,11 @@ ANSWERS = (
 
 
 def updates_section(record: Record) -> Section | None:
-    return _grid("Losses and updates", _plots(record, UPDATES))
+    return grid("Losses and updates", draw_all(record, UPDATES))
 
 
 def answers_section(record: Record) -> Section | None:
-    return _grid("Answers", _plots(record, ANSWERS))
-
-
-# ----------------------------------------------------------------------------------------------------------- controller
-
-
-CONTROLLER = (
-    Plot(
-        "Gate",
-        (("controller/gate", "gate"),),
-        "Share of the meta step let through: near 0 the signal was too noisy to be followed.",
-        include=(0.0, 1.0),
-    ),
-    Plot(
-        "Alignment with the utility",
-        (("controller/cos_sft", "imitation"), ("controller/cos_rl", "exploration")),
-        "Cosine of the utility gradient with each part's step: the higher line is the part that helps held-out prompts more.",
-        include=(0.0,),
-    ),
-    Plot(
-        "Cache, effective samples",
-        (("controller/ess", "effective share of samples"),),
-        "How much the cached validation rollouts still say about the present policy; below min_ess they are redrawn.",
-        percent=True,
-        guides=(("min_ess", "meta.min_ess"),),
-        include=(0.0, 1.0),
-    ),
-    Plot(
-        "Cache, success",
-        (("controller/success", "success"),),
-        "Of the cached validation rollouts: where all fail (or none), the reward has nothing to say about μ.",
-        percent=True,
-        include=(0.0,),
-    ),
-    Plot(
-        "Cache, groups",
-        (("controller/useful_groups", "of mixed success"), ("controller/demo_groups", "failed, demonstration instead")),
-        "Only prompts whose answers earn different rewards tell the two steps apart.",
-        include=(0.0,),
-    ),
-)
-# Told by other charts already, or counted in the section's first sentence.
-_TOLD = {"controller/mu_next", "controller/entropy", "controller/tokens", "controller/stderr"}
-
-
-def controller_section(record: Record) -> Section | None:
-    """Why μ moved: the parts of its moves, and what the meta-gradient was worth. For runs with `controller/` fields.
-
-    `controller/mu_meta` and `controller/mu_entropy` are the two parts of one move of μ (of its logit with
-    `controller.space` logit). Fields without a chart of their own get a plain one.
-    """
-    fields = record.fields("controller/")
-    if not fields:
-        return None
-    body = _moves(record) + _signal(record)
-    shown = {f for plot in CONTROLLER for f, _ in plot.fields} | _TOLD
-    shown |= {f"controller/{name}" for name in ("mu_meta", "mu_entropy", "signal", "snr")}
-    others = [
-        Plot(f.removeprefix("controller/"), ((f, f.removeprefix("controller/")),)) for f in fields if f not in shown
-    ]
-    return _grid("Why μ moved", body + _plots(record, (*CONTROLLER, *others)), _controller_cost(record))
-
-
-def _moves(record: Record) -> Markup:
-    """Running sums of the two parts of μ's moves."""
-    what = "logit(μ)" if record.setting("controller.space") == "logit" else "μ"
-    lines = []
-    for i, (field, label) in enumerate((("mu_meta", "by the meta-gradient"), ("mu_entropy", "by the entropy term"))):
-        xs, ys = record.series(f"controller/{field}")
-        total, sums = 0.0, []
-        for y in ys:
-            total += y or 0.0
-            sums.append(total)
-        lines.append(Line(label, xs, sums, 1 + i))
-    note = f"Running sum of each part: together they are how far {what} has gone, except where a bound held it."
-    return line_chart(f"Change of {what} since the start", lines, note, log=False, include=(0.0,))
-
-
-def _signal(record: Record) -> Markup:
-    """The signal with its standard error, and their ratio against the gate's threshold."""
-    xs, ys = record.series("controller/signal")
-    steps, errors = record.series("controller/stderr")
-    by_step = dict(zip(steps, errors))
-    bars = [by_step.get(x) or 0.0 for x in xs] if len(xs) <= 60 else ()
-    note = "Above 0 the utility asks for more imitation, below 0 for more exploration."
-    note += " Bars: one standard error." if any(bars) else ""
-    out = line_chart("Signal", [Line("signal", xs, ys, 1, errors=bars)], note, log=False, include=(0.0,))
-    gate = finite(record.setting("controller.snr_gate"))
-    guides = [Guide(name, v) for name, v in (("snr_gate", gate), ("−snr_gate", -gate))] if gate else []
-    return out + line_chart(
-        "Signal to noise",
-        smoothed(record, "controller/snr", "SNR"),
-        "Signal over its standard error, which the two halves of the held-out prompts give; near 0 it is noise.",
-        guides=guides,
-        log=False,
-        include=(0.0,),
-    )
-
-
-def _controller_cost(record: Record) -> str:
-    """What the controller took, in a sentence."""
-    seconds = sum(sum(s) for s in phase_seconds(record).values())
-    utility = sum(y or 0.0 for y in record.series("time/utility")[1])
-    tokens = sum(y or 0.0 for y in record.series("controller/tokens")[1])
-    parts = [f"{utility / seconds:.1%} of the recorded time"] if utility and seconds else []
-    parts += [f"{tokens / record.tokens:.1%} of the tokens"] if tokens and record.tokens else []
-    return f"The utility gradient took {' and '.join(parts)}." if parts else ""
+    return grid("Answers", draw_all(record, ANSWERS))
 
 
 # ----------------------------------------------------------------------------------------------------------------- time
@@ -373,6 +269,22 @@ def phase_seconds(record: Record) -> dict[str, list[float]]:
     return {p: seconds for p, seconds in out.items() if sum(seconds) > 0}
 
 
+def time_bars(record: Record) -> tuple[list[float], dict[str, list[float]], int]:
+    """Edges of at most 48 bars, mean seconds per step in each by phase, and steps per bar.
+
+    Where that leaves a dozen bars, each holds whole intervals between evaluations: else their seconds make a comb.
+    """
+    n, every = len(record.metrics), int(finite(record.setting("eval.every")) or 1)
+    size = max(-(-n // 48), 1)
+    if size > 1 and n >= 12 * every:
+        size = -(-size // every) * every
+    starts = range(0, n, size)
+    edges = [record.metrics[i]["step"] for i in starts] + [record.metrics[-1]["step"] + 1 if n else 0]
+    phases = phase_seconds(record)
+    bars = {p: [sum(s[i : i + size]) / len(s[i : i + size]) for i in starts] for p, s in phases.items()}
+    return edges, bars, size
+
+
 def time_section(record: Record) -> Section | None:
     """Where the time went: seconds per step by phase, and each phase's share."""
     phases = phase_seconds(record)
@@ -380,13 +292,8 @@ def time_section(record: Record) -> Section | None:
     if not total:
         return None
     colours = {p: PHASES.get(p, (5 + i % 3, ""))[0] for i, p in enumerate(phases)}
-    n = len(record.metrics)
-    size = -(-n // 48)
-    edges = [record.metrics[i]["step"] for i in range(0, n, size)] + [record.metrics[-1]["step"] + 1]
-    bars = [
-        (p, colours[p], [sum(s[i : i + size]) / len(s[i : i + size]) for i in range(0, n, size)])
-        for p, s in phases.items()
-    ]
+    edges, heights, size = time_bars(record)
+    bars = [(p, colours[p], h) for p, h in heights.items()]
     note = f"Each bar is the mean of {size} steps." if size > 1 else ""
     left = charts.stacked_bars("Seconds per step", edges, bars, note)
     shares = [(p, colours[p], sum(s) / total) for p, s in phases.items()]
@@ -398,9 +305,8 @@ def time_section(record: Record) -> Section | None:
         .render(
             bar=charts.share_bar("Share of each phase", shares),
             rows=rows,
-            steps=n,
             total=total,
             outside=max(outside, 0.0),
         )
     )
-    return _grid("Time", left + Markup(right) + _plots(record, (THROUGHPUT,)))
+    return grid("Time", left + Markup(right) + draw_all(record, (THROUGHPUT,)))

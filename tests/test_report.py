@@ -11,7 +11,8 @@ from amft_fast import charts, records, report
 from amft_fast.cli import main
 from amft_fast.config import Config, to_toml
 from amft_fast.interfaces import UserError
-from amft_fast.report_plots import controller_section, phase_seconds, smooth
+from amft_fast.report_controller import controller_section
+from amft_fast.report_plots import phase_seconds, smooth, time_bars
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -159,8 +160,8 @@ def test_finished_run(folder):
 
 def test_every_chart_has_a_title_and_words(folder):
     run = folder()
-    page(run, picture=True)
-    text = (run / "report.html").read_text()
+    page(run)
+    text = report.render(records.read(run))
     drawn = text.count('<svg class="chart"')
     assert drawn >= 10
     assert drawn == text.count('role="img"') == len(re.findall(r'<title id="chart\d+t">[^<]', text))
@@ -172,9 +173,8 @@ def test_page_is_the_same_each_time_and_leaves_the_run_alone(folder):
     run = folder()
     before = {p.name: p.read_bytes() for p in run.iterdir()}
     page(run, picture=True)
-    first = (run / "report.html").read_text()
-    page(run, picture=True)
-    assert re.sub(r"chart\d+", "", first) == re.sub(r"chart\d+", "", (run / "report.html").read_text())
+    first, again = (run / "report.html").read_text(), report.render(records.read(run))
+    assert re.sub(r"chart\d+", "", first) == re.sub(r"chart\d+", "", again)
     assert {name: (run / name).read_bytes() for name in before} == before
 
 
@@ -199,7 +199,7 @@ def test_summary_of_an_earlier_shorter_run_is_not_taken_for_this_ones(folder):
 @pytest.mark.parametrize("evals", ["", None, "not json\n"])
 def test_nothing_measured_yet(folder, evals):
     run = folder(**{"metrics.jsonl": "", "evals.jsonl": evals, "samples.jsonl": None, "summary.json": None})
-    parsed = page(run, picture=True)
+    parsed = page(run, picture=evals is None)
     assert "No step of this run is on record yet." in parsed.words
     assert "svg" not in parsed.tags
 
@@ -377,6 +377,13 @@ def test_time_of_a_step_is_shared_out(folder):
     assert list(phases) == ["rollout", "update", "eval", "rest"]
     assert phases["eval"] == [0, 0, 5.0, 0]  # beside the step's own second, so it takes nothing from the rest
     assert phases["rest"] == pytest.approx([0.1] * 4)
+
+
+def test_bars_of_time_hold_whole_intervals_between_evaluations(folder):
+    record = records.read(folder(steps=501, warmup=0))
+    edges, bars, size = time_bars(record)
+    assert size == 20 and edges[:2] == [0, 20] and edges[-2:] == [500, 501]
+    assert bars["rollout"] == pytest.approx([0.6] * 26)
 
 
 def test_colours_can_be_told_from_the_page():
