@@ -120,6 +120,8 @@ class BuildLibraries(build_ext):
             words = (build_cpu if ext.name.endswith("_cpu") else build_cuda)(target)
         except (NotBuiltError, OSError) as error:
             words = f"not built, torch's own operations will serve: {error}"
+            if self.inplace or self.editable_mode:
+                Path(self.get_ext_filename(ext.name)).unlink(missing_ok=True)  # one left by an earlier install
         print(f"amft-fast: {ext.name}: {words}")
 
 

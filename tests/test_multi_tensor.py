@@ -140,6 +140,19 @@ def test_same_bits_again_and_for_bf16_as_for_its_fp32_copy(device):
             assert torch.equal(first, call(multi_tensor_dot, same, 2, adam_state(same)))
 
 
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("mixture", ["fp32", "mixed-within-lists"])
+def test_every_instruction_set_gives_the_numbers(isa, mixture, monkeypatch):
+    library = multi_tensor._library("cpu")
+    monkeypatch.setenv("AMFT_CPU_ISA", isa)
+    if isinstance(library, str) or library.amft_isa().decode() != isa:
+        pytest.skip(f"no {isa} here")
+    lists = make_lists(MIXTURES[mixture])
+    for num_v, adam in ((1, None), (2, None), (1, adam_state(lists)), (2, adam_state(lists))):
+        native = call(multi_tensor_dot, lists, num_v, adam)
+        assert torch.allclose(native, call(multi_tensor_dot_reference, lists, num_v, adam), rtol=1e-11, atol=0)
+
+
 def test_bits_do_not_depend_on_the_number_of_threads():
     lists = make_lists(shapes=[*SHAPES, (400_000,), (123_457,)])
     results = []
