@@ -18,8 +18,8 @@ The pass sums products of v1, v2, G1, dG = G2 − G1, G2, P∘G1 and P∘dG, whi
 them. `named_sums` makes the probe's numbers of them, after the ranks' sums were added up.
 
 `multi_tensor_dot` runs C++ or CUDA (csrc/, built by setup.py, called through ctypes) where it can, else
-`multi_tensor_dot_reference`. All give the same numbers to 1e-12 and each the same bits on every call; AMFT_CPU_ISA=baseline
-(or avx2) gives them on CPUs that differ, and AMFT_NO_EXT=1 turns the libraries off.
+`multi_tensor_dot_reference`. All give the same numbers to 1e-12, and each the same bits on every call. AMFT_CPU_ISA=baseline
+(or avx2) makes the bits the same on CPUs of different kinds; AMFT_NO_EXT=1 turns the libraries off.
 """
 
 from __future__ import annotations
