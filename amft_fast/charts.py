@@ -53,7 +53,7 @@ class Line:
     """A series. `ys` may hold None for what was not finite: the line is broken there.
 
     `style`: solid, dashed, dotted, faint (raw values behind a smoothed line), points or open (points alone).
-    `errors` are half lengths of error bars.
+    `errors` are half lengths of error bars; `shift` moves the drawing by pixels, so that bars at one step stand side by side.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Line:
     style: str = "solid"
     errors: Sequence[float] = ()
     in_legend: bool = True
+    shift: float = 0.0
 
     def finite(self) -> list[tuple[float, float]]:
         return [(x, y) for x, y in zip(self.xs, self.ys) if y is not None]
@@ -194,7 +195,7 @@ def line_chart(
     reach = [y + s * e for line in lines for y, e in zip(line.ys, line.errors) for s in (-1, 1) if y is not None]
     y_of = Scale([*values, *(g.value for g in guides), *include, *([] if log else reach)], (HEIGHT - BOTTOM, TOP), log)
     xs = [x for line in lines for x, _ in line.finite()]
-    x_of = Scale([*xs, *(shaded or ())], (LEFT + 6, WIDTH - RIGHT - 6), n=5)
+    x_of = Scale([*xs, *(shaded or ())], (LEFT + 9, WIDTH - RIGHT - 9), n=5)
     if max(xs) > min(xs):  # steps need not end at a round number
         x_of.low, x_of.high = min(xs + list(shaded or ())), max(xs)
     parts = [_shade(x_of, shaded), _axes(x_of, y_of, percent)]
@@ -224,7 +225,7 @@ def stacked_bars(
     heights = [sum(column) for column in zip(*(h for _, _, h in layers))]
     if not heights or max(heights) <= 0:
         return Markup("")
-    x_of = Scale(edges, (LEFT + 6, WIDTH - RIGHT - 6), n=5)
+    x_of = Scale(edges, (LEFT + 9, WIDTH - RIGHT - 9), n=5)
     x_of.low, x_of.high = edges[0], edges[-1]
     y_of = Scale([0.0, max(heights)], (HEIGHT - BOTTOM, TOP))
     parts = [_axes(x_of, y_of, False)]
@@ -307,13 +308,13 @@ def _line(line: Line, x_of: Scale, y_of: Scale) -> Markup:
         if y is None or (y_of.log and y <= 0):
             pen = "M"
             continue
-        path.append(f"{pen}{x_of(x):.1f} {y_of(y):.1f}")
+        path.append(f"{pen}{x_of(x) + line.shift:.1f} {y_of(y):.1f}")
         lonely = pen == "M" and (i + 1 == len(ys) or ys[i + 1] is None)
         if alone or (lonely and line.style != "dotted"):
-            dots.append(f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="{3.2 if alone else 2}"/>')
+            dots.append(f'<circle cx="{x_of(x) + line.shift:.1f}" cy="{y_of(y):.1f}" r="{3.2 if alone else 2}"/>')
         pen = "L"
     bars = [
-        f"M{x_of(x):.1f} {y_of(y - e):.1f}V{y_of(y + e):.1f}"
+        f"M{x_of(x) + line.shift:.1f} {y_of(y - e):.1f}V{y_of(y + e):.1f}"
         for x, y, e in zip(line.xs, line.ys, line.errors)
         if y is not None and e and not y_of.log
     ]

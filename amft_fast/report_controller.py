@@ -38,7 +38,11 @@ CONTROLLER = (
     ),
     Plot(
         "Cache, groups",
-        (("controller/useful_groups", "of mixed success"), ("controller/demo_groups", "failed, demonstration instead")),
+        (
+            ("controller/useful_groups", "of mixed success"),
+            ("controller/demo_groups", "failed, demonstration instead"),
+            ("controller/drawn", "redrawn"),
+        ),
         "Only prompts whose answers earn different rewards tell the two steps apart.",
         include=(0.0,),
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from amft_fast.charts import LIGHT
+from amft_fast.charts import LIGHT, Line
 from amft_fast.records import Record
 from amft_fast.report_plots import PHASES, phase_seconds, smoothed, success_lines, time_bars
 
@@ -50,11 +50,11 @@ def _text(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def _draw(ax, line, scale: float = 1.0) -> None:
-    """One `Line` of the page on matplotlib's axes."""
+def _draw(ax, line: Line, scale: float = 1.0, pixel: float = 0.0) -> None:
+    """One `Line` of the page on matplotlib's axes; `pixel` is the width of one in steps, for lines that are shifted."""
     if not line.finite():
         return
-    xs, ys = line.xs, [float("nan") if y is None else scale * y for y in line.ys]
+    xs, ys = [x + line.shift * pixel for x in line.xs], [float("nan") if y is None else scale * y for y in line.ys]
     colour, label = LIGHT[line.colour], _text(line.name) if line.in_legend else None
     if line.style == "open":
         ax.errorbar(
@@ -85,7 +85,7 @@ def _draw(ax, line, scale: float = 1.0) -> None:
 
 def _success(ax, record: Record) -> None:
     for line in [*smoothed(record, "success", "rollouts", 0, faint=False), *success_lines(record, "sampled")]:
-        _draw(ax, line, 100)
+        _draw(ax, line, 100, record.done / 400)
     ax.yaxis.set_major_formatter("{x:g}%")
     ax.set_ylim(bottom=0)
 

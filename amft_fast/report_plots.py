@@ -37,19 +37,18 @@ class Section:
 
 def success_section(record: Record) -> Section | None:
     """Success over the steps: evaluations per split and the rollouts of training."""
-    note = "Lines: scheduled evaluations. Circles: full ones, which cover more problems."
-    bars = " with 95 % intervals"
+    note = "Lines: scheduled evaluations, on some of the problems. Circles: full ones."
     body = line_chart(
         "Sampled success",
         [*success_lines(record, "sampled"), *smoothed(record, "success", "rollouts", 0, faint=False)],
-        note.replace("ones,", f"ones{bars},") + " Rollouts: the answers trained on, smoothed.",
+        note.replace("ones.", "ones with 95 % intervals.") + " Rollouts: the answers trained on, smoothed.",
         percent=True,
         log=False,
         include=(0.0,),
         shaded=warmup(record),
     )
     for name, title in (("greedy", "Greedy success"), ("pass_at_k", "pass@k")):
-        note_k = " The scheduled ones may use a smaller k." if name == "pass_at_k" else ""
+        note_k = " The scheduled ones may have a smaller k." if name == "pass_at_k" else ""
         lines = success_lines(record, name)
         body += line_chart(title, lines, note + note_k, percent=True, log=False, include=(0.0,), shaded=warmup(record))
     return grid("Success", body)
@@ -58,8 +57,10 @@ def success_section(record: Record) -> Section | None:
 def success_lines(record: Record, name: str) -> list[Line]:
     """For each split a line through the scheduled evaluations and circles at the full ones (dotted between, if no line)."""
     out = []
-    for i, split in enumerate(record.splits()):
+    splits = record.splits()
+    for i, split in enumerate(splits):
         colour = SPLIT_COLOURS.get(split, 5 + i % 3)
+        shift = 4.0 * (i - (len(splits) - 1) / 2) if name == "sampled" else 0.0
         points = [(e["at"], bool(e.get("full")), splits_of(e)[split]) for e in record.evals if split in splits_of(e)]
         lines = {
             full: [(x, finite(row.get(name)), finite(row.get("stderr")) or 0.0) for x, f, row in points if f is full]
@@ -68,10 +69,10 @@ def success_lines(record: Record, name: str) -> list[Line]:
         for full, style in ((False, "solid"), (True, "open")):
             xs, ys, errors = zip(*lines[full]) if lines[full] else ((), (), ())
             if full and not lines[False] and len(xs) > 1:
-                out.append(Line(split, xs, ys, colour, "dotted", in_legend=False))
+                out.append(Line(split, xs, ys, colour, "dotted", in_legend=False, shift=shift))
             bars = [1.96 * e for e in errors] if full and name == "sampled" else ()
             newest = bool(xs) and xs[-1] == points[-1][0]  # the legend shows the newest figure of a split, once
-            out.append(Line(split, xs, ys, colour, style, bars, in_legend=newest))
+            out.append(Line(split, xs, ys, colour, style, bars, newest, shift if full else 0.0))
     return out
 
 
@@ -118,7 +119,12 @@ class Plot:
     include: tuple[float, ...] = ()
 
     def draw(self, record: Record) -> Markup:
-        lines = [line for i, (f, label) in enumerate(self.fields) for line in smoothed(record, f, label, 1 + i)]
+        fields = [
+            (i, f, label)
+            for i, (f, label) in enumerate(self.fields)
+            if len(self.fields) == 1 or any(record.series(f)[1])
+        ]
+        lines = [line for i, f, label in fields for line in smoothed(record, f, label, 1 + i)]
         top = max((y for line in lines for _, y in line.finite()), default=0.0)
         values = [(name, finite(record.setting(setting))) for name, setting in self.guides]
         # A bound far above the data would flatten it: it is drawn only where it is near.
@@ -136,13 +142,15 @@ class Plot:
         )
 
     def constant(self, record: Record) -> str:
-        """'clip fraction 0' when nothing here ever changes over several steps, else ''."""
+        """'clip fraction 0' when nothing here changes by more than 0.1 % over several steps, else ''."""
         parts = []
         for field, label in self.fields:
-            values = {y for y in record.series(field)[1] if y is not None}
-            if len(values) > 1 or len(record.series(field)[0]) == 1:
+            values = [y for y in record.series(field)[1] if y is not None]
+            if not values:
+                continue
+            if len(values) == 1 or max(values) - min(values) > 1e-3 * abs(max(values)):
                 return ""
-            parts += [f"{label} {number(v, self.percent)}" for v in values]
+            parts.append(f"{label} {number(values[-1], self.percent)}")
         return ", ".join(parts)
 
 
@@ -219,8 +227,9 @@ UPDATES = (
     Plot(
         "Mismatch, effective samples",
         (("mismatch_ess", "effective share of samples"),),
-        "1 when trainer and rollout engine agree.",
+        "All when trainer and rollout engine agree.",
         percent=True,
+        include=(0.0, 1.0),
     ),
 )
 ANSWERS = (

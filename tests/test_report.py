@@ -204,6 +204,13 @@ def test_nothing_measured_yet(folder, evals):
     assert "svg" not in parsed.tags
 
 
+def test_what_hardly_changes_is_told_in_words(folder):
+    rows = [rl_step(i) | {"mismatch_ess": 1 - 1e-7 * i, "turns": 1.0} for i in range(5)]
+    words = page(folder(**{"metrics.jsonl": lines(rows)})).words
+    assert "effective share of samples 100.0%" in words and "turns per problem 1." in words
+    assert "Mismatch, effective samples" not in words and "Turns" not in words
+
+
 def test_single_step(folder):
     parsed = page(folder(steps=1, warmup=0), picture=True)
     assert "1 step in" in parsed.words and "Imitation loss" in parsed.words
