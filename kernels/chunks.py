@@ -1,0 +1,117 @@
+"""How the rows are cut: chunks for the matrix products, blocks for the row mathematics.
+
+Legend: N rows, n rows of a chunk, r rows of a block, V vocabulary columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+# Workspace when `chunk_bytes` is None. A GPU wants few large chunks (each pays one pass over the fp32 dW); on a CPU
+# 256–512 rows already make an efficient GEMM, and the smaller the chunk the more of it is still in L3.
+DEFAULT_CHUNK_BYTES = {"cuda": 1 << 30}
+DEFAULT_CHUNK_BYTES_ELSEWHERE = 64 << 20
+
+# A block's logits and its two scratch blocks share the last-level cache of a desktop or one CCX of a server.
+_BLOCK_BYTES = 4 << 20
+
+# A slab of the vocabulary narrower than this makes a poor GEMM.
+_LEAST_COLUMNS = 512
+
+Index = slice | torch.Tensor
+
+
+class RowPlan(NamedTuple):
+    """Which rows are worked on, and how many at a time."""
+
+    rows: int  # N, ignored rows included
+    active: torch.Tensor | None  # numbers of the rows to work on; None: all
+    chunk_rows: int
+    block_rows: int
+
+    @property
+    def count(self) -> int:
+        return self.rows if self.active is None else len(self.active)
+
+    def parts(self) -> Iterator[slice]:
+        """Chunks as slices of the active rows."""
+        for start in range(0, self.count, self.chunk_rows):
+            yield slice(start, min(start + self.chunk_rows, self.count))
+
+    def index_of(self, part: slice) -> Index:
+        """Where a slice of the active rows lies among all rows."""
+        return part if self.active is None else self.active[part]
+
+    def chunks(self) -> Iterator[Index]:
+        for part in self.parts():
+            yield self.index_of(part)
+
+    def blocks(self, rows: int) -> Iterator[slice]:
+        """The blocks of a chunk of `rows` rows."""
+        for start in range(0, rows, self.block_rows):
+            yield slice(start, start + self.block_rows)
+
+
+def plan_rows(
+    targets_N: torch.Tensor, ignore_index: int, vocab: int, dtype: torch.dtype, chunk_bytes: int | None
+) -> RowPlan:
+    """Rows per chunk and block for the torch backend, within `chunk_bytes` of workspace.
+
+    On the CPU ignored rows are left out of the products altogether. On CUDA that would need a host sync, so there they
+    are worked on with zero weight.
+    """
+    active = _active_rows(targets_N, ignore_index)
+    count, row_bytes = len(targets_N) if active is None else len(active), vocab * dtype.itemsize
+    budget = _budget(targets_N, chunk_bytes)
+    if targets_N.device.type != "cpu":
+        # Logits and both scratch blocks span the chunk, and the cast gradient is half as large.
+        chunk_rows = even_rows(count, 2 * budget // (7 * row_bytes))
+        return RowPlan(len(targets_N), active, chunk_rows, chunk_rows)
+    # 3/4 for the logits, 1/8 for the two scratch blocks, 1/8 for the slabs of the products.
+    chunk_rows = even_rows(count, 3 * budget // (4 * row_bytes))
+    return RowPlan(len(targets_N), active, chunk_rows, _block_rows(chunk_rows, row_bytes, budget))
+
+
+def plan_tiles(
+    targets_N: torch.Tensor, ignore_index: int, vocab: int, hidden: int, dtype: torch.dtype, chunk_bytes: int | None
+) -> tuple[RowPlan, int]:
+    """Rows and columns of a tile of logits for a backward that goes slab by slab of the vocabulary.
+
+    All rows in one tile if they leave room for a slab worth a GEMM: then each slab of dW is written once.
+    """
+    active = _active_rows(targets_N, ignore_index)
+    count = max(1, len(targets_N) if active is None else len(active))
+    budget = _budget(targets_N, chunk_bytes)
+    on_cpu = targets_N.device.type == "cpu"
+    share = 3 * budget // 4 if on_cpu else 2 * budget // 7
+    least = min(vocab, _LEAST_COLUMNS, share // dtype.itemsize)
+    # A slab of dW in fp32, where the weight is narrower, has to fit as well.
+    most = max(least, min(share // (count * dtype.itemsize), budget // (8 * hidden * dtype.itemsize)))
+    columns = even_rows(vocab, most)
+    chunk_rows = even_rows(count, share // (columns * dtype.itemsize))
+    block_rows = _block_rows(chunk_rows, columns * dtype.itemsize, budget) if on_cpu else chunk_rows
+    return RowPlan(len(targets_N), active, chunk_rows, block_rows), columns
+
+
+def _active_rows(targets_N: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
+    if targets_N.device.type != "cpu":
+        return None
+    active = (targets_N != ignore_index).nonzero()[:, 0]
+    return None if len(active) == len(targets_N) else active
+
+
+def _budget(targets_N: torch.Tensor, chunk_bytes: int | None) -> int:
+    return chunk_bytes or DEFAULT_CHUNK_BYTES.get(targets_N.device.type, DEFAULT_CHUNK_BYTES_ELSEWHERE)
+
+
+def _block_rows(chunk_rows: int, row_bytes: int, budget: int) -> int:
+    return max(1, min(chunk_rows, min(_BLOCK_BYTES, budget // 16) // row_bytes))
+
+
+def even_rows(count: int, most: int) -> int:
+    """Rows per chunk such that the chunks are about equal: a last chunk of three rows would waste a pass over dW."""
+    chunks = -(-count // max(1, most))
+    return max(1, -(-count // max(1, chunks)))
