@@ -32,14 +32,20 @@ def build_parser() -> argparse.ArgumentParser:
     ev.add_argument("--model", help="checkpoint folder or hub name, instead of model.path")
     ev.add_argument("--out", help="write the figures to this JSON file as well")
 
-    compare = commands.add_parser("compare", help="run several methods at equal compute and tabulate them", epilog=EPILOG)
+    compare = commands.add_parser(
+        "compare", help="run several methods at equal compute and tabulate them", epilog=EPILOG
+    )
     compare.add_argument("config", help="TOML file")
     compare.add_argument(
-        "--methods", required=True, help="comma-separated: method[:mu][+section.field=value...], e.g. rl,fixed:0.2,amft:0.9"
+        "--methods",
+        required=True,
+        help="comma-separated: method[:mu][+section.field=value...], e.g. rl,fixed:0.2,amft:0.9",
     )
     compare.add_argument("--seeds", type=int, default=3, help="seeds per method (default %(default)s)")
     compare.add_argument("--out", default="runs/compare", help="folder of the study (default %(default)s)")
-    compare.add_argument("--cores", type=int, default=os.cpu_count(), help="runs at a time, one core each (default: all)")
+    compare.add_argument(
+        "--cores", type=int, default=os.cpu_count(), help="runs at a time, one core each (default: all)"
+    )
     compare.add_argument("--budget", type=int, help="tokens per run (default: what train.steps of fixed:0.5 take)")
 
     report = commands.add_parser("report", help="write report.html of a run anew")
@@ -56,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if flags and args.command not in ("train", "eval", "compare"):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
-        return {"train": _train, "eval": _eval, "compare": _compare, "report": _report, "doctor": _doctor}[args.command](args, flags)
+        return COMMANDS[args.command](args, flags)
     except UserError as e:
         print(f"amft-fast: {e}", file=sys.stderr)
         return 2
@@ -150,3 +156,6 @@ def _doctor(args: argparse.Namespace, flags: list[str]) -> int:
 
     print(doctor())
     return 0
+
+
+COMMANDS = {"train": _train, "eval": _eval, "compare": _compare, "report": _report, "doctor": _doctor}

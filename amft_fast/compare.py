@@ -1,8 +1,9 @@
 """The study: several methods, several seeds, equal compute; one table, one picture, whichever wins.
 
 `amft-fast compare CONFIG --methods rl,fixed:0.05,amft --seeds 5` runs every method with every seed as a process of its own,
-several at a time within the core budget. All get the same token budget (tokens sampled plus tokens trained on, the controller's
-own included), so a method with cheap steps takes more of them. Finished runs are kept: the same command goes on where it stopped.
+several at a time within the core budget. All get the same token budget (tokens sampled plus tokens trained on, the
+controller's own included), so a method with cheap steps takes more of them. Finished runs are kept: the same command goes on
+where it stopped.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from amft_fast import config
+from amft_fast.controller import student_t975
 from amft_fast.interfaces import UserError
-
-# Student's t, 97.5 %, for 1, 2, ... degrees of freedom; 1.96 beyond.
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class Job:
         return (self.folder / "summary.json").exists()
 
 
-def compare(path: str, methods: list[str], seeds: int, out: Path, cores: int, budget: int | None, flags: list[str]) -> int:
+def compare(
+    path: str, methods: list[str], seeds: int, out: Path, cores: int, budget: int | None, flags: list[str]
+) -> int:
     """Runs what is missing, then writes compare.json, compare.md, compare.png and compare.html under `out`."""
     rows = [parse_method(m) for m in methods]
     for row in rows:  # every mistake before the first run
@@ -114,7 +116,10 @@ def _run_all(path: str, jobs: list[Job], cores: int, flags: list[str]) -> list[J
                     failed.append(job)
                 left = (time.monotonic() - begin) / done * (len(waiting) + len(running))
                 state = "done" if job not in failed else f"failed, see {job.folder / 'log.txt'}"
-                print(f"[{done}/{len(jobs)}] {job.method.label} seed {job.seed}: {state}; {left / 60:.0f} min left", flush=True)
+                print(
+                    f"[{done}/{len(jobs)}] {job.method.label} seed {job.seed}: {state}; {left / 60:.0f} min left",
+                    flush=True,
+                )
             time.sleep(0.2)
     finally:
         for job in running:
@@ -131,7 +136,11 @@ def _start(path: str, job: Job, flags: list[str]) -> Job:
     command = [sys.executable, "-m", "amft_fast", "train", path, *flags, *job.method.flags, *fixed, *resume]
     with (job.folder / "log.txt").open("a") as log:
         job.process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
     return job
 
@@ -143,8 +152,7 @@ def interval(values: list[float]) -> tuple[float, float]:
     if n < 2:
         return mean, float("nan")
     variance = sum((v - mean) ** 2 for v in values) / (n - 1)
-    t = T975[n - 2] if n - 2 < len(T975) else 1.96
-    return mean, t * (variance / n) ** 0.5
+    return mean, student_t975(n - 1) * (variance / n) ** 0.5
 
 
 def area_under_curve(points: list[tuple[float, float]], budget: float) -> float:
@@ -152,7 +160,7 @@ def area_under_curve(points: list[tuple[float, float]], budget: float) -> float:
     points = sorted((min(x, budget), y) for x, y in points)
     if points[-1][0] < budget:
         points.append((budget, points[-1][1]))
-    area = sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in zip(points, points[1:]))
+    area = sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in pairwise(points))
     return area / (points[-1][0] - points[0][0]) if points[-1][0] > points[0][0] else points[-1][1]
 
 

@@ -76,8 +76,7 @@ def table(data: dict[str, list[dict[str, Any]]]) -> tuple[list[str], list[list[s
     for label, runs in data.items():
         row = [label, str(len(runs))]
         for s in splits:
-            for figure in ("greedy", "sampled", "pass_at_k"):
-                row.append(_percent([r["summary"]["end"][s][figure] for r in runs]))
+            row += [_percent([r["summary"]["end"][s][f] for r in runs]) for f in ("greedy", "sampled", "pass_at_k")]
         row.append(_percent([r["auc"] for r in runs]))
         entropies = [r["entropy"] for r in runs if r["entropy"] is not None]
         row.append(f"{sum(entropies) / len(entropies):.2f}" if entropies else "–")
@@ -123,10 +122,9 @@ def _lines(data: dict[str, list[dict[str, Any]]], key: str) -> list[Line]:
 
 def plots(data: dict[str, list[dict[str, Any]]]) -> Markup:
     split = next(iter(data.values()))[0]["curve_split"]
-    success = line_chart(
-        f"Sampled success on {split}", _lines(data, "curve"), "Against tokens (millions), mean over seeds.", percent=True, log=False
-    )
-    paths = line_chart("Mixing weight μ", _lines(data, "mu_path"), "Against tokens (millions), mean over seeds.", log=False)
+    note = "Against tokens (millions), mean over seeds."
+    success = line_chart(f"Sampled success on {split}", _lines(data, "curve"), note, percent=True, log=False)
+    paths = line_chart("Mixing weight μ", _lines(data, "mu_path"), note, log=False)
     return success + paths
 
 
@@ -145,7 +143,9 @@ def write_picture(data: dict[str, list[dict[str, Any]]], budget: float, path: Pa
     ):
         for line in _lines(data, key):
             style = "-" if line.style == "solid" else "--"
-            ax.plot(line.xs, [scale * y for y in line.ys], style, color=LIGHT[line.colour], label=line.name, linewidth=1.6)
+            ax.plot(
+                line.xs, [scale * y for y in line.ys], style, color=LIGHT[line.colour], label=line.name, linewidth=1.6
+            )
         ax.set_title(title, loc="left", fontsize=10, fontweight="bold")
         ax.set_xlabel("tokens sampled and trained on (millions)", fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)

@@ -6,8 +6,11 @@ the window's end μ moves once:
 
     s     = mean over the window of the signal, in which a positive value says that imitation helps the utility more
     σ     = standard error of s, from the two halves of u, remembered over windows
-    gate  = max(0, 1 − (snr_gate · σ / s)²)
+    gate  = max(0, 1 − (κ_ν · snr_gate · σ / s)²)
     Δμ    = clip(η_μ · s · gate, ±max_step) + η_H · (H* − H),        μ kept in [μ_min, μ_max]
+
+κ_ν is Student's t at 97.5 % for ν degrees of freedom over its limit 1.96: σ is an estimate from few windows (one difference of
+halves each), and taken at its face value it would let pure noise through in half of the first windows.
 
 Signals, per half k, with X the difference of the two gradients' unit vectors or of the gradients themselves:
 
@@ -29,6 +32,9 @@ from typing import Any
 from amft_fast.config import LEARNED, Config
 from amft_fast.multi_tensor import mixing_slope, named_sums
 from amft_fast.rollout.episodes import sample_seed
+
+# Student's t, 97.5 %, for 1, 2, ... degrees of freedom.
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 class Schedule:
@@ -148,19 +154,30 @@ class MetaController:
         if c.signal == "random":
             signal = abs(signal) * (1 if sample_seed(self.cfg.run.seed, "random sign", self.windows) % 2 else -1)
         square = ((half1 - half2) / 2) ** 2
-        self.variance = square if self.variance is None else c.noise_memory * self.variance + (1 - c.noise_memory) * square
+        self.variance = (
+            square if self.variance is None else c.noise_memory * self.variance + (1 - c.noise_memory) * square
+        )
         error = math.sqrt(self.variance)
         if c.signal == "rms":
             self.mean_square = 0.9 * self.mean_square + 0.1 * signal**2
             scale = math.sqrt(self.mean_square / (1 - 0.9 ** (self.windows + 1)))
             signal, error = _ratio(signal, scale), _ratio(error, scale)
         snr = _ratio(signal, error)
-        gate = max(0.0, 1 - (c.snr_gate / snr) ** 2) if snr else 0.0
-        if c.snr_gate == 0:
-            gate = 1.0
+        gate = self._gate(snr)
         figures |= {"signal": signal, "stderr": error, "snr": snr, "gate": gate}
         figures |= {"cos_sft": self.sums["cos_sft"] / n, "cos_rl": self.sums["cos_rl"] / n}
         return min(max(c.eta_mu * signal * gate, -c.max_step), c.max_step)
+
+    def _gate(self, snr: float) -> float:
+        """How much of the step the evidence allows, 0 to 1."""
+        if self.c.snr_gate == 0 or snr == 0:
+            return float(self.c.snr_gate == 0)
+        # Effective number of squared differences in the exponential average of σ²: 1 / Σ w².
+        r, n = self.c.noise_memory, self.windows + 1
+        weights = [r ** (n - 1)] + [(1 - r) * r**i for i in range(n - 1)]
+        freedom = 1 / sum(w * w for w in weights)
+        threshold = self.c.snr_gate * student_t975(freedom) / 1.96
+        return max(0.0, 1 - (threshold / snr) ** 2)
 
     def state_dict(self) -> dict[str, Any]:
         keys = ("value", "windows", "variance", "mean_square", "at_bound", "sums", "probed", "seen")
@@ -171,10 +188,18 @@ class MetaController:
             setattr(self, key, value)
 
 
+def student_t975(freedom: float) -> float:
+    """Student's t at 97.5 %, for at least 1 degree of freedom, between whole numbers linear in 1/ν; 1.96 in the limit."""
+    low = int(freedom)
+    if low >= len(T975):
+        return 1.96 + (T975[-1] - 1.96) * len(T975) / freedom
+    share = (1 / low - 1 / freedom) / (1 / low - 1 / (low + 1))
+    return T975[low - 1] + share * (T975[low] - T975[low - 1])
+
+
 def _ratio(a: float, b: float) -> float:
     """a / b, and 0 where b is 0: a utility without spread, or a gradient that vanished, says nothing."""
-    return a / b if b > 0 else 0.0
-
+    return a / b if b != 0 else 0.0
 
 
 def make(cfg: Config) -> Schedule | MetaController:

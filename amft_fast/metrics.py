@@ -19,15 +19,20 @@ PHASES = ("rollout", "advantage", "utility", "update", "sync", "eval", "checkpoi
 
 
 class Phases:
-    """Seconds per phase of one step, by CUDA events on a GPU (no host sync until they are read) and the clock elsewhere."""
+    """Seconds per phase of one step, by CUDA events on a GPU (no host sync until they are read) and the clock elsewhere.
+
+    A phase inside another has an NVTX range of its own, but its seconds are the outer one's alone.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
         self.spans: list[tuple[str, Any, Any]] = []
+        self.depth = 0
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         begin = self._now()
+        self.depth += 1
         if self.cuda:
             torch.cuda.nvtx.range_push(name)
         try:
@@ -35,7 +40,9 @@ class Phases:
         finally:
             if self.cuda:
                 torch.cuda.nvtx.range_pop()
-            self.spans.append((name, begin, self._now()))
+            self.depth -= 1
+            if not self.depth:
+                self.spans.append((name, begin, self._now()))
 
     def _now(self) -> Any:
         if not self.cuda:

@@ -125,7 +125,7 @@ def prepare_folder(cfg: Config, resume: bool) -> Path:
                 )
             for name in ("checkpoints", "tb", "model"):
                 shutil.rmtree(folder / name, ignore_errors=True)
-            for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl", "summary.json", "report.html"):
+            for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl", "summary.json", "report.html", "report.png"):
                 (folder / name).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(to_toml(cfg))
@@ -139,7 +139,9 @@ def environment() -> dict[str, str]:
     """Versions and device, for the record."""
     import transformers
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    from amft_fast.doctor import cpu_name
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     return {
         "amft_fast": __version__,
         "python": platform.python_version(),
@@ -158,6 +160,8 @@ def train(cfg: Config, resume: bool = False) -> int:
     from amft_fast.train import Trainer
 
     stop = StopSignal()
+    if cfg.run.threads:
+        torch.set_num_threads(cfg.run.threads)
     folder = prepare_folder(cfg, resume)
     found = checkpoint.latest(folder / "checkpoints") if resume else None
     if resume and found is None:
@@ -205,8 +209,8 @@ def finish(cfg: Config, trainer: Any, folder: Path) -> None:
     if cfg.checkpoint.export:
         trainer.policy.model.save_pretrained(folder / "model")
         trainer.encoder.tokenizer.save_pretrained(folder / "model")
-    report = write_report(folder)
     trainer.files.say(results_table(summary))
+    report = write_report(folder)
     trainer.files.say(f"report:  {report}\nsummary: {folder / 'summary.json'}")
 
 

@@ -81,7 +81,9 @@ class Trainer:
         """The held-out prompts that μ is learned on, with their demonstrations."""
         items = choose(self.task.prompts("val"), self.cfg.meta.prompts)
         if len(items) < 2:
-            raise UserError(f"method {self.cfg.train.method!r} needs at least 2 validation prompts, the task has {len(items)}")
+            raise UserError(
+                f"method {self.cfg.train.method!r} needs at least 2 validation prompts, the task has {len(items)}"
+            )
         return UtilityGradient(
             self.cfg.meta,
             items,
@@ -513,7 +515,8 @@ class Trainer:
             self.utility_gradient.cache.load_state_dict(state["cache"])
         if "utility.0.0" in tensors:
             halves = [
-                [tensors[f"utility.{i}.{j}"].to(self.engine.device) for j in range(len(self.engine.groups))] for i in (0, 1)
+                [tensors[f"utility.{i}.{j}"].to(self.engine.device) for j in range(len(self.engine.groups))]
+                for i in (0, 1)
             ]
             self.utility = Utility((halves[0], halves[1]), {})
         self.entropy_target, self.evaluated_step = state["entropy_target"], state["evaluated_step"]

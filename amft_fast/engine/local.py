@@ -33,12 +33,13 @@ class FlatGroup:
             self.offsets.append(size)
             size += -(-p.numel() // ALIGN) * ALIGN
         device = self.params[0].device
-        self.master = torch.zeros(size, device=device, dtype=torch.float32)
+        dtype = torch.float64 if self.params[0].dtype == torch.float64 else torch.float32  # fp64 for gradient checks
+        self.master = torch.zeros(size, device=device, dtype=dtype)
         self.grad = torch.zeros_like(self.master)
         self.master.grad = self.grad
         self.master_views = self._views(self.master)
         self.grad_views = self._views(self.grad)
-        self.low_precision = any(p.dtype != torch.float32 for p in self.params)
+        self.low_precision = any(p.dtype != dtype for p in self.params)
         for p, master, grad in zip(self.params, self.master_views, self.grad_views):
             master.copy_(p.detach())
             if self.low_precision:
