@@ -49,7 +49,9 @@ class GradientBuffers:
             if isinstance(index, slice):
                 hidden_grad_into(self.hidden_NH[index], grad_nV, weight_VH)
             else:
-                self.hidden_NH[index] = hidden_grad_into(torch.empty_like(hidden_nH), grad_nV, weight_VH)
+                chunk_nH = torch.empty_like(hidden_nH)
+                hidden_grad_into(chunk_nH, grad_nV, weight_VH)
+                self.hidden_NH[index] = chunk_nH
         if self.weight_VH is not None:
             weight_grad_into(self.weight_VH[: self.vocab], grad_nV, hidden_nH, accumulate=self.started)
             self.started = True
