@@ -218,18 +218,18 @@ class ControllerConfig(Section):
     """Last mu of the methods linear and cosine."""
     signal: Literal["balanced", "cosine", "rms", "raw", "random"] = "balanced"
     """What the probe's dot-products become; random is a control with the sign of balanced drawn by lot."""
-    space: Literal["mu", "logit"] = "mu"
+    space: Literal["mu", "logit"] = "logit"
     """Whether steps are taken in mu itself or in its logit."""
-    window: int = Field(10, ge=1)
+    window: int = Field(5, ge=1)
     """Steps over which the signal is averaged before mu moves once; one utility gradient serves them all."""
     start_step: int = Field(0, ge=0)
     """Steps after the warm-up before the first window."""
-    eta_mu: float = Field(0.3, ge=0)
+    eta_mu: float = Field(10.0, ge=0)
     """Gain from the signal to mu (or its logit)."""
-    max_step: float = Field(0.05, gt=0)
+    max_step: float = Field(0.5, gt=0)
     """Bound on the signal's part of one move."""
-    eta_entropy: float = Field(0.02, ge=0)
-    """Gain from the entropy's shortfall H* - H to mu."""
+    eta_entropy: float = Field(0.2, ge=0)
+    """Gain from the entropy's shortfall H* - H (nats per token) to mu (or its logit)."""
     snr_gate: float = Field(1.0, ge=0)
     """Signal-to-noise ratio under which the signal moves nothing: its step is scaled by max(0, 1 - (snr_gate / SNR)^2).
     0: no gate."""
@@ -249,12 +249,15 @@ class MetaConfig(Section):
     utility: Literal["reward", "nll", "hybrid"] = "reward"
     """reward: policy gradient on rollouts of held-out prompts; nll: likelihood of held-out demonstrations; hybrid: reward,
     and the demonstration where no rollout of a prompt succeeds."""
-    prompts: int = Field(64, ge=2)
+    prompts: int = Field(128, ge=2)
     """Validation prompts that the utility is taken on."""
     num_generations: int = Field(8, ge=2)
     """Rollouts per validation prompt."""
-    refresh_share: float = Field(0.25, gt=0, le=1)
+    refresh_share: float = Field(0.125, gt=0, le=1)
     """Share of the cached rollouts redrawn for each new utility gradient, oldest first; 1: all of them."""
+    memory: float = Field(0.8, ge=0, lt=1)
+    """Decay of the utility gradient from window to window. 0: taken anew on the whole cache, with importance weights. Above 0
+    only the groups just drawn enter, and the past lives on as an exponential average: much cheaper, somewhat staler."""
     min_ess: float = Field(0.3, ge=0, le=1)
     """Relative effective sample size of the cache's importance weights under which it is redrawn whole."""
     is_cap: float = Field(2.0, gt=0)

@@ -16,12 +16,14 @@ group has no success, where the policy gradient vanishes and only imitation can 
 
 u comes as two independent halves (even and odd validation prompts): the signal's standard error is read off their difference.
 The cache rolls: every new u redraws the oldest share of the rollouts, and all of them when the effective sample size of the
-importance weights has fallen under `min_ess`.
+importance weights has fallen under `min_ess`. With `memory` > 0 only the groups just drawn enter a new gradient, and u is the
+exponential average of these: the same pooling over time at the cost of the fresh groups alone, but with gradients at the
+weights of then instead of importance weights to those of now.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -130,6 +132,8 @@ class UtilityGradient:
         self.cache = RolloutCache(items, cfg.refresh_share)
         self.demos = demos
         self.tokens = 0  # sampled and trained on for the last u
+        self.average: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None  # of u, with memory
+        self.weight = 0.0  # groups that the average stands for
         # On-policy form (old = None): the detached current log-prob stands for old, so the importance weight against the
         # log-probs sampled with is the truncated TIS weight, and nothing is clipped.
         self.objective = ObjectiveConfig(entropy_coef=0.0, tis_cap=cfg.is_cap)
@@ -137,37 +141,56 @@ class UtilityGradient:
     def compute(self, step: int, draw: Draw) -> Utility:
         """u at the present weights. The engine's gradients must be clear; they are clear again afterwards."""
         self.tokens = drawn = 0
-        if self.cfg.utility != "nll":
-            drawn = self._refresh(step, draw)
-        utility = self._gradient(drawn)
-        stale = drawn < len(self.cache.groups)
-        if self.cfg.utility != "nll" and stale and utility.figures["ess"] < self.cfg.min_ess:
+        if self.cfg.utility == "nll":
+            return self._finish(self._gradient(range(len(self.cache.items)), drawn))
+        drawn = self._refresh(step, draw)
+        if self.cfg.memory > 0:
+            fresh = [i for i, g in enumerate(self.cache.groups) if g.step == step]
+            return self._finish(self._remember(self._gradient(fresh, drawn), len(fresh)))
+        everything = range(len(self.cache.groups))
+        utility = self._gradient(everything, drawn)
+        if drawn < len(self.cache.groups) and utility.figures["ess"] < self.cfg.min_ess:
             drawn += self._refresh(step, draw, everything=True)
-            utility = self._gradient(drawn)
+            utility = self._gradient(everything, drawn)
+        return self._finish(utility)
+
+    def _finish(self, utility: Utility) -> Utility:
         utility.figures["tokens"] = self.tokens
         return utility
+
+    def _remember(self, utility: Utility, groups: int) -> Utility:
+        """Folds the gradient of the fresh groups into the average; a group counts `memory` times less each window."""
+        self.weight = self.cfg.memory * self.weight + groups
+        if self.average is None:
+            self.average = utility.halves
+        else:
+            for mean, new in zip(self.average, utility.halves):
+                torch._foreach_lerp_(mean, new, groups / self.weight)
+        return Utility(self.average, utility.figures)
 
     def _refresh(self, step: int, draw: Draw, everything: bool = False) -> int:
         drawn = self.cache.refresh(step, draw, everything)
         self.tokens += sum(sum(s.loss_mask) for g in self.cache.groups if g.step == step for s in g.samples)
         return drawn
 
-    def _gradient(self, drawn: int) -> Utility:
+    def _gradient(self, indices: Iterable[int], drawn: int) -> Utility:
+        """u on the prompts at these places of the cache."""
         halves, sums, counts = [], 0.0, {"useful_groups": 0, "demo_groups": 0}
         for half in (0, 1):
-            sequences = self._sequences(half, counts)
+            sequences = self._sequences([i for i in indices if i % 2 == half], counts)
             self.tokens += sum(len(s.ids) for s in sequences)
             for batch in micro_batches(sequences, self.micro_batch_tokens, self.packed):
                 sums = sums + self.engine.backward(batch, self.objective).sums
             halves.append(self.engine.take_gradient())
         return Utility((halves[0], halves[1]), self._figures(sums, counts, drawn))
 
-    def _sequences(self, half: int, counts: dict[str, int]) -> list[Sequence]:
+    def _sequences(self, indices: list[int], counts: dict[str, int]) -> list[Sequence]:
         """The sequences of one half with their weights. Groups without spread add nothing and are left out."""
         if self.cfg.utility == "nll":
-            demos = [self.demos[item.id] for item in self.cache.items[half::2] if item.id in self.demos]
+            chosen = [self.cache.items[i] for i in indices]
+            demos = [self.demos[item.id] for item in chosen if item.id in self.demos]
             return self._weigh(self._demo_sequences(demos), 1.0, objective.weigh_sft)
-        groups = self.cache.groups[half::2]
+        groups = [self.cache.groups[i] for i in indices]
         useful = [g for g in groups if max(s.reward for s in g.samples) > min(s.reward for s in g.samples)]
         counts["useful_groups"] += len(useful)
         tokens = sum(sum(s.loss_mask) for g in groups for s in g.samples)

@@ -350,6 +350,7 @@ class Trainer:
                 out["ref_kl"] = s["kl"] / rl
             if self.policy.value_head is not None:
                 out["value_loss"] = s["value_loss"] / rl
+        self.engine.skipped = int(bad_total)
         self.guard(out, int(bad_in_row))
         if probe is not None:
             out["probe"] = (probed[:-1], probed[-1])
@@ -481,6 +482,7 @@ class Trainer:
                 "prompt_position": self.prompt_stream.position,
                 "demo_position": self.demo_stream.position,
                 "controller": self.controller.state_dict(),
+                "utility_weight": self.utility_gradient.weight if self.utility_gradient is not None else 0.0,
                 "cache": self.utility_gradient.cache.state_dict() if self.utility_gradient is not None else [],
                 "entropy_target": self.entropy_target,
                 "evaluated_step": self.evaluated_step,
@@ -519,6 +521,7 @@ class Trainer:
                 for i in (0, 1)
             ]
             self.utility = Utility((halves[0], halves[1]), {})
+            self.utility_gradient.average, self.utility_gradient.weight = self.utility.halves, state["utility_weight"]
         self.entropy_target, self.evaluated_step = state["entropy_target"], state["evaluated_step"]
         self.evaluations, self.warmup_tokens = state["evaluations"], state["warmup_tokens"]
         self.mus, self.tokens, self.wall_before = state["mus"], state["tokens"], state["wall_s"]

@@ -10,8 +10,20 @@ from amft_fast import config, controller
 from amft_fast.multi_tensor import multi_tensor_dot
 
 
+BASE = {
+    "--train.steps": "11",
+    "--controller.space": "mu",
+    "--controller.window": "10",
+    "--controller.eta_mu": "0.3",
+    "--controller.max_step": "0.05",
+    "--controller.eta_entropy": "0.02",
+}
+
+
 def make(*flags, method="amft"):
-    return controller.make(config.load(None, ["--train.method", method, "--train.steps", "11", *flags]))
+    """A controller with small steps in mu itself, whatever the defaults are, and these flags."""
+    settings = BASE | {"--train.method": method} | dict(zip(flags[::2], flags[1::2], strict=True))
+    return controller.make(config.load(None, [x for pair in settings.items() for x in pair]))
 
 
 def probe(c, u1, u2, g_sft, g_rl):

@@ -327,3 +327,24 @@ def test_computing_u_leaves_the_engine_as_it_was(checkpoint_folder):
     make_utility(checkpoint_folder, engine)[0].compute(0, Drawer())
     assert all(torch.equal(v, before[k]) for k, v in engine.state_dict().items())
     assert not any(g.grad.any() for g in engine.groups)
+
+
+def test_memory_pools_fresh_groups_into_an_exponential_average(checkpoint_folder):
+    """With memory only the groups just drawn are worked on; a group counts `memory` times less each window."""
+    engine = make_engine(checkpoint_folder)
+    kept, _ = make_utility(checkpoint_folder, engine, memory=0.5, refresh_share=0.5)
+    draw, fresh = Drawer(-1.0, gap=1.0), []
+    real = kept._gradient
+
+    def spy(indices, drawn):
+        utility = real(indices, drawn)
+        fresh.append(([t.clone() for t in utility.halves[0]], len(list(indices))))
+        return utility
+
+    kept._gradient = spy
+    for step in range(3):
+        got = kept.compute(step, draw)
+    assert [n for _, n in fresh] == [4, 2, 2]
+    weights = [4 * 0.25, 2 * 0.5, 2.0]
+    want = sum(w * f[0][0] for w, f in zip(weights, fresh)) / sum(weights)
+    torch.testing.assert_close(got.halves[0][0], want)

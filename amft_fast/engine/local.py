@@ -90,7 +90,8 @@ class LocalEngine:
         self.bad_in_row = torch.zeros((), device=self.device)
         self.bad_total = torch.zeros((), device=self.device)
         self.sft_gradient: list[torch.Tensor] | None = None  # G₁ of a probed step
-        self.updates = 0  # AdamW's step count (an update that was skipped counts one too many: it only dampens the bias term)
+        self.attempts = 0  # updates asked for
+        self.skipped = 0  # of them, not finite; told by the loop when it reads its figures, so that no host sync is needed here
         self._give_head_its_buffer()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -154,7 +155,7 @@ class LocalEngine:
         states = [self.optimizer.state.get(g.master, {}) for g in self.groups]
         moments = [[s.get(k, torch.zeros_like(g.master)) for s, g in zip(states, self.groups)] for k in ADAM_MOMENTS]
         beta1, beta2 = self.cfg.adam_betas
-        return ops.AdamState(*moments, beta1, beta2, self.cfg.adam_eps, self.updates + 1, clip)
+        return ops.AdamState(*moments, beta1, beta2, self.cfg.adam_eps, self.attempts - self.skipped + 1, clip)
 
     def _norm(self) -> torch.Tensor:
         return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.grad) for g in self.all_groups]))
@@ -177,7 +178,7 @@ class LocalEngine:
         self.optimizer.step()
         for g in self.all_groups:
             g.publish()
-        self.updates += 1
+        self.attempts += 1
         self.bad_in_row = (self.bad_in_row + 1) * bad
         self.bad_total = self.bad_total + bad
         self.zero_grad()
@@ -207,7 +208,7 @@ class LocalEngine:
                 if torch.is_tensor(value):
                     tensors[f"optimizer.{i}.{key}"] = value
         tensors["guard.bad_in_row"], tensors["guard.bad_total"] = self.bad_in_row, self.bad_total
-        tensors["updates"] = torch.tensor(self.updates)
+        tensors["guard.attempts"] = torch.tensor(self.attempts)
         return tensors
 
     @torch.no_grad()
@@ -228,6 +229,6 @@ class LocalEngine:
                     for k, v in moments.items()
                 }
             g.publish()
-        self.updates = int(state["updates"])
+        self.attempts, self.skipped = int(state["guard.attempts"]), int(state["guard.bad_total"])
         self.bad_in_row = state["guard.bad_in_row"].to(self.device)
         self.bad_total = state["guard.bad_total"].to(self.device)
