@@ -314,6 +314,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def log(text: str) -> None:
         print(text, file=sys.stderr)
 
+    threads = arguments.threads or torch.get_num_threads()
+    torch.set_num_threads(1)  # the checks; on busy cores torch's operations wait for one another's threads
     lists = make_lists(arguments.elements, arguments.tensors, arguments.device)
     truth = true_products(lists)
     adam = AdamState(lists["m"], lists["s"], **ADAM)
@@ -323,7 +325,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(candidate, truth)
     log("checked")
     all_candidates.append(copy_candidate(arguments.elements, arguments.device))
-    threads = arguments.threads or torch.get_num_threads()
     thread_counts = sorted({1, threads}) if arguments.device == "cpu" else [threads]
     measure(all_candidates, arguments.device, thread_counts, arguments.rounds, log)
 
