@@ -208,9 +208,9 @@ class ControllerConfig(Section):
 
     mu_init: float = Field(0.5, gt=0, lt=1)
     """Where mu starts; method `fixed` holds it there."""
-    mu_min: float = Field(0.05, gt=0, lt=1)
+    mu_min: float = Field(0.02, gt=0, lt=1)
     """Lower bound of a learned mu."""
-    mu_max: float = Field(0.95, gt=0, lt=1)
+    mu_max: float = Field(0.98, gt=0, lt=1)
     """Upper bound of a learned mu."""
     schedule_start: float = Field(0.9, ge=0, le=1)
     """First mu of the methods linear and cosine."""
@@ -224,13 +224,13 @@ class ControllerConfig(Section):
     """Steps over which the signal is averaged before mu moves once; one utility gradient serves them all."""
     start_step: int = Field(0, ge=0)
     """Steps after the warm-up before the first window."""
-    eta_mu: float = Field(10.0, ge=0)
+    eta_mu: float = Field(15.0, ge=0)
     """Gain from the signal to mu (or its logit)."""
-    max_step: float = Field(0.5, gt=0)
+    max_step: float = Field(0.7, gt=0)
     """Bound on the signal's part of one move."""
     eta_entropy: float = Field(0.2, ge=0)
     """Gain from the entropy's shortfall H* - H (nats per token) to mu (or its logit)."""
-    snr_gate: float = Field(1.0, ge=0)
+    snr_gate: float = Field(1.5, ge=0)
     """Signal-to-noise ratio under which the signal moves nothing: its step is scaled by max(0, 1 - (snr_gate / SNR)^2).
     0: no gate."""
     noise_memory: float = Field(0.7, ge=0, lt=1)
@@ -337,6 +337,9 @@ class LogConfig(Section):
     """Steps between the completions kept in samples.jsonl; 0: none."""
     samples: int = Field(8, ge=1)
     """Completions kept each time."""
+    implicit_reward: bool = False
+    """Log the mean path-level log pi/pi_ref of demonstrations and rollouts against the policy after the warm-up (two forward
+    passes more a step)."""
     progress: bool | None = None
     """Show progress bars; default: only on a terminal, plain lines otherwise."""
     every: int = Field(10, ge=1)

@@ -202,6 +202,17 @@ def _ratio(a: float, b: float) -> float:
     return a / b if b != 0 else 0.0
 
 
+def inert(cfg: Config) -> str | None:
+    """A sentence when the learned controller cannot move μ visibly, as with the published hyper-parameters."""
+    c, lr = cfg.controller, cfg.train.lr
+    if cfg.train.method not in LEARNED or c.signal != "raw" or lr * c.eta_mu > 1e-6 or c.eta_entropy > 2e-3:
+        return None
+    return (
+        f"controller: signal raw carries the learning rate, and train.lr x controller.eta_mu = {lr * c.eta_mu:.0e}: mu will stay "
+        f"where it starts, at {c.mu_init:g} (so do the published hyper-parameters; see docs/method.md)"
+    )
+
+
 def make(cfg: Config) -> Schedule | MetaController:
     """The controller that `train.method` names."""
     c, t = cfg.controller, cfg.train

@@ -16,6 +16,7 @@ import torch
 
 from amft_fast import __version__, checkpoint
 from amft_fast.config import Config, TaskConfig, to_toml
+from amft_fast.controller import inert
 from amft_fast.engine.local import LocalEngine
 from amft_fast.interfaces import RolloutEngine, Task, UpdateEngine, UserError
 from amft_fast.metrics import JsonLines, Phases, Progress, TensorBoard
@@ -166,6 +167,8 @@ def train(cfg: Config, resume: bool = False) -> int:
     found = checkpoint.latest(folder / "checkpoints") if resume else None
     if resume and found is None:
         print(f"--resume: no whole checkpoint under {folder / 'checkpoints'}, starting from the beginning")
+    if sentence := inert(cfg):
+        print(sentence)
     parts = build(cfg, stop)
     total = cfg.train.warmup_steps + cfg.train.steps
     files = RunFiles(folder, cfg, total, found[2]["step"] if found else 0)

@@ -162,6 +162,7 @@ class Trainer:
         sft = self.draw_demos() if mu > 0 else []
         with self.phases("advantage"):
             rl = self.judge(samples)
+            implicit = self.implicit_rewards(sft, rl)
         lr = self.learning_rate(t, mu)
         self.engine.set_lr(lr)
 
@@ -184,7 +185,7 @@ class Trainer:
             figures |= utility_figures
             self.warn_at_bound()
         record = {"step": self.step - 1, "phase": "warmup" if t < 0 else "train", "mu": mu, "lr": lr, **figures}
-        record |= rollout_figures(samples)
+        record |= rollout_figures(samples) | implicit
         if t >= 0:
             self.mus = [*(self.mus[:1] or [mu]), mu]
         seconds = time.perf_counter() - begin
@@ -247,11 +248,23 @@ class Trainer:
                 scatter(rl, *zip(*[(b, o.logprobs) for b, o in outs]), "old_logprobs")
             if gae:
                 scatter(rl, *zip(*[(b, o.values) for b, o in outs]), "values")
-        if self.reference is not None:
+        if self.cfg.objective.kl_coef > 0:
             outs = self.forward_only(rl, self.reference)
             scatter(rl, *zip(*[(b, o.logprobs) for b, o in outs]), "ref_logprobs")
         objective.set_advantages(rl, samples, self.cfg.advantage)
         return rl
+
+    def implicit_rewards(self, sft: list[Sequence], rl: list[Sequence]) -> dict[str, float]:
+        """Mean over sequences of log π/π_ref along the whole answer: the reward that imitation implies (docs/method.md)."""
+        if not self.cfg.log.implicit_reward or self.reference is None:
+            return {}
+        figures = {}
+        for name, sequences in (("demos", sft), ("rollouts", rl)):
+            now, then = self.forward_only(sequences), self.forward_only(sequences, self.reference)
+            total = sum((a.logprobs - b.logprobs).double().sum() for (_, a), (_, b) in zip(now, then))
+            if sequences:
+                figures[f"implicit_reward/{name}"] = float(total) / len(sequences)
+        return figures
 
     def forward_only(self, sequences: list[Sequence], model: torch.nn.Module | None = None, temperature=None):
         """(batch, output) pairs without gradients, over all trained tokens."""
@@ -314,7 +327,7 @@ class Trainer:
         rl = [objective.rollout_sequence(s, 1.0) for s in samples]
         outs = [o.entropy for _, o in self.forward_only(rl)]
         self.entropy_target = torch.cat(outs).double().mean().item()
-        if self.cfg.objective.kl_coef > 0:
+        if self.cfg.objective.kl_coef > 0 or self.cfg.log.implicit_reward:
             self.reference = copy.deepcopy(self.policy.model).requires_grad_(False).eval()
 
     # ------------------------------------------------------------------------------------------------- what is recorded
@@ -346,7 +359,7 @@ class Trainer:
                 "mismatch_kl": s["mismatch_kl"] / rl,
                 "mismatch_ess": s["is_weight"] ** 2 / max(s["is_weight_sq"] * rl, 1e-30),
             }
-            if self.reference is not None:
+            if self.cfg.objective.kl_coef > 0:
                 out["ref_kl"] = s["kl"] / rl
             if self.policy.value_head is not None:
                 out["value_loss"] = s["value_loss"] / rl

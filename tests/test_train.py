@@ -1,5 +1,7 @@
 """Whole runs of a few steps: each method, resume, signals, guards, what a run leaves."""
 
+import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -14,6 +16,7 @@ from fakes import CopyTask
 
 from amft_fast import checkpoint, config, run
 from amft_fast.interfaces import UserError
+from amft_fast.rollout import episodes
 from amft_fast.train import Stream
 
 TIMES = ("seconds", "tokens_per_s", "wall_s")
@@ -102,6 +105,92 @@ def test_each_advantage_runs_with_two_minibatches(tmp_path, checkpoint_folder, k
     assert any(r["ratio_max"] > 1.001 for r in main), "the second minibatch must be off-policy"
     assert ("value_loss" in main[0]) == (kind == "gae")
     assert any(r["ref_kl"] > 0 for r in main[1:])
+
+
+def test_published_hyper_parameters_leave_mu_where_it_is_and_say_so(tmp_path, checkpoint_folder, capsys):
+    """The controller of configs/published.toml on a task where demonstrations are all that helps."""
+    published = config.load(Path(__file__).parent.parent / "configs" / "published.toml")
+    cfg = cfg_for(tmp_path, checkpoint_folder, "--train.method", "amft", "--train.steps", "50", "--eval.every", "0")
+    cfg = cfg.model_copy(update={"controller": published.controller, "meta": published.meta})
+    cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"lr": published.train.lr})})
+    assert run.train(cfg) == 0
+    mus = [r["mu"] for r in lines(tmp_path)[2:]]
+    assert max(abs(m - 0.8) for m in mus) < 0.01
+    assert any("controller/signal" in r for r in lines(tmp_path)), "the probe ran"
+    assert "mu will stay where it starts, at 0.8" in capsys.readouterr().out
+
+
+def test_implicit_rewards_are_logged(tmp_path, checkpoint_folder):
+    cfg = cfg_for(tmp_path, checkpoint_folder, "--log.implicit_reward", "true", "--train.method", "fixed")
+    assert run.train(cfg) == 0
+    main = lines(tmp_path)[2:]
+    assert main[0]["implicit_reward/demos"] == pytest.approx(0, abs=1e-5), "nothing has moved yet"
+    assert main[-1]["implicit_reward/demos"] > 0.1 and "implicit_reward/rollouts" in main[-1]
+
+
+class Useless:
+    """Wraps CopyTask: random rewards in training (or everywhere), or demonstrations that answer with another word."""
+
+    def __init__(self, rewards: str, demos: str) -> None:
+        self.inner, self.rewards, self.demo_kind = CopyTask(), rewards, demos
+        self.splits, self.max_turns = self.inner.splits, 1
+
+    def prompts(self, split):
+        return self.inner.prompts({"val": "train"}.get(split, split)) if split != "train" else self.inner.prompts("train")
+
+    def demos(self, split):
+        shift = {"a": "b", "b": "c", "c": "d", "d": "a"}
+        if self.demo_kind == "right":
+            return self.inner.demos("train")
+        return [dataclasses.replace(d, response=shift[d.response]) for d in self.inner.demos("train")]
+
+    def start(self, item):
+        episode = self.inner.start(item)
+        judge = episode.step
+
+        def step(text):
+            result = judge(text)
+            if self.rewards == "right" or (self.rewards == "random in training" and self.drawing_utility):
+                return result
+            lot = episodes.sample_seed(text, item.id, next(self.count)) % 2
+            return dataclasses.replace(result, reward=float(lot))
+
+        episode.step = step
+        return episode
+
+    drawing_utility = False
+    count = itertools.count()
+
+
+@pytest.mark.parametrize(
+    ("rewards", "demos", "goes"),
+    [("random in training", "right", "up"), ("right", "wrong", "down"), ("random", "wrong", "nowhere")],
+)
+def test_mu_follows_what_helps_on_constructed_problems(tmp_path, checkpoint_folder, monkeypatch, rewards, demos, goes):
+    """Demonstrations right and rewards useless; the other way round; both useless."""
+    from amft_fast.train import Trainer
+
+    task = Useless(rewards, demos)
+    monkeypatch.setattr(run, "make_task", lambda cfg: task)
+    begin = Trainer.begin_window
+
+    def begin_window(self, t):
+        task.drawing_utility = True
+        try:
+            return begin(self, t)
+        finally:
+            task.drawing_utility = False
+
+    monkeypatch.setattr(Trainer, "begin_window", begin_window)
+    cfg = cfg_for(
+        tmp_path, checkpoint_folder, "--train.method", "amft_no_entropy", "--train.warmup_steps", "0", "--train.steps", "40",
+        "--train.lr", "1e-3", "--eval.every", "0", "--meta.prompts", "4", "--meta.num_generations", "32",
+        "--meta.refresh_share", "1", "--rollout.num_generations", "8", "--rollout.max_new_tokens", "2",
+        "--controller.snr_gate", "0" if goes != "nowhere" else "2",
+    )  # fmt: skip
+    assert run.train(cfg) == 0
+    moved = json.loads((tmp_path / "summary.json").read_text())["mu_last"] - 0.5
+    assert {"up": moved > 0.15, "down": moved < -0.15, "nowhere": abs(moved) < 0.1}[goes], moved
 
 
 def test_rl_learns_to_copy(tmp_path, checkpoint_folder):
