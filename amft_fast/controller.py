@@ -208,8 +208,8 @@ def inert(cfg: Config) -> str | None:
     if cfg.train.method not in LEARNED or c.signal != "raw" or lr * c.eta_mu > 1e-6 or c.eta_entropy > 2e-3:
         return None
     return (
-        f"controller: signal raw carries the learning rate, and train.lr x controller.eta_mu = {lr * c.eta_mu:.0e}: mu will stay "
-        f"where it starts, at {c.mu_init:g} (so do the published hyper-parameters; see docs/method.md)"
+        f"controller: with signal raw mu moves by train.lr x controller.eta_mu = {lr * c.eta_mu:.0e} times a dot-product, so mu "
+        f"will stay where it starts, at {c.mu_init:g} (so do the published hyper-parameters; see docs/method.md)"
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from amft_fast import __version__, checkpoint
+from amft_fast import __version__, checkpoint, run_state
 from amft_fast.config import Config, TaskConfig, to_toml
 from amft_fast.controller import inert
 from amft_fast.engine.local import LocalEngine
@@ -176,7 +176,7 @@ def train(cfg: Config, resume: bool = False) -> int:
         trainer = Trainer(cfg, parts, files)
         if found:
             try:
-                trainer.load(*found[1:])
+                run_state.load(trainer, *found[1:])
             except ValueError as e:
                 raise UserError(f"--resume: {found[0]} does not fit this config: {e}") from None
             files.say(f"resumed from {found[0]} at step {trainer.step} of {total}")

@@ -17,35 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from amft_fast import checkpoint, controller, objective
+from amft_fast import checkpoint, controller, objective, run_state
 from amft_fast.batch import Sequence, micro_batches, scatter
 from amft_fast.config import Config
 from amft_fast.evaluate import choose, evaluate
+from amft_fast.figures import StepFigures, read_step, rollout_figures
 from amft_fast.interfaces import Item, Sample, Sampling, UserError
 from amft_fast.meta_gradient import Utility, UtilityGradient
 from amft_fast.metrics import PHASES
 from amft_fast.model import MAXES, SUMS
 from amft_fast.rollout import episodes
 from amft_fast.run import Parts, RunFiles
-
-
-class Stream:
-    """Endless shuffled passes over `n` indices; the order depends on the seed alone, the position is part of checkpoints."""
-
-    def __init__(self, n: int, seed: int, name: str) -> None:
-        self.n, self.key, self.position = n, episodes.sample_seed(seed, name), 0
-        self._epoch, self._order = -1, np.zeros(0, np.int64)
-
-    def take(self, k: int) -> list[int]:
-        """The next k indices."""
-        out = []
-        for position in range(self.position, self.position + k):
-            epoch, i = divmod(position, self.n)
-            if epoch != self._epoch:
-                self._epoch, self._order = epoch, np.random.default_rng([self.key, epoch]).permutation(self.n)
-            out.append(int(self._order[i]))
-        self.position += k
-        return out
+from amft_fast.stream import Stream
 
 
 class Trainer:
@@ -134,7 +117,7 @@ class Trainer:
                 if self.finished:
                     break
                 if self.checkpoint_due():
-                    self.save()
+                    run_state.save(self)
                 if self.should_stop():
                     raise InterruptedError
                 if self.step == self.cfg.train.warmup_steps and self.entropy_target is None:
@@ -142,9 +125,9 @@ class Trainer:
                     self.after_warmup()
                 self.record(self.train_step())
         except InterruptedError:
-            self.save()
+            run_state.save(self)
             raise
-        self.save()
+        run_state.save(self)
 
     def train_step(self) -> dict[str, Any]:
         """One step: rollouts, advantages, `minibatches_per_rollout` updates, new weights to the rollout engine."""
@@ -180,11 +163,10 @@ class Trainer:
             self.rollouts.sync(self.engine.named_full_params(), self.step)
         figures = self.read_figures(sums, maxes, norms, probe)
         if self.controller.learned and t >= 0:
-            seen = figures.pop("probe", None)
-            figures |= self.controller.observe(t, *(seen or (None, 1.0)), lr, figures["entropy"], self.entropy_target)
-            figures |= utility_figures
+            entropy, seen = figures.record["entropy"], figures.probe or (None, 1.0)
+            figures.record |= self.controller.observe(t, *seen, lr, entropy, self.entropy_target) | utility_figures
             self.warn_at_bound()
-        record = {"step": self.step - 1, "phase": "warmup" if t < 0 else "train", "mu": mu, "lr": lr, **figures}
+        record = {"step": self.step - 1, "phase": "warmup" if t < 0 else "train", "mu": mu, "lr": lr, **figures.record}
         record |= rollout_figures(samples) | implicit
         if t >= 0:
             self.mus = [*(self.mus[:1] or [mu]), mu]
@@ -332,42 +314,13 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- what is recorded
 
-    def read_figures(self, sums: list, maxes: list, norms: list, probe: tuple | None) -> dict[str, Any]:
-        """Means over the step's tokens, from device sums; the one transfer of a step from the device."""
-        guard = torch.stack([self.engine.bad_in_row, self.engine.bad_total]).double()
-        n, m = len(SUMS), len(MAXES)
-        parts = [torch.stack(sums).sum(0), torch.stack(maxes).amax(0), torch.stack(norms).double().mean()[None], guard]
-        if probe is not None:
-            parts += [probe[0], probe[1].reshape(1)]
-        values = torch.cat(parts).tolist()
-        s, x = dict(zip(SUMS, values[:n])), dict(zip(MAXES, values[n : n + m]))
-        grad_norm, bad_in_row, bad_total, *probed = values[n + m :]
-        sft, rl = max(s["sft_tokens"], 1), max(s["rl_tokens"], 1)
-        out: dict[str, Any] = {"loss": s["loss"] / len(sums), "grad_norm": grad_norm, "skipped_total": int(bad_total)}
-        if s["sft_tokens"]:
-            out["sft_loss"] = s["sft_nll"] / sft
-        if s["rl_tokens"]:
-            out |= {
-                "pg_loss": s["pg"] / rl,
-                "entropy": s["entropy"] / rl,
-                "clip_fraction": s["clipped"] / rl,
-                "approx_kl": s["approx_kl"] / rl,
-                "ratio_mean": s["ratio"] / rl,
-                "ratio_max": x["ratio_max"],
-                "mismatch_mean": s["mismatch"] / rl,
-                "mismatch_max": x["mismatch_max"],
-                "mismatch_kl": s["mismatch_kl"] / rl,
-                "mismatch_ess": s["is_weight"] ** 2 / max(s["is_weight_sq"] * rl, 1e-30),
-            }
-            if self.cfg.objective.kl_coef > 0:
-                out["ref_kl"] = s["kl"] / rl
-            if self.policy.value_head is not None:
-                out["value_loss"] = s["value_loss"] / rl
-        self.engine.skipped = int(bad_total)
-        self.guard(out, int(bad_in_row))
-        if probe is not None:
-            out["probe"] = (probed[:-1], probed[-1])
-        return out
+    def read_figures(self, sums: list, maxes: list, norms: list, probe: tuple | None) -> StepFigures:
+        guard = torch.stack([self.engine.bad_in_row, self.engine.bad_total])
+        kl, value = self.cfg.objective.kl_coef > 0, self.policy.value_head is not None
+        figures = read_step(sums, maxes, norms, guard, probe, kl, value)
+        self.engine.skipped = figures.bad_total
+        self.guard(figures.record, figures.bad_in_row)
+        return figures
 
     def warn_at_bound(self) -> None:
         if self.controller.at_bound == 3:
@@ -385,7 +338,7 @@ class Trainer:
             f"step {self.step - 1}: the {which} was not finite, the update was skipped ({bad_in_row} in a row)"
         )
         if bad_in_row >= self.cfg.train.max_bad_steps:
-            path = self.save()
+            path = run_state.save(self)
             raise UserError(
                 f"stopped after {bad_in_row} updates in a row whose {which} was not finite (train.max_bad_steps); the state "
                 f"is saved in {path}. Lower train.lr or train.max_grad_norm and go on with --resume"
@@ -466,7 +419,7 @@ class Trainer:
             return
         if self.best is None or value > self.best:
             self.best = value
-            path = self.save()
+            path = run_state.save(self)
             checkpoint.mark_best(self.files.checkpoints, path)
 
     def wall(self) -> float:
@@ -480,87 +433,8 @@ class Trainer:
         saved = self.files.checkpoints / f"step-{self.step:06d}"
         return every > 0 and self.step > 0 and self.step % every == 0 and not saved.exists()
 
-    def save(self) -> Any:
-        """The whole state: a run resumed from it goes on as if it had never stopped."""
-        with self.phases("checkpoint"):
-            tensors = dict(self.engine.state_dict())
-            tensors["rng.cpu"] = torch.get_rng_state()
-            if self.utility is not None:  # a window may be half over, and its u belongs to weights that are gone
-                for i, half in enumerate(self.utility.halves):
-                    tensors |= {f"utility.{i}.{j}": u for j, u in enumerate(half)}
-            if self.reference is not None:
-                tensors |= {f"reference.{n}": p for n, p in self.reference.named_parameters()}
-            state = {
-                "method": self.cfg.train.method,
-                "prompt_position": self.prompt_stream.position,
-                "demo_position": self.demo_stream.position,
-                "controller": self.controller.state_dict(),
-                "utility_weight": self.utility_gradient.weight if self.utility_gradient is not None else 0.0,
-                "cache": self.utility_gradient.cache.state_dict() if self.utility_gradient is not None else [],
-                "entropy_target": self.entropy_target,
-                "evaluated_step": self.evaluated_step,
-                "evaluations": self.evaluations,
-                "warmup_tokens": self.warmup_tokens,
-                "mus": self.mus,
-                "tokens": self.tokens,
-                "wall_s": self.wall(),
-                "best": self.best,
-                "results": self.results,
-            }
-            path = checkpoint.save(self.files.checkpoints, self.step, tensors, state)
-            checkpoint.prune(self.files.checkpoints, self.cfg.checkpoint.keep_last)
-        return path
-
-    def load(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-        """Takes up the state of a checkpoint."""
-        if state["method"] != self.cfg.train.method:
-            raise UserError(
-                f"--resume: the checkpoint is of method {state['method']!r}, the config says {self.cfg.train.method!r}"
-            )
-        self.engine.load_state_dict(tensors)
-        torch.set_rng_state(tensors["rng.cpu"])
-        reference = {k.removeprefix("reference."): v for k, v in tensors.items() if k.startswith("reference.")}
-        if reference:
-            self.reference = copy.deepcopy(self.policy.model).requires_grad_(False).eval()
-            self.reference.load_state_dict(reference, strict=False)
-        self.step = state["step"]
-        self.prompt_stream.position, self.demo_stream.position = state["prompt_position"], state["demo_position"]
-        self.controller.load_state_dict(state["controller"])
-        if self.utility_gradient is not None:
-            self.utility_gradient.cache.load_state_dict(state["cache"])
-        if "utility.0.0" in tensors:
-            halves = [
-                [tensors[f"utility.{i}.{j}"].to(self.engine.device) for j in range(len(self.engine.groups))]
-                for i in (0, 1)
-            ]
-            self.utility = Utility((halves[0], halves[1]), {})
-            self.utility_gradient.average, self.utility_gradient.weight = self.utility.halves, state["utility_weight"]
-        self.entropy_target, self.evaluated_step = state["entropy_target"], state["evaluated_step"]
-        self.evaluations, self.warmup_tokens = state["evaluations"], state["warmup_tokens"]
-        self.mus, self.tokens, self.wall_before = state["mus"], state["tokens"], state["wall_s"]
-        self.best, self.results = state["best"], state["results"]
-        self.rollouts.sync(self.engine.named_full_params(), self.step)
-
 
 def _share(sequences: list[Sequence], k: int, m: int) -> list[Sequence]:
     """The k-th of m equal runs of the list."""
     n = len(sequences)
     return sequences[k * n // m : (k + 1) * n // m]
-
-
-def rollout_figures(samples: list[Sample]) -> dict[str, Any]:
-    """Reward, success, lengths and how informative the groups were."""
-    if not samples:
-        return {}
-    rewards: dict[int, list[float]] = {}
-    for s in samples:
-        rewards.setdefault(s.group_id, []).append(s.reward)
-    n = len(samples)
-    return {
-        "reward": sum(s.reward for s in samples) / n,
-        "success": sum(s.success for s in samples) / n,
-        "groups_without_spread": sum(max(r) == min(r) for r in rewards.values()) / len(rewards),
-        "response_length": sum(sum(s.loss_mask) for s in samples) / n,
-        "truncated": sum(s.finish_reason == "length" for s in samples) / n,
-        "turns": sum(len(s.turns) for s in samples) / n,
-    }

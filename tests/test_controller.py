@@ -9,7 +9,6 @@ import torch
 from amft_fast import config, controller
 from amft_fast.multi_tensor import multi_tensor_dot
 
-
 BASE = {
     "--train.steps": "11",
     "--controller.space": "mu",

@@ -17,7 +17,7 @@ from fakes import CopyTask
 from amft_fast import checkpoint, config, run
 from amft_fast.interfaces import UserError
 from amft_fast.rollout import episodes
-from amft_fast.train import Stream
+from amft_fast.stream import Stream
 
 TIMES = ("seconds", "tokens_per_s", "wall_s")
 
@@ -117,7 +117,7 @@ def test_published_hyper_parameters_leave_mu_where_it_is_and_say_so(tmp_path, ch
     mus = [r["mu"] for r in lines(tmp_path)[2:]]
     assert max(abs(m - 0.8) for m in mus) < 0.01
     assert any("controller/signal" in r for r in lines(tmp_path)), "the probe ran"
-    assert "mu will stay where it starts, at 0.8" in capsys.readouterr().out
+    assert "will stay where it starts, at 0.8" in capsys.readouterr().out
 
 
 def test_implicit_rewards_are_logged(tmp_path, checkpoint_folder):
@@ -136,7 +136,9 @@ class Useless:
         self.splits, self.max_turns = self.inner.splits, 1
 
     def prompts(self, split):
-        return self.inner.prompts({"val": "train"}.get(split, split)) if split != "train" else self.inner.prompts("train")
+        return (
+            self.inner.prompts({"val": "train"}.get(split, split)) if split != "train" else self.inner.prompts("train")
+        )
 
     def demos(self, split):
         shift = {"a": "b", "b": "c", "c": "d", "d": "a"}

@@ -1,0 +1,82 @@
+"""The whole state of a run, to a checkpoint and back: a run resumed from it goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from amft_fast import checkpoint
+from amft_fast.interfaces import UserError
+from amft_fast.meta_gradient import Utility
+
+if TYPE_CHECKING:
+    from amft_fast.train import Trainer
+
+
+def save(trainer: Trainer) -> Path:
+    """The whole state: a run resumed from it goes on as if it had never stopped."""
+    with trainer.phases("checkpoint"):
+        tensors = dict(trainer.engine.state_dict())
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if trainer.utility is not None:  # a window may be half over, and its u belongs to weights that are gone
+            for i, half in enumerate(trainer.utility.halves):
+                tensors |= {f"utility.{i}.{j}": u for j, u in enumerate(half)}
+        if trainer.reference is not None:
+            tensors |= {f"reference.{n}": p for n, p in trainer.reference.named_parameters()}
+        state = {
+            "method": trainer.cfg.train.method,
+            "prompt_position": trainer.prompt_stream.position,
+            "demo_position": trainer.demo_stream.position,
+            "controller": trainer.controller.state_dict(),
+            "utility_weight": trainer.utility_gradient.weight if trainer.utility_gradient is not None else 0.0,
+            "cache": trainer.utility_gradient.cache.state_dict() if trainer.utility_gradient is not None else [],
+            "entropy_target": trainer.entropy_target,
+            "evaluated_step": trainer.evaluated_step,
+            "evaluations": trainer.evaluations,
+            "warmup_tokens": trainer.warmup_tokens,
+            "mus": trainer.mus,
+            "tokens": trainer.tokens,
+            "wall_s": trainer.wall(),
+            "best": trainer.best,
+            "results": trainer.results,
+        }
+        path = checkpoint.save(trainer.files.checkpoints, trainer.step, tensors, state)
+        checkpoint.prune(trainer.files.checkpoints, trainer.cfg.checkpoint.keep_last)
+    return path
+
+
+def load(trainer: Trainer, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    """Takes up the state of a checkpoint."""
+    if state["method"] != trainer.cfg.train.method:
+        raise UserError(
+            f"--resume: the checkpoint is of method {state['method']!r}, the config says {trainer.cfg.train.method!r}"
+        )
+    trainer.engine.load_state_dict(tensors)
+    torch.set_rng_state(tensors["rng.cpu"])
+    reference = {k.removeprefix("reference."): v for k, v in tensors.items() if k.startswith("reference.")}
+    if reference:
+        trainer.reference = copy.deepcopy(trainer.policy.model).requires_grad_(False).eval()
+        trainer.reference.load_state_dict(reference, strict=False)
+    trainer.step = state["step"]
+    trainer.prompt_stream.position, trainer.demo_stream.position = state["prompt_position"], state["demo_position"]
+    trainer.controller.load_state_dict(state["controller"])
+    if trainer.utility_gradient is not None:
+        trainer.utility_gradient.cache.load_state_dict(state["cache"])
+    if "utility.0.0" in tensors:
+        halves = [
+            [tensors[f"utility.{i}.{j}"].to(trainer.engine.device) for j in range(len(trainer.engine.groups))]
+            for i in (0, 1)
+        ]
+        trainer.utility = Utility((halves[0], halves[1]), {})
+        trainer.utility_gradient.average, trainer.utility_gradient.weight = (
+            trainer.utility.halves,
+            state["utility_weight"],
+        )
+    trainer.entropy_target, trainer.evaluated_step = state["entropy_target"], state["evaluated_step"]
+    trainer.evaluations, trainer.warmup_tokens = state["evaluations"], state["warmup_tokens"]
+    trainer.mus, trainer.tokens, trainer.wall_before = state["mus"], state["tokens"], state["wall_s"]
+    trainer.best, trainer.results = state["best"], state["results"]
+    trainer.rollouts.sync(trainer.engine.named_full_params(), trainer.step)
