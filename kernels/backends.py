@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -40,3 +42,11 @@ def triton_obstacle(device: str, dtype: torch.dtype) -> str | None:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@contextmanager
+def plain_arithmetic(tensor: torch.Tensor) -> Iterator[None]:
+    """No graph, no autocast (it would turn the fp32 products into bf16), and Triton's launches on the tensor's device."""
+    on_device = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False), on_device:
+        yield

@@ -55,60 +55,60 @@ class RowPlan(NamedTuple):
             yield slice(start, start + self.block_rows)
 
 
-def plan_rows(
-    targets_N: torch.Tensor, ignore_index: int, vocab: int, dtype: torch.dtype, chunk_bytes: int | None
-) -> RowPlan:
-    """Rows per chunk and block for the torch backend, within `chunk_bytes` of workspace.
-
-    On the CPU ignored rows are left out of the products altogether. On CUDA that would need a host sync, so there they
-    are worked on with zero weight.
-    """
-    active = _active_rows(targets_N, ignore_index)
-    count, row_bytes = len(targets_N) if active is None else len(active), vocab * dtype.itemsize
-    budget = _budget(targets_N, chunk_bytes)
-    if targets_N.device.type != "cpu":
-        # Logits and both scratch blocks span the chunk, and the cast gradient is half as large.
-        chunk_rows = even_rows(count, 2 * budget // (7 * row_bytes))
-        return RowPlan(len(targets_N), active, chunk_rows, chunk_rows)
-    # 3/4 for the logits, 1/8 for the two scratch blocks, 1/8 for the slabs of the products.
-    chunk_rows = even_rows(count, 3 * budget // (4 * row_bytes))
-    return RowPlan(len(targets_N), active, chunk_rows, _block_rows(chunk_rows, row_bytes, budget))
+def plan_rows(valid_N: torch.Tensor, vocab: int, dtype: torch.dtype, chunk_bytes: int | None, backend: str) -> RowPlan:
+    """Rows per chunk and block, within `chunk_bytes` of workspace."""
+    active = _active_rows(valid_N, backend)
+    count, row_bytes = len(valid_N) if active is None else len(active), vocab * dtype.itemsize
+    chunk_rows = even_rows(count, _logit_bytes(valid_N, chunk_bytes, backend) // row_bytes)
+    return RowPlan(len(valid_N), active, chunk_rows, _block_rows(valid_N, chunk_rows, row_bytes, chunk_bytes))
 
 
 def plan_tiles(
-    targets_N: torch.Tensor, ignore_index: int, vocab: int, hidden: int, dtype: torch.dtype, chunk_bytes: int | None
+    valid_N: torch.Tensor, vocab: int, hidden: int, dtype: torch.dtype, chunk_bytes: int | None, backend: str
 ) -> tuple[RowPlan, int]:
     """Rows and columns of a tile of logits for a backward that goes slab by slab of the vocabulary.
 
     All rows in one tile if they leave room for a slab worth a GEMM: then each slab of dW is written once.
     """
-    active = _active_rows(targets_N, ignore_index)
-    count = max(1, len(targets_N) if active is None else len(active))
-    budget = _budget(targets_N, chunk_bytes)
-    on_cpu = targets_N.device.type == "cpu"
-    share = 3 * budget // 4 if on_cpu else 2 * budget // 7
-    least = min(vocab, _LEAST_COLUMNS, share // dtype.itemsize)
-    # A slab of dW in fp32, where the weight is narrower, has to fit as well.
-    most = max(least, min(share // (count * dtype.itemsize), budget // (8 * hidden * dtype.itemsize)))
-    columns = even_rows(vocab, most)
-    chunk_rows = even_rows(count, share // (columns * dtype.itemsize))
-    block_rows = _block_rows(chunk_rows, columns * dtype.itemsize, budget) if on_cpu else chunk_rows
-    return RowPlan(len(targets_N), active, chunk_rows, block_rows), columns
+    active = _active_rows(valid_N, backend)
+    count = max(1, len(valid_N) if active is None else len(active))
+    logits = _logit_bytes(valid_N, chunk_bytes, backend) // dtype.itemsize
+    most = logits // count
+    if valid_N.device.type == "cpu":  # a slab of dW in fp32, where the weight is narrower, has to fit as well
+        most = min(most, _budget(valid_N, chunk_bytes) // (8 * hidden * dtype.itemsize))
+    columns = even_rows(vocab, max(most, min(vocab, _LEAST_COLUMNS, logits)))
+    chunk_rows = even_rows(count, logits // columns)
+    block_rows = _block_rows(valid_N, chunk_rows, columns * dtype.itemsize, chunk_bytes)
+    return RowPlan(len(valid_N), active, chunk_rows, block_rows), columns
 
 
-def _active_rows(targets_N: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
-    if targets_N.device.type != "cpu":
+def _active_rows(valid_N: torch.Tensor, backend: str) -> torch.Tensor | None:
+    """On the CPU ignored rows are left out of the products altogether. On CUDA counting them would stop the host, so
+    there they are worked on, with zero weight."""
+    if valid_N.device.type != "cpu" or backend == "triton":
         return None
-    active = (targets_N != ignore_index).nonzero()[:, 0]
-    return None if len(active) == len(targets_N) else active
+    active = valid_N.nonzero()[:, 0]
+    return None if len(active) == len(valid_N) else active
 
 
-def _budget(targets_N: torch.Tensor, chunk_bytes: int | None) -> int:
-    return chunk_bytes or DEFAULT_CHUNK_BYTES.get(targets_N.device.type, DEFAULT_CHUNK_BYTES_ELSEWHERE)
+def _budget(valid_N: torch.Tensor, chunk_bytes: int | None) -> int:
+    return chunk_bytes or DEFAULT_CHUNK_BYTES.get(valid_N.device.type, DEFAULT_CHUNK_BYTES_ELSEWHERE)
 
 
-def _block_rows(chunk_rows: int, row_bytes: int, budget: int) -> int:
-    return max(1, min(chunk_rows, min(_BLOCK_BYTES, budget // 16) // row_bytes))
+def _logit_bytes(valid_N: torch.Tensor, chunk_bytes: int | None, backend: str) -> int:
+    """The logits' share of the workspace."""
+    budget = _budget(valid_N, chunk_bytes)
+    if backend == "triton":  # the gradient overwrites the logits
+        return budget
+    if valid_N.device.type == "cpu":  # 1/8 for the two scratch blocks, 1/8 for the slabs of the products
+        return 3 * budget // 4
+    return 2 * budget // 7  # both scratch blocks span the chunk, and the cast gradient is half as large
+
+
+def _block_rows(valid_N: torch.Tensor, chunk_rows: int, row_bytes: int, chunk_bytes: int | None) -> int:
+    if valid_N.device.type != "cpu":
+        return chunk_rows
+    return max(1, min(chunk_rows, min(_BLOCK_BYTES, _budget(valid_N, chunk_bytes) // 16) // row_bytes))
 
 
 def even_rows(count: int, most: int) -> int:

@@ -21,12 +21,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from amft_kernels.backends import choose_backend
+from amft_kernels.backends import choose_backend, plain_arithmetic
 from amft_kernels.checks import check_chunk_bytes, check_head
 from amft_kernels.chunks import RowPlan, plan_rows, plan_tiles
 from amft_kernels.gradients import SlabGradients
-from amft_kernels.matmul import compute_dtype, logits_into
+from amft_kernels.matmul import compute_dtype, logits_into, narrowed, widened
 from amft_kernels.row_math import GradCoefficients, Head, logit_grad_, make_head, scale_, times_p_
+from amft_kernels.targets import Targets, prepare_targets
 from torch.autograd.function import once_differentiable
 
 __all__ = ["linear_logprob", "linear_logprob_reference"]
@@ -101,6 +102,23 @@ def _forward_torch(hidden_NH: torch.Tensor, targets_N: torch.Tensor, head: Head,
     return stats
 
 
+def _forward_triton(
+    hidden_NH: torch.Tensor, targets_N: torch.Tensor, head: Head, plan: RowPlan, full: bool
+) -> RowStats:
+    """As `_forward_torch`; the kernel is bound by memory, so that `full` costs it nothing."""
+    from amft_kernels import rows_triton
+
+    vocab = head.weight_VH.shape[0]
+    stats = RowStats(*hidden_NH.new_zeros(4, plan.rows, dtype=torch.float32))
+    logits_nP = rows_triton.workspace(plan.chunk_rows, vocab, hidden_NH.device)
+    for part in plan.parts():
+        h_nH = hidden_NH[part]
+        x_nP = logits_nP[: h_nH.shape[0]]
+        logits_into(x_nP[:, :vocab], h_nH, head.weight_VH, None)
+        rows_triton.logprob_rows(x_nP, part.start, targets_N, head, stats)
+    return stats
+
+
 class Upstream(NamedTuple):
     """∂L/∂logp and ∂L/∂H; the latter is None when nothing depends on the entropy."""
 
@@ -162,48 +180,71 @@ def _backward_torch(
             row_stats, row_upstream = (type(v)(*(c if c is None else c[index] for c in v)) for v in (stats, upstream))
             target_n1, t_n1 = targets_N[index, None], head.temperature_of(index)
             _slab_grad_torch(x_nS, first, target_n1, row_stats, row_upstream, head, t_n1, scratch)
-            sink.add(slab, part, x_nS if x_nS.device.type == "cpu" else x_nS.to(h_nH.dtype), h_nH, w_SH)
+            sink.add(slab, part, narrowed(x_nS, h_nH.dtype), h_nH, w_SH)
+
+
+def _backward_triton(
+    hidden_NH: torch.Tensor,
+    targets_N: torch.Tensor,
+    stats: RowStats,
+    upstream: Upstream,
+    head: Head,
+    plan: RowPlan,
+    columns: int,
+    sink: SlabGradients,
+) -> None:
+    """As `_backward_torch`, with one kernel per tile."""
+    from amft_kernels import rows_triton
+
+    logits_nP = rows_triton.workspace(plan.chunk_rows, columns, hidden_NH.device)
+    for first in range(0, head.weight_VH.shape[0], columns):
+        slab = slice(first, first + columns)
+        part_head = head._replace(
+            weight_VH=head.weight_VH[slab], bias_V=None if head.bias_V is None else head.bias_V[slab]
+        )
+        width = part_head.weight_VH.shape[0]
+        for part in plan.parts():
+            h_nH = hidden_NH[part]
+            x_nP = logits_nP[: h_nH.shape[0]]
+            logits_into(x_nP[:, :width], h_nH, part_head.weight_VH, None)
+            g_nS = rows_triton.grad_view(x_nP, width, hidden_NH.dtype)
+            rows_triton.slab_grad(x_nP, g_nS, part.start, first, targets_N, part_head, stats, *upstream)
+            sink.add(slice(first, first + width), part, widened(g_nS), h_nH, part_head.weight_VH)
 
 
 class Setup(NamedTuple):
     """One call's constants: everything but the differentiable tensors."""
 
-    targets_N: torch.Tensor
+    targets: Targets
     temperature: float | torch.Tensor
     softcap: float | None
     vocab: int
-    ignore_index: int
     chunk_bytes: int | None
     backend: str
 
     def head(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Head:
-        return make_head(
-            hidden, weight, bias, self.targets_N, self.vocab, self.temperature, self.softcap, self.ignore_index
-        )
-
-    def safe_targets_N(self) -> torch.Tensor:
-        return torch.where(self.targets_N != self.ignore_index, self.targets_N, 0).long()
+        return make_head(hidden, weight, bias, self.targets, self.vocab, self.temperature, self.softcap)
 
 
 def _forward(hidden, weight, bias, setup: Setup, full: bool) -> RowStats:
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        dtype = compute_dtype(hidden.dtype)
-        plan = plan_rows(setup.targets_N, setup.ignore_index, setup.vocab, dtype, setup.chunk_bytes)
+    with plain_arithmetic(hidden):
+        dtype, valid_N = compute_dtype(hidden.dtype), setup.targets.valid_N
+        plan = plan_rows(valid_N, setup.vocab, dtype, setup.chunk_bytes, setup.backend)
         head = setup.head(hidden, weight, bias)
-        stats = _forward_torch(hidden.detach(), setup.safe_targets_N(), head, plan, full)
-        valid_N = setup.targets_N != setup.ignore_index
-        return RowStats(*(column_N.where(valid_N, 0.0) for column_N in stats))
+        forward = _forward_triton if setup.backend == "triton" else _forward_torch
+        stats = forward(hidden.detach(), setup.targets.index_N, head, plan, full)
+        return RowStats(*map(setup.targets.reported, stats))
 
 
 def _backward(hidden, weight, bias, setup: Setup, stats: RowStats, upstream: Upstream, needs) -> tuple:
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        dtype, shape = compute_dtype(hidden.dtype), weight.shape
-        plan, columns = plan_tiles(setup.targets_N, setup.ignore_index, setup.vocab, shape[1], dtype, setup.chunk_bytes)
-        valid_N = setup.targets_N != setup.ignore_index
-        upstream = Upstream(*(None if grad_N is None else grad_N.where(valid_N, 0.0) for grad_N in upstream))
+    with plain_arithmetic(hidden):
+        dtype, valid_N = compute_dtype(hidden.dtype), setup.targets.valid_N
+        plan, columns = plan_tiles(valid_N, setup.vocab, weight.shape[1], dtype, setup.chunk_bytes, setup.backend)
         sink = SlabGradients(hidden, weight, bias, needs, plan, setup.vocab)
         head = setup.head(hidden, weight, bias)
-        _backward_torch(hidden.detach(), setup.safe_targets_N(), stats, upstream, head, plan, columns, sink)
+        upstream = Upstream(*map(setup.targets.weighted, upstream))
+        backward = _backward_triton if setup.backend == "triton" else _backward_torch
+        backward(hidden.detach(), setup.targets.index_N, stats, upstream, head, plan, columns, sink)
         return sink.finish()
 
 
@@ -251,9 +292,9 @@ def linear_logprob(
     """
     vocab = check_head(hidden, weight, targets, bias, vocab_size, ignore_index, temperature, logit_softcap)
     check_chunk_bytes(chunk_bytes, vocab)
-    setup = Setup(
-        targets, temperature, logit_softcap, vocab, ignore_index, chunk_bytes, choose_backend(backend, hidden)
-    )
+    backend = choose_backend(backend, hidden)
+    target = prepare_targets(targets, vocab, ignore_index)
+    setup = Setup(target, temperature, logit_softcap, vocab, chunk_bytes, backend)
     differentiable = (tensor for tensor in (hidden, weight, bias) if tensor is not None)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
         logprobs, entropy = _LinearLogprob.apply(hidden, weight, bias, setup)

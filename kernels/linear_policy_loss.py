@@ -23,13 +23,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from amft_kernels.backends import choose_backend
+from amft_kernels.backends import choose_backend, plain_arithmetic
 from amft_kernels.checks import check_chunk_bytes, check_head, check_number, check_per_token, check_weight_grad
 from amft_kernels.chunks import RowPlan, plan_rows
 from amft_kernels.gradients import GradientBuffers, attach
-from amft_kernels.matmul import compute_dtype, logits_into
+from amft_kernels.matmul import compute_dtype, logits_into, narrowed, widened
 from amft_kernels.policy_terms import LOG_RATIO_LIMIT, PolicyLoss, PolicyOptions, Rows, logprob_grad, loss_and_sums
 from amft_kernels.row_math import GradCoefficients, Head, logit_grad_, make_head, scale_, times_p_
+from amft_kernels.targets import Targets, prepare_targets
 
 __all__ = ["PolicyLoss", "linear_policy_loss", "linear_policy_loss_reference"]
 
@@ -149,8 +150,27 @@ def _forward_torch(
             stats.append(_rows_torch(x_nV[part], chunk.take(part), head, t_r1, options, scratch_2rV, grads.wanted))
         logprobs_N[index], entropy_N[index] = (torch.cat(column) for column in zip(*stats))
         if grads.wanted:
-            g_nV = x_nV if x_nV.device.type == "cpu" else x_nV.to(h_nH.dtype)
-            grads.add_chunk(index, g_nV, h_nH, head.weight_VH)
+            grads.add_chunk(index, narrowed(x_nV, h_nH.dtype), h_nH, head.weight_VH)
+    return logprobs_N, entropy_N
+
+
+def _forward_triton(
+    hidden_NH: torch.Tensor, rows: Rows, head: Head, options: PolicyOptions, grads: GradientBuffers, plan: RowPlan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_forward_torch`, with one kernel per chunk for all that is not a matrix product."""
+    from amft_kernels import rows_triton
+
+    vocab = head.weight_VH.shape[0]
+    logprobs_N, entropy_N = hidden_NH.new_zeros(2, plan.rows, dtype=torch.float32)
+    logits_nP = rows_triton.workspace(plan.chunk_rows, vocab, hidden_NH.device)
+    for part in plan.parts():
+        h_nH = hidden_NH[part]
+        x_nP = logits_nP[: h_nH.shape[0]]
+        logits_into(x_nP[:, :vocab], h_nH, head.weight_VH, None)
+        g_nV = rows_triton.grad_view(x_nP, vocab, hidden_NH.dtype) if grads.wanted else None
+        rows_triton.policy_rows(x_nP, g_nV, part.start, rows, head, options, logprobs_N, entropy_N)
+        if grads.wanted:
+            grads.add_chunk(part, widened(g_nV), h_nH, head.weight_VH)
     return logprobs_N, entropy_N
 
 
@@ -209,34 +229,32 @@ def linear_policy_loss(
     _check_policy(hidden, per_token, options)
     check_chunk_bytes(chunk_bytes, vocab)
     check_weight_grad(weight_grad, weight)
-    choose_backend(backend, hidden)
+    backend = choose_backend(backend, hidden)
 
     grads = GradientBuffers(hidden, weight, bias, weight_grad, vocab)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        rows = _rows(hidden, targets, ignore_index, per_token)
-        head = make_head(hidden, weight, bias, targets, vocab, temperature, logit_softcap, ignore_index)
-        plan = plan_rows(targets, ignore_index, vocab, compute_dtype(hidden.dtype), chunk_bytes)
+    with plain_arithmetic(hidden):
+        target = prepare_targets(targets, vocab, ignore_index)
+        rows = _rows(hidden, target, per_token)
+        head = make_head(hidden, weight, bias, target, vocab, temperature, logit_softcap)
+        dtype = compute_dtype(hidden.dtype)
+        plan = plan_rows(target.valid_N, vocab, dtype, chunk_bytes, backend)
         grads.zero_rows(plan.active, chunks=plan.count > 0)
-        logprobs, entropy = _forward_torch(hidden.detach(), rows, head, options, grads, plan)
+        forward = _forward_triton if backend == "triton" else _forward_torch
+        logprobs, entropy = map(target.reported, forward(hidden.detach(), rows, head, options, grads, plan))
         sums = loss_and_sums(rows, logprobs, entropy, options)
     loss = attach(sums.pop("loss"), grads, hidden, weight, bias)
     return PolicyLoss(loss=loss, logprobs=logprobs, entropy=entropy, **sums)
 
 
-def _rows(
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    ignore_index: int,
-    per_token: dict[str, torch.Tensor | None],
-) -> Rows:
-    """The per-token inputs in the compute dtype; ignored rows get target 0 and no weight."""
+def _rows(hidden: torch.Tensor, target: Targets, per_token: dict[str, torch.Tensor | None]) -> Rows:
+    """The per-token inputs, contiguous and in the compute dtype; ignored rows get target 0 and no weight."""
     dtype = compute_dtype(hidden.dtype)
-    valid = targets != ignore_index
-    columns = {name: None if value is None else value.detach().to(dtype) for name, value in per_token.items()}
+    columns = {
+        name: None if value is None else value.detach().to(dtype).contiguous() for name, value in per_token.items()
+    }
     for name in ("nll_weight", "pg_weight", "entropy_weight"):
-        if columns[name] is not None:
-            columns[name] = torch.where(valid, columns[name], 0.0)
-    return Rows(targets=torch.where(valid, targets, 0).long(), **columns)
+        columns[name] = target.weighted(columns[name])
+    return Rows(targets=target.index_N, **columns)
 
 
 def _check_policy(hidden: torch.Tensor, per_token: dict[str, torch.Tensor | None], options: PolicyOptions) -> None:

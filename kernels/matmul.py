@@ -28,6 +28,16 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def narrowed(grad_NV: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A gradient in the dtype its products want: the weight's on a GPU, fp32 on a CPU, which has no mixed products."""
+    return grad_NV if grad_NV.device.type == "cpu" else grad_NV.to(dtype)
+
+
+def widened(grad_NV: torch.Tensor) -> torch.Tensor:
+    """A kernel's gradient in the dtype its products want, also on the CPU (the interpreter)."""
+    return grad_NV.to(compute_dtype(grad_NV.dtype)) if grad_NV.device.type == "cpu" else grad_NV
+
+
 def logits_into(
     out_NV: torch.Tensor, hidden_NH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None
 ) -> None:
@@ -61,9 +71,7 @@ def hidden_grad_into(
         out_NH.copy_(wide_NH)
 
 
-def weight_grad_into(
-    out_VH: torch.Tensor, grad_NV: torch.Tensor, hidden_NH: torch.Tensor, *, accumulate: bool
-) -> None:
+def weight_grad_into(out_VH: torch.Tensor, grad_NV: torch.Tensor, hidden_NH: torch.Tensor, *, accumulate: bool) -> None:
     """out (+)= gᵀ h. The first chunk of rows need not read `out`: that saves a pass over [V, H]."""
     hidden_NH = hidden_NH.to(grad_NV.dtype)
     if out_VH.device.type != "cpu":

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from amft_kernels.matmul import compute_dtype
+from amft_kernels.targets import Targets
 
 
 class Head(NamedTuple):
@@ -34,15 +35,14 @@ def make_head(
     hidden_NH: torch.Tensor,
     weight_VH: torch.Tensor,
     bias_V: torch.Tensor | None,
-    targets_N: torch.Tensor,
+    targets: Targets,
     vocab: int,
     temperature: float | torch.Tensor,
     softcap: float | None,
-    ignore_index: int,
 ) -> Head:
-    """The head without its padded columns, and with temperature 1 on ignored rows (where it may hold anything)."""
+    """The head without its padded columns, and with temperature 1 on ignored rows, where it may hold anything."""
     if isinstance(temperature, torch.Tensor):
-        temperature = torch.where(targets_N != ignore_index, temperature.to(compute_dtype(hidden_NH.dtype)), 1.0)
+        temperature = torch.where(targets.valid_N, temperature.to(compute_dtype(hidden_NH.dtype)), 1.0)
     return Head(weight_VH.detach()[:vocab], None if bias_V is None else bias_V.detach()[:vocab], temperature, softcap)
 
 

@@ -1,0 +1,483 @@
+"""The row mathematics in Triton: one program per row of logits, everything in fp32.
+
+The formulas are those of `row_math.py` and `policy_terms.py`. Three kernels are made of the same parts:
+
+    policy_rows_kernel     statistics, coefficients from the per-token inputs, ∂L/∂x      (linear_policy_loss)
+    logprob_rows_kernel    statistics                                                     (linear_logprob, forward)
+    slab_grad_kernel       ∂L/∂x of a slab from saved statistics                          (linear_logprob, backward)
+
+The policy kernel reads a row twice, statistics then gradient: the second time from its end, which was read last and is
+most likely still in L2. ∂L/∂x overwrites the row's own memory. In bf16 it needs half of it, and since blocks are walked
+from the end it takes the right half: the gradient of columns [kB, (k+1)B) lies where the logits (P + kB)/2 and on were,
+P the row's length, and those are of block k or later. So nothing unread is overwritten, provided that all threads have
+loaded block k before any of them stores its gradient: hence the barrier. (The interpreter runs a program's threads in
+step and cannot show this race.)
+
+A row is P = a multiple of 64 columns long, whatever the vocabulary, so that loads and stores are 128 bits wide; columns
+from V to P hold anything and count for nothing.
+
+Imported only when the Triton backend serves. Legend: V columns of a row (the vocabulary, or a slab of it), P its length
+in memory, N rows of the call, n rows of a chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from amft_kernels.policy_terms import LOG_RATIO_LIMIT, PolicyOptions, Rows
+from amft_kernels.row_math import Head
+
+_ROW_MULTIPLE = 64
+
+# Padding stays below a real column at −inf, which a bias may hold. Both are finite, with finite squares, so that 0 · z and
+# 0 · z² are 0 and not NaN.
+_PADDING = tl.constexpr(-1.0e18)
+_LOWEST = tl.constexpr(-1.0e15)
+_LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
+
+# Pointers into the middle of per-token vectors: specialised on their alignment, chunks would compile anew.
+_PER_TOKEN = (
+    "targets_ptr",
+    "temperature_ptr",
+    "nll_weight_ptr",
+    "pg_weight_ptr",
+    "entropy_weight_ptr",
+    "advantages_ptr",
+    "old_ptr",
+    "behavior_ptr",
+    "ref_ptr",
+    "logprobs_ptr",
+    "entropy_ptr",
+    "max_ptr",
+    "log_sum_ptr",
+    "logprobs_grad_ptr",
+    "entropy_grad_ptr",
+)
+
+
+@triton.jit
+def _load_z(row_ptr, bias_ptr, cols, V, inverse_temperature, softcap):
+    """z of these columns, with padding far below any real one."""
+    x = tl.load(row_ptr + cols, mask=cols < tl.cdiv(V, 16) * 16, other=0.0)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+    z = _scale(x, inverse_temperature, softcap)
+    if bias_ptr is not None:
+        z = tl.maximum(z, _LOWEST)
+    return tl.where(cols < V, z, _PADDING)
+
+
+@triton.jit
+def _scale(x, inverse_temperature, softcap):
+    """c · tanh(x / c) / T, or x / T. tanh from one exp of a negative number: no overflow."""
+    if softcap is not None:
+        decay = tl.exp(-2.0 * tl.abs(x) / softcap)
+        magnitude = softcap * (1.0 - decay) / (1.0 + decay)
+        x = tl.where(x < 0, -magnitude, magnitude)
+    return x * inverse_temperature
+
+
+@triton.jit
+def _inverse_temperature(temperature_ptr, temperature, row):
+    if temperature_ptr is not None:
+        return 1.0 / tl.load(temperature_ptr + row)
+    else:
+        return 1.0 / temperature
+
+
+@triton.jit
+def _row_stats(row_ptr, bias_ptr, V, inverse_temperature, softcap, BLOCK: tl.constexpr):
+    """max z, log Σ exp(z − max) and the entropy, in one pass.
+
+    Lanes keep their own sums of e = exp(z − max) and e · (z − max), rescaled when the maximum moves; only the maximum is
+    reduced over the program in each step.
+    """
+    top = tl.full((), _PADDING, tl.float32)
+    e_sum = tl.zeros((BLOCK,), tl.float32)
+    ez_sum = tl.zeros((BLOCK,), tl.float32)
+    # Two stages: the next step's loads are under way (asynchronous copies to shared memory) during this one's reduction.
+    for first in tl.range(0, V, BLOCK, num_stages=2):
+        cols = first + tl.arange(0, BLOCK)
+        z = _load_z(row_ptr, bias_ptr, cols, V, inverse_temperature, softcap)
+        new_top = tl.maximum(top, tl.max(z, 0))
+        shift = top - new_top
+        decay = tl.exp(shift)
+        z -= new_top
+        e = tl.exp(z)
+        ez_sum = decay * (ez_sum + shift * e_sum) + e * z
+        e_sum = decay * e_sum + e
+        top = new_top
+    total = tl.sum(e_sum, 0)
+    log_sum = tl.log(total)
+    return top, log_sum, log_sum - tl.sum(ez_sum, 0) / total
+
+
+@triton.jit
+def _store_grad(
+    row_ptr,
+    grad_ptr,
+    bias_ptr,
+    V,
+    target,
+    spike,
+    of_p,
+    of_plogp,
+    top,
+    log_sum,
+    inverse_temperature,
+    softcap,
+    BLOCK: tl.constexpr,
+):
+    """∂L/∂x = (spike · δ + of_p · p + of_plogp · p log p) ∂z/∂x, over the logits' memory, from the end of the row."""
+    blocks = tl.cdiv(V, BLOCK)
+    for step in range(blocks):
+        cols = (blocks - 1 - step) * BLOCK + tl.arange(0, BLOCK)
+        z = _load_z(row_ptr, bias_ptr, cols, V, inverse_temperature, softcap)
+        log_p = z - top - log_sum
+        grad = tl.exp(log_p) * (of_p + of_plogp * log_p) + tl.where(cols == target, spike, 0.0)
+        grad *= inverse_temperature
+        if softcap is not None:
+            slope = z / (inverse_temperature * softcap)
+            grad *= 1.0 - slope * slope
+        # δ − p is formed before the cast: in bf16 the target's 1 would swallow p below 0.004.
+        grad = grad.to(grad_ptr.dtype.element_ty)
+        tl.debug_barrier()
+        tl.store(grad_ptr + cols, grad, mask=cols < tl.cdiv(V, 16) * 16)
+
+
+@triton.jit
+def _bounded(log_ratio):
+    return tl.minimum(tl.maximum(log_ratio, -_LIMIT), _LIMIT)
+
+
+@triton.jit
+def _logprob_grad(
+    logp,
+    row,
+    nll_weight_ptr,
+    pg_weight_ptr,
+    advantages_ptr,
+    old_ptr,
+    behavior_ptr,
+    ref_ptr,
+    kl_coef,
+    clip_low,
+    clip_high,
+    dual_clip,
+    tis_cap,
+):
+    """a = ∂L/∂logp, as `policy_terms.logprob_grad`."""
+    a = tl.zeros((), tl.float32)
+    if nll_weight_ptr is not None:
+        a -= tl.load(nll_weight_ptr + row)
+    if pg_weight_ptr is not None:
+        r = tl.load(pg_weight_ptr + row)
+        advantage = tl.load(advantages_ptr + row)
+        slope = -advantage
+        if behavior_ptr is not None:
+            trainer = logp
+            if old_ptr is not None:
+                trainer = tl.load(old_ptr + row)
+            importance = tl.exp(_bounded(trainer - tl.load(behavior_ptr + row)))
+            if tis_cap is not None:
+                importance = tl.minimum(importance, tis_cap)
+            slope *= importance
+        if old_ptr is not None:
+            raw = logp - tl.load(old_ptr + row)
+            log_ratio = _bounded(raw)
+            ratio = tl.exp(log_ratio)
+            used_down = tl.maximum(ratio, 1.0 - clip_low)
+            if dual_clip is not None:
+                used_down = tl.minimum(used_down, dual_clip)
+            used = tl.where(advantage >= 0, tl.minimum(ratio, 1.0 + clip_high), used_down)
+            slope *= tl.where((used == ratio) & (raw == log_ratio), ratio, 0.0)
+        if ref_ptr is not None:
+            raw_ref = tl.load(ref_ptr + row) - logp
+            log_ratio_ref = _bounded(raw_ref)
+            slope -= kl_coef * tl.where(raw_ref == log_ratio_ref, tl.exp(log_ratio_ref) - 1.0, 0.0)
+        # NaN in the inputs of a row without weight must not spread: 0 · NaN is NaN, so choose instead.
+        a += tl.where(r != 0.0, r * slope, 0.0)
+    return a
+
+
+@triton.jit(do_not_specialize=["first_row"], do_not_specialize_on_alignment=_PER_TOKEN)
+def policy_rows_kernel(
+    logits_ptr,
+    grad_ptr,
+    bias_ptr,
+    targets_ptr,
+    temperature_ptr,
+    nll_weight_ptr,
+    pg_weight_ptr,
+    entropy_weight_ptr,
+    advantages_ptr,
+    old_ptr,
+    behavior_ptr,
+    ref_ptr,
+    logprobs_ptr,
+    entropy_ptr,
+    first_row,
+    V,
+    row_stride,
+    grad_stride,
+    temperature,
+    softcap,
+    kl_coef,
+    clip_low,
+    clip_high,
+    dual_clip,
+    tis_cap,
+    BLOCK: tl.constexpr,
+):
+    chunk_row = tl.program_id(0).to(tl.int64)
+    row = chunk_row + first_row
+    row_ptr = logits_ptr + chunk_row * row_stride
+    target = tl.load(targets_ptr + row)
+    inverse_temperature = _inverse_temperature(temperature_ptr, temperature, row)
+    top, log_sum, entropy = _row_stats(row_ptr, bias_ptr, V, inverse_temperature, softcap, BLOCK)
+    logp = _load_z(row_ptr, bias_ptr, target, V, inverse_temperature, softcap) - top - log_sum
+    tl.store(logprobs_ptr + row, logp)
+    tl.store(entropy_ptr + row, entropy)
+    if grad_ptr is not None:
+        a = _logprob_grad(
+            logp,
+            row,
+            nll_weight_ptr,
+            pg_weight_ptr,
+            advantages_ptr,
+            old_ptr,
+            behavior_ptr,
+            ref_ptr,
+            kl_coef,
+            clip_low,
+            clip_high,
+            dual_clip,
+            tis_cap,
+        )
+        e = tl.zeros((), tl.float32)
+        if entropy_weight_ptr is not None:
+            e = tl.load(entropy_weight_ptr + row)
+        _store_grad(
+            row_ptr,
+            grad_ptr + chunk_row * grad_stride,
+            bias_ptr,
+            V,
+            target,
+            a,
+            e * entropy - a,
+            e,
+            top,
+            log_sum,
+            inverse_temperature,
+            softcap,
+            BLOCK,
+        )
+
+
+@triton.jit(do_not_specialize=["first_row"], do_not_specialize_on_alignment=_PER_TOKEN)
+def logprob_rows_kernel(
+    logits_ptr,
+    bias_ptr,
+    targets_ptr,
+    temperature_ptr,
+    logprobs_ptr,
+    entropy_ptr,
+    max_ptr,
+    log_sum_ptr,
+    first_row,
+    V,
+    row_stride,
+    temperature,
+    softcap,
+    BLOCK: tl.constexpr,
+):
+    chunk_row = tl.program_id(0).to(tl.int64)
+    row = chunk_row + first_row
+    row_ptr = logits_ptr + chunk_row * row_stride
+    target = tl.load(targets_ptr + row)
+    inverse_temperature = _inverse_temperature(temperature_ptr, temperature, row)
+    top, log_sum, entropy = _row_stats(row_ptr, bias_ptr, V, inverse_temperature, softcap, BLOCK)
+    logp = _load_z(row_ptr, bias_ptr, target, V, inverse_temperature, softcap) - top - log_sum
+    tl.store(logprobs_ptr + row, logp)
+    tl.store(entropy_ptr + row, entropy)
+    tl.store(max_ptr + row, top)
+    tl.store(log_sum_ptr + row, log_sum)
+
+
+@triton.jit(do_not_specialize=["first_row", "first_col"], do_not_specialize_on_alignment=_PER_TOKEN)
+def slab_grad_kernel(
+    logits_ptr,
+    grad_ptr,
+    bias_ptr,
+    targets_ptr,
+    temperature_ptr,
+    entropy_ptr,
+    max_ptr,
+    log_sum_ptr,
+    logprobs_grad_ptr,
+    entropy_grad_ptr,
+    first_row,
+    first_col,
+    V,
+    row_stride,
+    grad_stride,
+    temperature,
+    softcap,
+    BLOCK: tl.constexpr,
+):
+    chunk_row = tl.program_id(0).to(tl.int64)
+    row = chunk_row + first_row
+    a = tl.load(logprobs_grad_ptr + row)
+    b = tl.zeros((), tl.float32)
+    if entropy_grad_ptr is not None:
+        b = tl.load(entropy_grad_ptr + row)
+    _store_grad(
+        logits_ptr + chunk_row * row_stride,
+        grad_ptr + chunk_row * grad_stride,
+        bias_ptr,
+        V,
+        tl.load(targets_ptr + row) - first_col,
+        a,
+        -(a + b * tl.load(entropy_ptr + row)),
+        -b,
+        tl.load(max_ptr + row),
+        tl.load(log_sum_ptr + row),
+        _inverse_temperature(temperature_ptr, temperature, row),
+        softcap,
+        BLOCK,
+    )
+
+
+def workspace(rows: int, vocab: int, device: torch.device) -> torch.Tensor:
+    """Memory for fp32 logits [n, P]."""
+    return torch.empty(rows, padded(vocab), dtype=torch.float32, device=device)
+
+
+def padded(vocab: int) -> int:
+    """P, the length of a row in memory."""
+    return triton.cdiv(vocab, _ROW_MULTIPLE) * _ROW_MULTIPLE
+
+
+def grad_view(logits_nP: torch.Tensor, vocab: int, dtype: torch.dtype) -> torch.Tensor:
+    """Where the gradient [n, V] goes: over the logits in fp32, in their right half in a 16-bit type."""
+    first = logits_nP.shape[1] if dtype.itemsize == 2 else 0
+    return logits_nP.view(dtype)[:, first : first + vocab]
+
+
+def row_config(vocab: int) -> dict[str, int]:
+    """Columns per step and warps, by the row's length alone.
+
+    Sixteen fp32 columns per thread are four 128-bit loads in flight, and at 64–100 registers two or three rows share a
+    multiprocessor, one loading while another reduces. 8192 columns on 16 warps would leave one row per multiprocessor
+    (better for L2, worse for latency); reasoned from the compiler's report, not measured.
+    """
+    block = min(4096, max(1024, triton.next_power_of_2(vocab)))
+    return {"BLOCK": block, "num_warps": 4 if block == 1024 else 8}
+
+
+def policy_rows(
+    logits_nP: torch.Tensor,
+    grad_nV: torch.Tensor | None,
+    first_row: int,
+    rows: Rows,
+    head: Head,
+    options: PolicyOptions,
+    logprobs_N: torch.Tensor,
+    entropy_N: torch.Tensor,
+) -> None:
+    """logp and entropy of rows `first_row` on; with `grad_nV` (see `grad_view`), ∂L/∂x as well."""
+    vocab = head.weight_VH.shape[0]
+    policy_rows_kernel[(logits_nP.shape[0],)](
+        logits_ptr=logits_nP,
+        grad_ptr=grad_nV,
+        targets_ptr=rows.targets,
+        nll_weight_ptr=rows.nll_weight,
+        pg_weight_ptr=rows.pg_weight,
+        entropy_weight_ptr=rows.entropy_weight,
+        advantages_ptr=rows.advantages,
+        old_ptr=rows.old_logprobs,
+        behavior_ptr=rows.behavior_logprobs,
+        ref_ptr=rows.ref_logprobs,
+        logprobs_ptr=logprobs_N,
+        entropy_ptr=entropy_N,
+        first_row=first_row,
+        V=vocab,
+        row_stride=logits_nP.stride(0),
+        grad_stride=0 if grad_nV is None else grad_nV.stride(0),
+        kl_coef=float(options.kl_coef),
+        clip_low=float(options.clip_low),
+        clip_high=float(options.clip_high),
+        dual_clip=_float(options.dual_clip),
+        tis_cap=_float(options.tis_cap),
+        **_head_arguments(head),
+        **row_config(vocab),
+    )
+
+
+def logprob_rows(
+    logits_nP: torch.Tensor, first_row: int, targets_N: torch.Tensor, head: Head, stats: tuple[torch.Tensor, ...]
+) -> None:
+    """logp, entropy, max z and log Σ exp(z − max) of rows `first_row` on, into `stats`."""
+    logprobs_N, entropy_N, max_N, log_sum_N = stats
+    vocab = head.weight_VH.shape[0]
+    logprob_rows_kernel[(logits_nP.shape[0],)](
+        logits_ptr=logits_nP,
+        targets_ptr=targets_N,
+        logprobs_ptr=logprobs_N,
+        entropy_ptr=entropy_N,
+        max_ptr=max_N,
+        log_sum_ptr=log_sum_N,
+        first_row=first_row,
+        V=vocab,
+        row_stride=logits_nP.stride(0),
+        **_head_arguments(head),
+        **row_config(vocab),
+    )
+
+
+def slab_grad(
+    logits_nP: torch.Tensor,
+    grad_nS: torch.Tensor,
+    first_row: int,
+    first_col: int,
+    targets_N: torch.Tensor,
+    head: Head,
+    stats: tuple[torch.Tensor, ...],
+    logprobs_grad_N: torch.Tensor,
+    entropy_grad_N: torch.Tensor | None,
+) -> None:
+    """∂L/∂x of a slab's columns; `head` is cut to the slab."""
+    _, entropy_N, max_N, log_sum_N = stats
+    width = head.weight_VH.shape[0]
+    slab_grad_kernel[(logits_nP.shape[0],)](
+        logits_ptr=logits_nP,
+        grad_ptr=grad_nS,
+        targets_ptr=targets_N,
+        entropy_ptr=entropy_N,
+        max_ptr=max_N,
+        log_sum_ptr=log_sum_N,
+        logprobs_grad_ptr=logprobs_grad_N,
+        entropy_grad_ptr=entropy_grad_N,
+        first_row=first_row,
+        first_col=first_col,
+        V=width,
+        row_stride=logits_nP.stride(0),
+        grad_stride=grad_nS.stride(0),
+        **_head_arguments(head),
+        **row_config(width),
+    )
+
+
+def _head_arguments(head: Head) -> dict:
+    per_row = isinstance(head.temperature, torch.Tensor)
+    return {
+        "bias_ptr": head.bias_V,
+        "temperature_ptr": head.temperature if per_row else None,
+        "temperature": 1.0 if per_row else float(head.temperature),
+        "softcap": _float(head.softcap),
+    }
+
+
+def _float(value: float | None) -> float | None:
+    return None if value is None else float(value)
