@@ -1,0 +1,38 @@
+"""`python -m bench NAME [...]`: runs one benchmark; `python -m bench NAME --help` shows its options."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+BENCHMARKS = {
+    "loss-head": ("bench.loss_head", "the fused loss head against eager, torch.compile and other libraries"),
+    "probe": ("bench.probe", "multi_tensor_dot against torch's own ways to the same numbers"),
+    "gpu": ("bench.gpu", "everything that needs a GPU, in under ten minutes: tests first, then both benchmarks"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The benchmark's exit code; 2 when there is none of that name."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if name in BENCHMARKS:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is loaded; its profiler talks otherwise
+        return importlib.import_module(BENCHMARKS[name][0]).main(rest)
+    listing = "\n".join(f"  {known:<12}{words}" for known, (_, words) in BENCHMARKS.items())
+    usage = f"usage: python -m bench NAME [options]\n{listing}"
+    if name in ("-h", "--help"):
+        print(usage)
+        return 0
+    if name:
+        close = difflib.get_close_matches(name, BENCHMARKS, n=1)
+        hint = f": did you mean {close[0]!r}?" if close else ""
+        print(f"bench: there is no benchmark {name!r}{hint}", file=sys.stderr)
+    print(usage, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
