@@ -1,0 +1,66 @@
+"""The study: method specifications, statistics, and a small one end to end on the demo's own task and model."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from amft_fast import cli, compare
+from amft_fast.interfaces import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_method_specifications():
+    assert compare.parse_method("rl").flags == ("--train.method", "rl")
+    assert compare.parse_method("fixed:0.2").flags == ("--train.method", "fixed", "--controller.mu_init", "0.2")
+    method = compare.parse_method("amft:0.9+controller.signal=cosine+train.lr=1e-4")
+    assert method.flags[4:] == ("--controller.signal", "cosine", "--train.lr", "1e-4")
+    for text, said in (("ppo", "unknown method 'ppo'"), ("amft+lr", "section.field=value")):
+        with pytest.raises(UserError, match=said):
+            compare.parse_method(text)
+
+
+def test_interval_of_the_mean_is_students():
+    mean, half = compare.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    # t(4) = 2.776, s = sqrt(2.5)
+    assert mean == 3 and half == pytest.approx(2.776 * math.sqrt(2.5 / 5))
+    assert compare.interval([0.5])[0] == 0.5 and math.isnan(compare.interval([0.5])[1])
+
+
+def test_area_under_the_curve():
+    assert compare.area_under_curve([(0, 0.0), (10, 1.0)], 10) == pytest.approx(0.5)
+    assert compare.area_under_curve([(0, 0.2), (5, 0.4)], 10) == pytest.approx((5 * 0.3 + 5 * 0.4) / 10)
+    assert compare.area_under_curve([(5, 1.0), (0, 0.0), (12, 1.0)], 10) == pytest.approx(0.75)
+
+
+def test_mistakes_come_before_the_first_run(tmp_path, capsys):
+    demo = str(ROOT / "configs" / "demo.toml")
+    for args in (["--methods", "rl,nonsense"], ["--methods", "fixed:1.5"], ["--methods", "rl", "--seeds", "0"]):
+        assert cli.main(["compare", demo, *args, "--out", str(tmp_path / "out")]) == 2
+        assert "amft-fast:" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_small_study_runs_at_equal_tokens_and_goes_on_where_it_stopped(tmp_path, capsys):
+    out = tmp_path / "study"
+    args = [
+        "compare", str(ROOT / "configs" / "demo.toml"), "--methods", "sft,rl,amft", "--seeds", "1", "--out", str(out),
+        "--train.steps", "4", "--train.prompts_per_step", "8", "--train.demos_per_step", "8", "--eval.every", "2",
+        "--eval.max_prompts", "4", "--eval.num_samples", "2", "--meta.prompts", "8", "--controller.window", "2",
+        "--log.tensorboard", "false", "--checkpoint.export", "false",
+    ]  # fmt: skip
+    assert cli.main(args) == 0
+    printed = capsys.readouterr().out
+    assert "| rl | 1 |" in printed and "| amft | 1 |" in printed
+    data = json.loads((out / "compare.json").read_text())
+    steps = {m: r[0]["summary"]["steps"] for m, r in data["runs"].items()}
+    tokens = {m: r[0]["summary"]["tokens"] for m, r in data["runs"].items()}
+    assert steps["sft"] > 2 * steps["rl"] >= steps["amft"] > 0
+    assert all(data["budget"] <= t < 1.8 * data["budget"] for t in tokens.values()), tokens
+    for name in ("compare.md", "compare.html", "compare.png"):
+        assert (out / name).stat().st_size > 500
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*/seed-0/summary.json")}
+    assert cli.main(args) == 0
+    assert {p: p.stat().st_mtime_ns for p in out.glob("*/seed-0/summary.json")} == before
