@@ -5,8 +5,9 @@ forward and the backward for dH [N, H] and dW [V, H]. Before that, the loss and 
 are compared with fp64; a candidate that is further off than eager in the same dtype plus a tolerance is not timed (ten
 tolerances for other libraries, whose figures are shown as they are). Candidates that cannot run are listed with the reason.
 
-The floor is three bare GEMMs: over the chunks of rows that fit `chunk_bytes` as fp32 logits (low-precision operands; logits
-and the accumulated dW in fp32, dH low) and once whole, all in the run's dtype. 6·N·H·V FLOP count, whatever a candidate does.
+The floor is three bare GEMMs: over the chunks of rows that linear_policy_loss makes (low-precision operands; logits and the
+accumulated dW in fp32, dH low; on a CPU all in the run's dtype) and once whole, all in the run's dtype. 6·N·H·V FLOP count,
+whatever a candidate does.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import torch
 from amft_kernels.backends import triton_obstacle
-from amft_kernels.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_CHUNK_BYTES_ELSEWHERE, even_rows
+from amft_kernels.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_CHUNK_BYTES_ELSEWHERE, plan_rows
 from amft_kernels.linear_logprob import linear_logprob
 from amft_kernels.linear_policy_loss import linear_policy_loss
 
@@ -65,6 +66,7 @@ class Candidate:
     backend: str = ""
     chunk_bytes: int | None = None
     core: bool = False  # takes part in the sweeps
+    once: bool = False  # takes part at the first shape alone
     step: Callable[[], object] | None = None
     errors: dict[str, float] = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
@@ -119,13 +121,15 @@ def ours_logprob(kind: str, backend: str, chunk_bytes: int) -> Callable[[Case], 
     return make
 
 
-def gemms(chunk_bytes: int | None) -> Callable[[Case], Callable[[], None]]:
+def gemms(chunk_bytes: int | None, backend: str = "torch") -> Callable[[Case], Callable[[], None]]:
     """The floor; `chunk_bytes` None: whole, every product in the run's dtype."""
 
     def make(case: Case) -> Callable[[], None]:
         h_NH, w_VH = case.hidden.detach(), case.weight.detach()
-        n, _, v = case.shape
-        rows = n if chunk_bytes is None else gemm_rows(case.shape, chunk_bytes)
+        rows = n = case.shape[0]
+        v = case.shape[2]
+        if chunk_bytes is not None:
+            rows = plan_rows(case.targets >= 0, v, torch.float32, chunk_bytes, backend).chunk_rows
         wide = case.dtype if chunk_bytes is None or case.device == "cpu" else torch.float32
         # Random numbers: a GPU multiplies zeros faster, for they take less power.
         grad_rV = torch.randn(rows, v, device=case.device).mul_(1e-3).to(case.dtype)
@@ -145,10 +149,6 @@ def gemms(chunk_bytes: int | None) -> Callable[[Case], Callable[[], None]]:
     return make
 
 
-def gemm_rows(shape: Shape, chunk_bytes: int) -> int:
-    return even_rows(shape[0], chunk_bytes // (4 * shape[2]))
-
-
 def product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> None:
     wider = {} if out.dtype == left.dtype else {"out_dtype": out.dtype}
     if accumulate:
@@ -160,39 +160,42 @@ def product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, accumula
 def our_candidates(backends: Sequence[str], sizes: Sequence[int]) -> Iterator[Candidate]:
     """Both ops for both losses. Only what users run, the first backend's linear_policy_loss, with every workspace."""
     for kind, backend, size in itertools.product(("policy", "ce"), backends, sizes):
-        default = size == sizes[0]
-        core = default and backend == backends[0]
-        if default or backend == backends[0]:
+        default, usual = size == sizes[0], backend == backends[0]
+        flags = {"core": default and usual, "once": not usual}
+        if default or usual:
             make = ours_policy(kind, backend, size)
-            yield Candidate(kind, "ours", "linear_policy_loss", make, backend, size, core)
+            yield Candidate(kind, "ours", "linear_policy_loss", make, backend, size, **flags)
         if default:
             make = ours_logprob(kind, backend, size)
-            yield Candidate(kind, "ours", "linear_logprob", make, backend, size, core)
+            yield Candidate(kind, "ours", "linear_logprob", make, backend, size, **flags)
 
 
-def candidates(plan: Plan) -> Iterator[Candidate]:
-    for size in plan.chunk_bytes:
-        yield Candidate("gemms", "floor", "three GEMMs, chunks", gemms(size), chunk_bytes=size, core=True)
-    yield Candidate("gemms", "floor", "three GEMMs, whole", gemms(None), core=True)
+def candidates(plan: Plan, sweep: bool, first: bool) -> list[Candidate]:
+    """Who takes part at a shape."""
     backends = ("torch",) if triton_obstacle(plan.device, plan.dtype) else ("triton", "torch")
-    yield from our_candidates(backends, plan.chunk_bytes)
-    for peer in PEERS:
-        yield Candidate(peer.kind, "peer", peer.name, peer.make, core=peer.core)
+    found = [
+        Candidate("gemms", "floor", "three GEMMs, chunks", gemms(size, backends[0]), chunk_bytes=size, core=True)
+        for size in plan.chunk_bytes
+    ]
+    found.append(Candidate("gemms", "floor", "three GEMMs, whole", gemms(None), core=True))
+    found += our_candidates(backends, plan.chunk_bytes)
+    found += [Candidate(p.kind, "peer", p.name, p.make, core=p.core, once=p.once) for p in PEERS]
+    return [c for c in found if (c.core or not (sweep or plan.core_only)) and (first or not c.once)]
 
 
 # --------------------------------------------------------------------------------------------------------- measurement
 
 
-def measure_shape(shape: Shape, sweep: bool, plan: Plan) -> dict[str, object]:
-    """One shape's entry of the results."""
+def measure_shape(shape: Shape, sweep: bool, first: bool, plan: Plan) -> dict[str, object]:
+    """One shape's entry of the results; half of the rounds will do for a sweep."""
     case = make_case(shape, plan.dtype, plan.device)
     eager = eager_errors(case)
-    chosen = [c for c in candidates(plan) if c.core or not (sweep or plan.core_only)]
+    chosen = candidates(plan, sweep, first)
     truth = Truth(case)
     for candidate in chosen:
         prepare(candidate, case, truth, eager, plan)
     ready = [c for c in chosen if c.ready]
-    for turn in range(plan.rounds):
+    for turn in range((plan.rounds + 1) // 2 if sweep else plan.rounds):
         if turn and plan.deadline.left() < 0:
             break
         start = turn % max(1, len(ready))
@@ -266,7 +269,7 @@ def run(plan: Plan) -> dict[str, object]:
             skipped.append(f"{words}: the time budget of {plan.deadline.seconds:.0f} s was spent")
             continue
         plan.log(words)
-        shapes.append(measure_shape(shape, sweep, plan))
+        shapes.append(measure_shape(shape, sweep, not shapes, plan))
     result = {
         "benchmark": "loss-head",
         **environment(plan.device, MEASURED),

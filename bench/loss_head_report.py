@@ -134,6 +134,8 @@ def markdown(result: dict) -> str:
         f"Median of {result['rounds']} rounds in turns ({result['timing']}). Memory, gradients included: {result['memory']}.",
         "Errors are against fp64: the loss, and rows of dH and dW relative to their norm.",
     ]
+    if result["device_type"] == "cpu" and any(version in result["versions"] for version in ("liger-kernel", "trl")):
+        lines.append("What Liger and TRL run on a CPU are their own fall-backs in torch.")
     for entry in result["shapes"]:
         if not entry["sweep"]:
             lines += ["", "## N = {:,}, H = {:,}, V = {:,}".format(*entry["shape"])]

@@ -36,6 +36,7 @@ class Peer:
     kind: str
     make: Callable[[Case], Run]
     core: bool = False  # takes part in the sweeps over N and V
+    once: bool = False  # takes part at the first shape alone: compiling takes a minute
 
 
 def need(module: str, name: str, *, library: str) -> object:
@@ -188,7 +189,7 @@ def quack_chunked(case: Case) -> Run:
 
 PEERS = (
     Peer("eager, full logits", "policy", eager_policy, core=True),
-    Peer("torch.compile of eager", "policy", compiled(eager_policy)),
+    Peer("torch.compile of eager", "policy", compiled(eager_policy), once=True),
     Peer("Liger scaled CE", "policy", liger_scaled("policy")),
     Peer("Liger scaled CE, cuTile", "policy", liger_cutile("policy")),
     Peer("verl linear_cross_entropy", "policy", verl_kernel),
@@ -196,7 +197,7 @@ PEERS = (
     Peer("TRL chunked log-prob", "policy", trl_chunked("policy")),
     Peer("Liger GRPO, no entropy", "pg", liger_grpo),
     Peer("eager, full logits", "ce", eager_ce, core=True),
-    Peer("torch.compile of eager", "ce", compiled(eager_ce)),
+    Peer("torch.compile of eager", "ce", compiled(eager_ce), once=True),
     Peer("torch linear_cross_entropy, chunked", "ce", torch_chunked_ce),
     Peer("Liger FLCE", "ce", liger_flce),
     Peer("Liger scaled CE", "ce", liger_scaled("ce")),
