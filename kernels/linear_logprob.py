@@ -32,6 +32,10 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["linear_logprob", "linear_logprob_reference"]
 
+# Up to this hidden size the Triton forward multiplies and reduces in one kernel, beyond it a cuBLAS GEMM and a row kernel
+# are thought to be faster. Reasoned in `fused_logprob_triton.py`, not measured; 0 turns the fused kernel off.
+FUSED_FORWARD_MAX_HIDDEN = 1024
+
 
 def linear_logprob_reference(
     hidden: torch.Tensor,
@@ -105,17 +109,19 @@ def _forward_torch(hidden_NH: torch.Tensor, targets_N: torch.Tensor, head: Head,
 def _forward_triton(
     hidden_NH: torch.Tensor, targets_N: torch.Tensor, head: Head, plan: RowPlan, full: bool
 ) -> RowStats:
-    """As `_forward_torch`; the kernel is bound by memory, so that `full` costs it nothing."""
-    from amft_kernels import rows_triton
+    """As `_forward_torch`; `full` costs nothing here, where memory or the product is the bound."""
+    from amft_kernels import fused_logprob_triton, rows_launch
 
+    if plan.rows and hidden_NH.dtype.itemsize == 2 and hidden_NH.shape[1] <= FUSED_FORWARD_MAX_HIDDEN:
+        return RowStats(*fused_logprob_triton.fused_stats(hidden_NH, targets_N, head))
     vocab = head.weight_VH.shape[0]
     stats = RowStats(*hidden_NH.new_zeros(4, plan.rows, dtype=torch.float32))
-    logits_nP = rows_triton.workspace(plan.chunk_rows, vocab, hidden_NH.device)
+    logits_nP = rows_launch.workspace(plan.chunk_rows, vocab, hidden_NH.device)
     for part in plan.parts():
         h_nH = hidden_NH[part]
         x_nP = logits_nP[: h_nH.shape[0]]
         logits_into(x_nP[:, :vocab], h_nH, head.weight_VH, None)
-        rows_triton.logprob_rows(x_nP, part.start, targets_N, head, stats)
+        rows_launch.logprob_rows(x_nP, part.start, targets_N, head, stats)
     return stats
 
 
@@ -194,9 +200,9 @@ def _backward_triton(
     sink: SlabGradients,
 ) -> None:
     """As `_backward_torch`, with one kernel per tile."""
-    from amft_kernels import rows_triton
+    from amft_kernels import rows_launch
 
-    logits_nP = rows_triton.workspace(plan.chunk_rows, columns, hidden_NH.device)
+    logits_nP = rows_launch.workspace(plan.chunk_rows, columns, hidden_NH.device)
     for first in range(0, head.weight_VH.shape[0], columns):
         slab = slice(first, first + columns)
         part_head = head._replace(
@@ -207,8 +213,8 @@ def _backward_triton(
             h_nH = hidden_NH[part]
             x_nP = logits_nP[: h_nH.shape[0]]
             logits_into(x_nP[:, :width], h_nH, part_head.weight_VH, None)
-            g_nS = rows_triton.grad_view(x_nP, width, hidden_NH.dtype)
-            rows_triton.slab_grad(x_nP, g_nS, part.start, first, targets_N, part_head, stats, *upstream)
+            g_nS = rows_launch.grad_view(x_nP, width, hidden_NH.dtype)
+            rows_launch.slab_grad(x_nP, g_nS, part.start, first, targets_N, part_head, stats, *upstream)
             sink.add(slice(first, first + width), part, widened(g_nS), h_nH, part_head.weight_VH)
 
 

@@ -158,17 +158,17 @@ def _forward_triton(
     hidden_NH: torch.Tensor, rows: Rows, head: Head, options: PolicyOptions, grads: GradientBuffers, plan: RowPlan
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `_forward_torch`, with one kernel per chunk for all that is not a matrix product."""
-    from amft_kernels import rows_triton
+    from amft_kernels import rows_launch
 
     vocab = head.weight_VH.shape[0]
     logprobs_N, entropy_N = hidden_NH.new_zeros(2, plan.rows, dtype=torch.float32)
-    logits_nP = rows_triton.workspace(plan.chunk_rows, vocab, hidden_NH.device)
+    logits_nP = rows_launch.workspace(plan.chunk_rows, vocab, hidden_NH.device)
     for part in plan.parts():
         h_nH = hidden_NH[part]
         x_nP = logits_nP[: h_nH.shape[0]]
         logits_into(x_nP[:, :vocab], h_nH, head.weight_VH, None)
-        g_nV = rows_triton.grad_view(x_nP, vocab, hidden_NH.dtype) if grads.wanted else None
-        rows_triton.policy_rows(x_nP, g_nV, part.start, rows, head, options, logprobs_N, entropy_N)
+        g_nV = rows_launch.grad_view(x_nP, vocab, hidden_NH.dtype) if grads.wanted else None
+        rows_launch.policy_rows(x_nP, g_nV, part.start, rows, head, options, logprobs_N, entropy_N)
         if grads.wanted:
             grads.add_chunk(part, widened(g_nV), h_nH, head.weight_VH)
     return logprobs_N, entropy_N

@@ -1,0 +1,149 @@
+"""Launches of the row kernels: memory, configuration, arguments.
+
+Imported only when the Triton backend serves. Legend: N rows of the call, n rows of a chunk, V vocabulary, S columns of a
+slab, P a row's length in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from amft_kernels.policy_terms import PolicyOptions, Rows
+from amft_kernels.row_math import Head
+from amft_kernels.rows_triton import logprob_rows_kernel, policy_rows_kernel, slab_grad_kernel
+
+_ROW_MULTIPLE = 64
+
+
+def workspace(rows: int, vocab: int, device: torch.device) -> torch.Tensor:
+    """Memory for fp32 logits [n, P]."""
+    return torch.empty(rows, padded(vocab), dtype=torch.float32, device=device)
+
+
+def padded(vocab: int) -> int:
+    """P, the length of a row in memory."""
+    return triton.cdiv(vocab, _ROW_MULTIPLE) * _ROW_MULTIPLE
+
+
+def grad_view(logits_nP: torch.Tensor, vocab: int, dtype: torch.dtype) -> torch.Tensor:
+    """Where the gradient [n, V] goes: over the logits in fp32, in their right half in a 16-bit type."""
+    first = logits_nP.shape[1] if dtype.itemsize == 2 else 0
+    return logits_nP.view(dtype)[:, first : first + vocab]
+
+
+def row_config(vocab: int) -> dict[str, int]:
+    """Columns per step and warps, by the row's length alone.
+
+    Sixteen fp32 columns per thread are four 128-bit loads in flight, and at 64–100 registers two or three rows share a
+    multiprocessor, one loading while another reduces. 8192 columns on 16 warps would leave one row per multiprocessor
+    (better for L2, worse for latency); reasoned from the compiler's report, not measured.
+    """
+    block = min(4096, max(1024, triton.next_power_of_2(vocab)))
+    return {"BLOCK": block, "num_warps": 4 if block == 1024 else 8}
+
+
+def policy_rows(
+    logits_nP: torch.Tensor,
+    grad_nV: torch.Tensor | None,
+    first_row: int,
+    rows: Rows,
+    head: Head,
+    options: PolicyOptions,
+    logprobs_N: torch.Tensor,
+    entropy_N: torch.Tensor,
+) -> None:
+    """logp and entropy of rows `first_row` on; with `grad_nV` (see `grad_view`), ∂L/∂x as well."""
+    vocab = head.weight_VH.shape[0]
+    policy_rows_kernel[(logits_nP.shape[0],)](
+        logits_ptr=logits_nP,
+        grad_ptr=grad_nV,
+        targets_ptr=rows.targets,
+        nll_weight_ptr=rows.nll_weight,
+        pg_weight_ptr=rows.pg_weight,
+        entropy_weight_ptr=rows.entropy_weight,
+        advantages_ptr=rows.advantages,
+        old_ptr=rows.old_logprobs,
+        behavior_ptr=rows.behavior_logprobs,
+        ref_ptr=rows.ref_logprobs,
+        logprobs_ptr=logprobs_N,
+        entropy_ptr=entropy_N,
+        first_row=first_row,
+        V=vocab,
+        row_stride=logits_nP.stride(0),
+        grad_stride=0 if grad_nV is None else grad_nV.stride(0),
+        kl_coef=float(options.kl_coef),
+        clip_low=float(options.clip_low),
+        clip_high=float(options.clip_high),
+        dual_clip=_float(options.dual_clip),
+        tis_cap=_float(options.tis_cap),
+        **head_arguments(head),
+        **row_config(vocab),
+    )
+
+
+def logprob_rows(
+    logits_nP: torch.Tensor, first_row: int, targets_N: torch.Tensor, head: Head, stats: tuple[torch.Tensor, ...]
+) -> None:
+    """logp, entropy, max z and log Σ exp(z − max) of rows `first_row` on, into `stats`."""
+    logprobs_N, entropy_N, max_N, log_sum_N = stats
+    vocab = head.weight_VH.shape[0]
+    logprob_rows_kernel[(logits_nP.shape[0],)](
+        logits_ptr=logits_nP,
+        targets_ptr=targets_N,
+        logprobs_ptr=logprobs_N,
+        entropy_ptr=entropy_N,
+        max_ptr=max_N,
+        log_sum_ptr=log_sum_N,
+        first_row=first_row,
+        V=vocab,
+        row_stride=logits_nP.stride(0),
+        **head_arguments(head),
+        **row_config(vocab),
+    )
+
+
+def slab_grad(
+    logits_nP: torch.Tensor,
+    grad_nS: torch.Tensor,
+    first_row: int,
+    first_col: int,
+    targets_N: torch.Tensor,
+    head: Head,
+    stats: tuple[torch.Tensor, ...],
+    logprobs_grad_N: torch.Tensor,
+    entropy_grad_N: torch.Tensor | None,
+) -> None:
+    """∂L/∂x of a slab's columns; `head` is cut to the slab."""
+    _, entropy_N, max_N, log_sum_N = stats
+    width = head.weight_VH.shape[0]
+    slab_grad_kernel[(logits_nP.shape[0],)](
+        logits_ptr=logits_nP,
+        grad_ptr=grad_nS,
+        targets_ptr=targets_N,
+        entropy_ptr=entropy_N,
+        max_ptr=max_N,
+        log_sum_ptr=log_sum_N,
+        logprobs_grad_ptr=logprobs_grad_N,
+        entropy_grad_ptr=entropy_grad_N,
+        first_row=first_row,
+        first_col=first_col,
+        V=width,
+        row_stride=logits_nP.stride(0),
+        grad_stride=grad_nS.stride(0),
+        **head_arguments(head),
+        **row_config(width),
+    )
+
+
+def head_arguments(head: Head) -> dict:
+    per_row = isinstance(head.temperature, torch.Tensor)
+    return {
+        "bias_ptr": head.bias_V,
+        "temperature_ptr": head.temperature if per_row else None,
+        "temperature": 1.0 if per_row else float(head.temperature),
+        "softcap": _float(head.softcap),
+    }
+
+
+def _float(value: float | None) -> float | None:
+    return None if value is None else float(value)
