@@ -52,7 +52,7 @@ GPU_SWEEP = (
     *((8192, 4096, v) for v in (32768, 65536, 262144)),
 )
 PEER_SLACK = 10
-EAGER_ROWS = 256  # of the small case that shows how far off eager is
+EAGER_ROWS = 128  # of the small case that shows how far off eager is
 
 
 @dataclass
