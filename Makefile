@@ -21,7 +21,7 @@ demo: $(READY)
 	$(BIN)/amft-fast train configs/demo.toml
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 test-integration: $(READY)
 	$(BIN)/python -m pytest -q -m integration

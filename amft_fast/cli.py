@@ -96,23 +96,19 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
     cfg = config.load(args.config, flags)
     if args.model:
         cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": args.model})})
-    from amft_fast.evaluate import evaluate
+    from amft_fast.evaluate import check_splits, evaluate
     from amft_fast.run import StopSignal, build
 
     stop = StopSignal()
     parts = build(cfg, stop)
     e = cfg.eval
-    unknown = [s for s in e.splits if s not in parts.task.splits]
-    if unknown:
-        raise UserError(
-            f"eval.splits: {unknown[0]!r} is not a split of {cfg.task.name}: {', '.join(parts.task.splits)}"
-        )
+    splits = check_splits("eval.splits", e.splits, parts.task)
     try:
         result = evaluate(
             parts.rollouts,
             parts.task,
             parts.encoder,
-            e.splits,
+            splits,
             num_samples=e.num_samples,
             max_prompts=e.max_prompts,
             max_new_tokens=cfg.rollout.max_new_tokens,

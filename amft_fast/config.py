@@ -310,8 +310,8 @@ class EvalConfig(Section):
 
     every: int = Field(20, ge=0)
     """Steps between evaluations of `schedule_splits` during training; 0: only at the start and the end."""
-    splits: list[str] = ["train", "val", "test", "ood"]
-    """Splits evaluated at the start and the end."""
+    splits: list[str] | None = None
+    """Splits evaluated at the start and the end; default: all that the task has."""
     schedule_splits: list[str] = ["val"]
     """Splits evaluated on the schedule."""
     num_samples: int = Field(8, ge=1)

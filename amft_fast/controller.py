@@ -208,7 +208,7 @@ def inert(cfg: Config) -> str | None:
     if cfg.train.method not in LEARNED or c.signal != "raw" or lr * c.eta_mu > 1e-6 or c.eta_entropy > 2e-3:
         return None
     return (
-        f"controller: with signal raw mu moves by train.lr x controller.eta_mu = {lr * c.eta_mu:.0e} times a dot-product, so mu "
+        f"controller: with signal raw mu moves by train.lr x controller.eta_mu = {lr * c.eta_mu:.0e} times a dot-product: it "
         f"will stay where it starts, at {c.mu_init:g} (so do the published hyper-parameters; see docs/method.md)"
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from math import comb, sqrt
 from typing import Any
 
-from amft_fast.interfaces import Item, RolloutEngine, Sample, Sampling, Task
+from amft_fast.interfaces import Item, RolloutEngine, Sample, Sampling, Task, UserError
 from amft_fast.rollout import episodes
 
 
@@ -25,6 +25,14 @@ def choose(items: Sequence[Item], limit: int | None) -> list[Item]:
     if limit is None or len(items) <= limit:
         return list(items)
     return sorted(items, key=lambda item: episodes.sample_seed("choose", item.id))[:limit]
+
+
+def check_splits(name: str, splits: Sequence[str] | None, task: Task) -> list[str]:
+    """The splits that the setting `name` asks for, all of the task's by default. Raises UserError for one it does not have."""
+    for split in splits or ():
+        if split not in task.splits:
+            raise UserError(f"{name}: {split!r} is not a split of this task, which has {', '.join(task.splits)}")
+    return list(task.splits if splits is None else splits)
 
 
 def evaluate(

@@ -20,7 +20,7 @@ import torch
 from amft_fast import checkpoint, controller, objective, run_state
 from amft_fast.batch import Sequence, micro_batches, scatter
 from amft_fast.config import Config
-from amft_fast.evaluate import choose, evaluate
+from amft_fast.evaluate import check_splits, choose, evaluate
 from amft_fast.figures import StepFigures, read_step, rollout_figures
 from amft_fast.interfaces import Item, Sample, Sampling, UserError
 from amft_fast.meta_gradient import Utility, UtilityGradient
@@ -89,6 +89,8 @@ class Trainer:
             )
         if not self.prompts:
             raise UserError("the task has no training prompts")
+        self.splits = check_splits("eval.splits", self.cfg.eval.splits, self.task)
+        check_splits("eval.schedule_splits", self.cfg.eval.schedule_splits, self.task)
 
     @property
     def finished(self) -> bool:
@@ -145,7 +147,7 @@ class Trainer:
         sft = self.draw_demos() if mu > 0 else []
         with self.phases("advantage"):
             rl = self.judge(samples)
-            implicit = self.implicit_rewards(sft, rl)
+            extra = self.implicit_rewards(sft, rl) | self.entropy_at_one(rl)
         lr = self.learning_rate(t, mu)
         self.engine.set_lr(lr)
 
@@ -162,12 +164,13 @@ class Trainer:
         with self.phases("sync"):
             self.rollouts.sync(self.engine.named_full_params(), self.step)
         figures = self.read_figures(sums, maxes, norms, probe)
+        figures.record |= extra
         if self.controller.learned and t >= 0:
             entropy, seen = figures.record["entropy"], figures.probe or (None, 1.0)
             figures.record |= self.controller.observe(t, *seen, lr, entropy, self.entropy_target) | utility_figures
             self.warn_at_bound()
         record = {"step": self.step - 1, "phase": "warmup" if t < 0 else "train", "mu": mu, "lr": lr, **figures.record}
-        record |= rollout_figures(samples) | implicit
+        record |= rollout_figures(samples)
         if t >= 0:
             self.mus = [*(self.mus[:1] or [mu]), mu]
         seconds = time.perf_counter() - begin
@@ -235,6 +238,13 @@ class Trainer:
             scatter(rl, *zip(*[(b, o.logprobs) for b, o in outs]), "ref_logprobs")
         objective.set_advantages(rl, samples, self.cfg.advantage)
         return rl
+
+    def entropy_at_one(self, rl: list[Sequence]) -> dict[str, float]:
+        """The policy's entropy at temperature 1, as H* has it, where rollouts are drawn at another temperature."""
+        if self.cfg.rollout.temperature == 1 or not rl:
+            return {}
+        entropies = torch.cat([o.entropy for _, o in self.forward_only(rl, temperature=1.0)])
+        return {"entropy": entropies.double().mean().item()}
 
     def implicit_rewards(self, sft: list[Sequence], rl: list[Sequence]) -> dict[str, float]:
         """Mean over sequences of log π/π_ref along the whole answer: the reward that imitation implies (docs/method.md)."""
@@ -383,7 +393,7 @@ class Trainer:
     def evaluate(self) -> None:
         """All splits with all prompts at the start and the end, the scheduled ones in between."""
         cfg, whole = self.cfg.eval, self.step == 0 or self.finished
-        splits = [s for s in (cfg.splits if whole else cfg.schedule_splits) if s in self.task.splits]
+        splits = self.splits if whole else cfg.schedule_splits
         with self.phases("eval"):
             result = evaluate(
                 self.rollouts,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 BENCHMARKS = {
     "loss-head": ("bench.loss_head", "the fused loss head against eager, torch.compile and other libraries"),
     "probe": ("bench.probe", "multi_tensor_dot against torch's own ways to the same numbers"),
+    "controller": ("bench.controller", "what learning mu costs: steps of amft against steps of fixed mu"),
     "gpu": ("bench.gpu", "everything that needs a GPU, in under ten minutes: tests first, then both benchmarks"),
 }
 

@@ -58,7 +58,9 @@ def rollouts(engine, seed, n=12, off_policy=0.0):
 
 def demos(seed, n=8):
     rng = np.random.default_rng(seed)
-    return [objective.demo_sequence([2, 5 + i % 4, 3], [int(x) for x in rng.integers(5, 14, 3)] + [1]) for i in range(n)]
+    return [
+        objective.demo_sequence([2, 5 + i % 4, 3], [int(x) for x in rng.integers(5, 14, 3)] + [1]) for i in range(n)
+    ]
 
 
 def sweeps(engine, mu, seed=1, max_tokens=10**6, packed=False):
@@ -220,7 +222,9 @@ def make_utility(folder, engine, **meta):
     encoder = Encoder(AutoTokenizer.from_pretrained(folder))
     task = CopyTask()
     items = task.prompts("train")
-    return UtilityGradient(cfg, items, {d.id: d for d in task.demos("train")}, encoder, engine, 10**6, False, 1.0), items
+    return UtilityGradient(
+        cfg, items, {d.id: d for d in task.demos("train")}, encoder, engine, 10**6, False, 1.0
+    ), items
 
 
 class Drawer:
@@ -244,7 +248,9 @@ def test_importance_weighted_gradient_against_brute_force(checkpoint_folder):
     """u = −(1/N) Σ min(π/π_then, cap) A ∇log π, written out with autograd over one-token answers."""
     engine = make_engine(checkpoint_folder)
     logprobs = engine.policy.model(torch.tensor([[2, 5, 3]])).logits[0, -1].log_softmax(-1)
-    then = float(logprobs[5].detach()) - math.log(1.5)  # token 5 has become 1.5 times as likely, token 6 is wherever it is
+    then = float(logprobs[5].detach()) - math.log(
+        1.5
+    )  # token 5 has become 1.5 times as likely, token 6 is wherever it is
     utility_gradient, _ = make_utility(checkpoint_folder, engine, is_cap=2.0, min_ess=0.0)
     got = utility_gradient.compute(0, Drawer(then))
     ratios = (logprobs[[5, 6]].detach() - then).exp().clamp(max=2.0)
