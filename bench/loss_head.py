@@ -28,7 +28,7 @@ from amft_kernels.linear_logprob import linear_logprob
 from amft_kernels.linear_policy_loss import linear_policy_loss
 
 from bench import loss_head_report as report
-from bench.measure import MEMORY, TIMING, Deadline, TimeUp, peak_extra_bytes, time_limit, time_once
+from bench.measure import MEMORY, TIMING, Deadline, TimeUp, time_limit, time_once, with_peak
 from bench.peers import PEERS, LeftOut, Run, eager_ce, eager_policy, first_line, from_logprobs
 from bench.results import RESULTS, environment, write_json
 from bench.workload import TOLERANCE, Case, Shape, Truth, loss_and_grads, make_case
@@ -217,7 +217,7 @@ def eager_errors(case: Case) -> dict[str, dict[str, float]]:
 
 
 def prepare(candidate: Candidate, case: Case, truth: Truth, eager: dict, plan: Plan) -> None:
-    """The first call, with its check, and the memory of the second; fills `candidate` in, `left_out` if it cannot run."""
+    """The first call, with its check and its memory; fills `candidate` in, `left_out` if it cannot run."""
     plan.log(f"  {candidate.kind}: {candidate.name} {candidate.backend}".rstrip())
     limit_s = min(plan.limit_s, plan.deadline.left())
     try:
@@ -228,13 +228,12 @@ def prepare(candidate: Candidate, case: Case, truth: Truth, eager: dict, plan: P
             run = candidate.make(case)
             if candidate.role == "floor":
                 candidate.step = run
-                run()
+                run()  # its memory was made beforehand and would say nothing
             else:
                 candidate.step = lambda: loss_and_grads(run, case)
+                if plan.device == "cuda" or candidate.once:
+                    candidate.step()  # compiles, and takes workspaces that stay
                 check(candidate, case, truth, eager)
-        # The floor's memory is made beforehand and says nothing.
-        if candidate.green and candidate.role != "floor":
-            candidate.peak_extra_bytes = peak_extra_bytes(candidate.step, plan.device)
     except LeftOut as reason:
         candidate.left_out = str(reason)
     except TimeUp:
@@ -249,9 +248,11 @@ def prepare(candidate: Candidate, case: Case, truth: Truth, eager: dict, plan: P
 
 
 def check(candidate: Candidate, case: Case, truth: Truth, eager: dict) -> None:
+    found, peak = with_peak(candidate.step, case.device)
     slack = TOLERANCE[case.dtype] * (1 if candidate.role == "ours" else PEER_SLACK)
-    candidate.errors = truth.errors(candidate.kind, *candidate.step())
+    candidate.errors = truth.errors(candidate.kind, *found)
     candidate.limits = {name: error + slack for name, error in eager[candidate.kind].items()}
+    candidate.peak_extra_bytes = peak if candidate.green else None
 
 
 def release(device: str) -> None:
@@ -261,15 +262,20 @@ def release(device: str) -> None:
 
 
 def run(plan: Plan) -> dict[str, object]:
-    """Every shape of the plan; those that the deadline leaves no time for are named."""
-    shapes, skipped = [], []
+    """Every shape of the plan; those that the deadline or Ctrl-C leaves no time for are named."""
+    shapes, skipped, why = [], [], ""
     for shape, sweep in plan.shapes:
         words = "N, H, V = {:,}, {:,}, {:,}".format(*shape)
         if plan.deadline.left() < 0:
-            skipped.append(f"{words}: the time budget of {plan.deadline.seconds:.0f} s was spent")
-            continue
-        plan.log(words)
-        shapes.append(measure_shape(shape, sweep, not shapes, plan))
+            why = f"the time budget of {plan.deadline.seconds:.0f} s was spent"
+        if not why:
+            plan.log(words)
+            try:
+                shapes.append(measure_shape(shape, sweep, not shapes, plan))
+                continue
+            except KeyboardInterrupt:
+                why = "interrupted"
+        skipped.append(f"{words}: {why}")
     result = {
         "benchmark": "loss-head",
         **environment(plan.device, MEASURED),

@@ -16,8 +16,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 TIMING = {"cuda": "CUDA events, L2 flushed before each call", "cpu": "wall clock"}
 MEMORY = {"cuda": "torch.cuda.max_memory_allocated", "cpu": "allocations recorded by torch.profiler, summed in order"}
@@ -80,24 +83,23 @@ def time_once(run: Callable[[], object], device: str) -> float:
     return begin.elapsed_time(end)
 
 
-def peak_extra_bytes(run: Callable[[], object], device: str) -> int:
-    """The most memory that a call holds beyond what was there before it. What it returns counts."""
+def with_peak(run: Callable[[], T], device: str) -> tuple[T, int]:
+    """What a call returns, and the most memory that it held beyond what was there before it, the result included."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run()
+        result = run()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return result, torch.cuda.max_memory_allocated() - before
 
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:
         result = run()
-    del result
     events = profiler.profiler.kineto_results.events()
     live = peak = 0
     for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
         live += size
         peak = max(peak, live)
-    return peak
+    return result, peak

@@ -163,6 +163,20 @@ def test_a_spent_budget_skips_and_says_so(tmp_path):
     assert result["skipped"][0] == "N, H, V = 64, 16, 257: the time budget of 0 s was spent"
 
 
+def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
+    measure_shape = loss_head.measure_shape
+
+    def interrupted(shape, *rest):
+        if shape[0] == 32:
+            raise KeyboardInterrupt
+        return measure_shape(shape, *rest)
+
+    monkeypatch.setattr(loss_head, "measure_shape", interrupted)
+    _, result = run(tmp_path, shapes=["32,16,257", "16,16,257"])
+    assert [entry["shape"][0] for entry in result["shapes"]] == [64]
+    assert result["skipped"] == ["N, H, V = 32, 16, 257: interrupted", "N, H, V = 16, 16, 257: interrupted"]
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -205,7 +219,8 @@ def test_peak_memory_on_the_cpu_counts_what_is_alive_at_once():
         return b + 1
 
     work()
-    assert 2 * 2**18 <= measure.peak_extra_bytes(work, "cpu") <= 2 * 2**18 + 4096
+    result, peak = measure.with_peak(work, "cpu")
+    assert 2 * 2**18 <= peak <= 2 * 2**18 + 4096 and result.shape == x.shape
 
 
 # ---------------------------------------------------------------------------------------------------------------- GPU
