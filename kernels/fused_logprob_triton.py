@@ -1,14 +1,15 @@
 """Row statistics straight from hidden states and weight: the logits live in registers only.
 
-For small H the round trip of fp32 logits through memory (8 bytes each) takes as long as their GEMM: at H = 896 on an
-H200, 1.9 ps against 2.6 ps per logit. This kernel multiplies tile by tile and folds each tile into running row
-statistics. A program has a block of rows and a range of the vocabulary ("split"); the splits are joined at the end.
+This kernel multiplies tile by tile and folds each tile into running row statistics. A program has a block of rows and a
+range of the vocabulary ("split"); the splits are joined at the end.
 
     of each split   top = max z      e = Σ exp(z − top)      ez = Σ exp(z − top) (z − top)
     joined          max = max top    Σ = Σ_splits e · exp(top − max)      and Σ exp(top − max) (ez + (top − max) e)
 
-The tile's size and the rule that chooses this kernel (`linear_logprob.FUSED_FORWARD_MAX_HIDDEN`) come from the arithmetic
-above and from the compiler's report, not from a measurement.
+When it pays, by arithmetic (no GPU has measured it): through cuBLAS a logit costs 2H FLOP at 700 TFLOP/s and a round trip
+of 8 bytes at 4.3 TB/s, together 2.9 H fs + 1.9 ps. Here a 128 × 128 tile makes 64 FLOP per byte that it reads from L2,
+350 TFLOP/s at 5.5 TB/s, 5.7 H fs. Even at H = 650; hence `linear_logprob.FUSED_FORWARD_MAX_HIDDEN` = 512. Larger tiles
+spill, since a tile's exp needs as many registers as the tile.
 
 Imported only when the Triton backend serves. Legend: N rows, V vocabulary, H hidden size, S splits.
 """
@@ -22,7 +23,7 @@ from amft_kernels.row_math import Head
 from amft_kernels.rows_launch import head_arguments
 from amft_kernels.rows_triton import LOWEST, PADDING, scale
 
-FUSED_CONFIG = {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_H": 64, "num_warps": 8, "num_stages": 3}
+_BLOCK_H = 64
 
 # Programs wanted: a few per multiprocessor, so that the last wave is short.
 _PROGRAMS = 1024
@@ -73,8 +74,8 @@ def fused_stats_kernel(
         weight_rows = weight_ptr + cols.to(tl.int64)[None, :] * weight_stride + hs[:, None]
         x = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         for k in range(0, H, BLOCK_H):
-            h = tl.load(hidden_rows + k, mask=row_mask[:, None] & (hs[None, :] < H - k), other=0.0)
-            w = tl.load(weight_rows + k, mask=(cols[None, :] < V) & (hs[:, None] < H - k), other=0.0)
+            h = tl.load(hidden_rows + k, mask=row_mask[:, None], other=0.0)
+            w = tl.load(weight_rows + k, mask=cols[None, :] < V, other=0.0)
             x = tl.dot(h, w, x)
         if bias_ptr is not None:
             x += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
@@ -99,13 +100,25 @@ def fused_stats_kernel(
     tl.store(target_z_ptr + rows, target_z, mask=row_mask & (target >= first_col) & (target < end_col))
 
 
+def suits(hidden_NH: torch.Tensor, most: int) -> bool:
+    """Whether to take this kernel: 16-bit operands, H at most `most` and a multiple of the tile's."""
+    n, h = hidden_NH.shape
+    return n > 0 and hidden_NH.dtype.itemsize == 2 and h <= most and h % _BLOCK_H == 0
+
+
+def fused_config(architecture: int) -> dict[str, int]:
+    """The largest tile that does not spill: 128 columns do from sm_100 on, where tensor cores keep the sums elsewhere."""
+    columns = 128 if architecture < 100 else 64
+    return {"BLOCK_N": 128, "BLOCK_V": columns, "BLOCK_H": _BLOCK_H, "num_warps": 8, "num_stages": 3}
+
+
 def fused_stats(hidden_NH: torch.Tensor, targets_N: torch.Tensor, head: Head) -> tuple[torch.Tensor, ...]:
     """logp, entropy, max z and log Σ exp(z − max) of every row."""
     (n, h), v = hidden_NH.shape, head.weight_VH.shape[0]
     hidden_NH, weight_VH = hidden_NH.contiguous(), head.weight_VH.contiguous()
-    row_blocks = triton.cdiv(n, FUSED_CONFIG["BLOCK_N"])
-    tiles = triton.cdiv(v, FUSED_CONFIG["BLOCK_V"])
-    split_columns = triton.cdiv(tiles, min(tiles, triton.cdiv(_PROGRAMS, row_blocks))) * FUSED_CONFIG["BLOCK_V"]
+    config = fused_config(_architecture(hidden_NH.device))
+    row_blocks, tiles = triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(v, config["BLOCK_V"])
+    split_columns = triton.cdiv(tiles, min(tiles, triton.cdiv(_PROGRAMS, row_blocks))) * config["BLOCK_V"]
     splits = triton.cdiv(v, split_columns)
     top_SN, e_SN, ez_SN = torch.empty(3, splits, n, dtype=torch.float32, device=hidden_NH.device)
     target_z_N = torch.empty(n, dtype=torch.float32, device=hidden_NH.device)
@@ -124,7 +137,7 @@ def fused_stats(hidden_NH: torch.Tensor, targets_N: torch.Tensor, head: Head) ->
         weight_stride=weight_VH.stride(0),
         split_columns=split_columns,
         **head_arguments(head),
-        **FUSED_CONFIG,
+        **config,
     )
     max_N = top_SN.amax(0)
     shift_SN = top_SN - max_N
@@ -133,3 +146,9 @@ def fused_stats(hidden_NH: torch.Tensor, targets_N: torch.Tensor, head: Head) ->
     log_sum_N = total_N.log()
     entropy_N = log_sum_N - (decay_SN * (ez_SN + shift_SN * e_SN)).sum(0) / total_N
     return target_z_N - max_N - log_sum_N, entropy_N, max_N, log_sum_N
+
+
+def _architecture(device: torch.device) -> int:
+    """80, 90, 100, ...; 0 in the interpreter."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return 10 * major + minor

@@ -32,9 +32,9 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["linear_logprob", "linear_logprob_reference"]
 
-# Up to this hidden size the Triton forward multiplies and reduces in one kernel, beyond it a cuBLAS GEMM and a row kernel
-# are thought to be faster. Reasoned in `fused_logprob_triton.py`, not measured; 0 turns the fused kernel off.
-FUSED_FORWARD_MAX_HIDDEN = 1024
+# Up to this hidden size the Triton forward multiplies and reduces in one kernel; beyond it a cuBLAS GEMM and a row kernel
+# should be faster. Reasoned in `fused_logprob_triton.py`, not measured; 0 turns the fused kernel off.
+FUSED_FORWARD_MAX_HIDDEN = 512
 
 
 def linear_logprob_reference(
@@ -112,7 +112,7 @@ def _forward_triton(
     """As `_forward_torch`; `full` costs nothing here, where memory or the product is the bound."""
     from amft_kernels import fused_logprob_triton, rows_launch
 
-    if plan.rows and hidden_NH.dtype.itemsize == 2 and hidden_NH.shape[1] <= FUSED_FORWARD_MAX_HIDDEN:
+    if fused_logprob_triton.suits(hidden_NH, FUSED_FORWARD_MAX_HIDDEN):
         return RowStats(*fused_logprob_triton.fused_stats(hidden_NH, targets_N, head))
     vocab = head.weight_VH.shape[0]
     stats = RowStats(*hidden_NH.new_zeros(4, plan.rows, dtype=torch.float32))
