@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace, flags: list[str]) -> int:
-    from amft_fast import config
+    from amft_fast import config_file
 
     path = args.config
     if args.resume:
@@ -81,9 +81,9 @@ def _train(args: argparse.Namespace, flags: list[str]) -> int:
         flags = [*flags, "--run.dir", args.resume]
     if path is None:
         raise UserError("train needs a config file, for example configs/demo.toml")
-    cfg = config.load(path, flags)
+    cfg = config_file.load(path, flags)
     if args.dry_run:
-        print(config.to_toml(cfg), end="")
+        print(config_file.to_toml(cfg), end="")
         return 0
     from amft_fast.run import train
 
@@ -91,9 +91,9 @@ def _train(args: argparse.Namespace, flags: list[str]) -> int:
 
 
 def _eval(args: argparse.Namespace, flags: list[str]) -> int:
-    from amft_fast import config
+    from amft_fast import config_file
 
-    cfg = config.load(args.config, flags)
+    cfg = config_file.load(args.config, flags)
     if args.model:
         cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": args.model})})
     from amft_fast.evaluate import check_splits, evaluate

@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from amft_fast import config
+from amft_fast import config, config_file
 from amft_fast.controller import student_t975
 from amft_fast.interfaces import UserError
 
@@ -69,7 +69,7 @@ def compare(
     """Runs what is missing, then writes compare.json, compare.md, compare.png and compare.html under `out`."""
     rows = [parse_method(m) for m in methods]
     for row in rows:  # every mistake before the first run
-        config.load(path, [*flags, *row.flags])
+        config_file.load(path, [*flags, *row.flags])
     out.mkdir(parents=True, exist_ok=True)
     jobs = [Job(m, s, out / _slug(m.label) / f"seed-{s}") for s in range(seeds) for m in rows]
     budget = budget or _token_budget(path, out, jobs, cores, flags)
@@ -86,7 +86,7 @@ def _slug(label: str) -> str:
 
 def _token_budget(path: str, out: Path, jobs: list[Job], cores: int, flags: list[str]) -> int:
     """The tokens that `train.steps` steps of fixed mu 0.5 take: what the config's own length means in tokens."""
-    cfg = config.load(path, flags)
+    cfg = config_file.load(path, flags)
     if cfg.train.token_budget:
         return cfg.train.token_budget
     kept = out / "budget.json"

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from amft_fast import __version__, checkpoint, run_state
-from amft_fast.config import Config, TaskConfig, to_toml
+from amft_fast.config import Config, TaskConfig
+from amft_fast.config_file import to_toml
 from amft_fast.controller import inert
 from amft_fast.engine.local import LocalEngine
 from amft_fast.interfaces import RolloutEngine, Task, UpdateEngine, UserError

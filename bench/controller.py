@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from amft_fast import config, run
+from amft_fast import config_file, run
 from amft_fast.train import Trainer
 from bench.results import RESULTS, environment, markdown_table, write_json
 
@@ -36,7 +36,7 @@ class _Quiet:
 
 
 def make(path: str, method: str, flags: list[str], folder: Path) -> Trainer:
-    cfg = config.load(path, ["--train.method", method, "--log.samples_every", "0", *flags])
+    cfg = config_file.load(path, ["--train.method", method, "--log.samples_every", "0", *flags])
     trainer = Trainer(cfg, run.build(cfg, lambda: False), _Quiet(folder))
     trainer.after_warmup()
     return trainer

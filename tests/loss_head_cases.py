@@ -1,36 +1,76 @@
-"""Inputs for the tests of the loss head, shared by its CPU, interpreter and GPU files."""
+"""Inputs and checks of the loss head, shared by its tests on the CPU, in Triton's interpreter and on a GPU.
+
+Accuracy is judged against the definition in fp64 on the same (rounded) inputs: our error may not exceed that of the
+definition in the input's own dtype by more than TOLERANCE.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from amft_kernels.linear_logprob import linear_logprob, linear_logprob_reference
+from amft_kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 FORMS = {
     "nll": ("nll",),
     "pg": ("pg", "old"),
     "on_policy": ("pg",),
+    "on_policy_tis": ("pg", "behavior"),
     "mixed": ("nll", "pg", "entropy", "old"),
     "everything": ("nll", "pg", "entropy", "old", "behavior", "ref"),
 }
 
+HEADS = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "row_temperature": {"temperature": True},
+    "softcap": {"logit_softcap": 2.0},
+    "padded": {"vocab_size": 45},
+    "bias": {"bias": True},
+    "all": {"temperature": True, "logit_softcap": 2.0, "vocab_size": 45, "bias": True},
+}
 
-def make_inputs(n, h, v, dtype=torch.float64, *, ignored=0.25, seed=0, device="cpu", scale=1.0):
-    """(hidden, weight, targets); about a quarter of the rows ignored."""
-    g = torch.Generator().manual_seed(seed)
+
+class Place(NamedTuple):
+    """Where and how a check runs."""
+
+    device: str
+    dtype: torch.dtype
+    backend: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Of per-token tensors."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def make_inputs(place, n, h, v, *, ignored=0.25, scale=1.0):
+    """(hidden, weight, targets); a share of the rows ignored, logits of about `scale`."""
+    g = generator(0)
     hidden = torch.randn(n, h, generator=g, dtype=torch.float64) * scale
-    weight = torch.randn(v, h, generator=g, dtype=torch.float64) / h**0.5
+    weight = torch.randn(v, h, generator=g, dtype=torch.float64) / max(h, 1) ** 0.5
     targets = torch.randint(0, v, (n,), generator=g)
     targets[torch.rand(n, generator=g) < ignored] = -100
-    return hidden.to(device, dtype), weight.to(device, dtype), targets.to(device)
+    return hidden.to(place.device, place.dtype), weight.to(place.device, place.dtype), targets.to(place.device)
 
 
-def make_terms(n, form="everything", dtype=torch.float64, *, seed=1, device="cpu"):
+def make_terms(place, n, form="everything"):
     """Per-token inputs and scalars of `linear_policy_loss` for one of `FORMS`."""
-    g = torch.Generator().manual_seed(seed)
-    parts = FORMS[form]
+    g, parts = generator(1), FORMS[form]
 
     def uniform(low, high, on=1.0):
         value = low + (high - low) * torch.rand(n, generator=g, dtype=torch.float64)
-        return (value * (torch.rand(n, generator=g) < on)).to(device, dtype)
+        return (value * (torch.rand(n, generator=g) < on)).to(place.device, place.wide)
 
     terms = {}
     if "nll" in parts:
@@ -40,12 +80,31 @@ def make_terms(n, form="everything", dtype=torch.float64, *, seed=1, device="cpu
     if "pg" in parts:
         terms |= {"pg_weight": uniform(0, 1, on=0.6), "advantages": uniform(-2, 2)}
     if "old" in parts:
-        terms["old_logprobs"] = uniform(-6, 0)
+        terms |= {"old_logprobs": uniform(-6, 0), "clip_low": 0.3, "clip_high": 0.5}
     if "behavior" in parts:
         terms |= {"behavior_logprobs": uniform(-6, 0), "tis_cap": 2.0, "dual_clip": 3.0}
     if "ref" in parts:
         terms |= {"ref_logprobs": uniform(-6, 0), "kl_coef": 0.1}
     return terms
+
+
+def make_head(place, n, v, name):
+    """The head's options of one of `HEADS`; True there stands for a tensor."""
+    options, g = dict(HEADS[name]), generator(3)
+    if options.get("temperature") is True:
+        value = 0.5 + torch.rand(n, generator=g, dtype=torch.float64)
+        options["temperature"] = value.to(place.device, place.wide)
+    if options.get("bias") is True:
+        options["bias"] = torch.randn(v, generator=g, dtype=torch.float64).to(place.device, place.dtype)
+    return options
+
+
+def to_dtype(arguments, dtype):
+    """Arguments with their floating tensors in `dtype`."""
+    return {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
 
 
 def leaf(tensor):
@@ -66,8 +125,41 @@ def run_logprob(op, hidden, weight, targets, *, bias=None, upstream=None, **opti
     hidden, weight, bias = leaf(hidden), leaf(weight), leaf(bias)
     logprobs, entropy = op(hidden, weight, targets, bias=bias, **options)
     if upstream is None:
-        g = torch.Generator().manual_seed(7)
-        upstream = torch.rand(2, len(targets), generator=g, dtype=torch.float64).to(logprobs)
+        upstream = torch.rand(2, len(targets), generator=generator(7), dtype=torch.float64).to(logprobs)
     (upstream[0] * logprobs + upstream[1] * entropy).sum().backward()
     grads = {"hidden": hidden.grad, "weight": weight.grad} | ({} if bias is None else {"bias": bias.grad})
     return {"logprobs": logprobs.detach(), "entropy": entropy.detach()} | grads
+
+
+def assert_accurate(place, got, run, reference, arguments):
+    """Every loss, log-prob, entropy and gradient in `got` against the definition in fp64 and in the place's dtype."""
+    truth = run(reference, **to_dtype(arguments, torch.float64))
+    eager = run(reference, **arguments)
+    for name in ("loss", "logprobs", "entropy", "hidden", "weight", "bias"):
+        if name not in truth:
+            continue
+        assert got[name].isfinite().all(), name
+        scale = max(1.0, truth[name].abs().max().item() if truth[name].numel() else 0.0)
+        ours, theirs = ((side[name].double() - truth[name]).abs() for side in (got, eager))
+        worst, allowed = (error.max().item() if error.numel() else 0.0 for error in (ours, theirs))
+        limit = (0.0 if allowed != allowed else allowed) + TOLERANCE[place.dtype] * scale
+        assert worst <= limit, f"{name}: error {worst:.3g}, allowed {limit:.3g} (eager's {allowed:.3g})"
+
+
+def check_policy(place, hidden, weight, targets, *, chunk_bytes=None, **options):
+    """Run `linear_policy_loss` and judge it; returns its results by name."""
+    arguments = {"hidden": hidden, "weight": weight, "targets": targets, **options}
+    own = {"chunk_bytes": chunk_bytes, "backend": place.backend}
+    got = run_policy(linear_policy_loss, **arguments, **own)
+    assert_accurate(place, got, run_policy, linear_policy_loss_reference, arguments)
+    assert (got["logprobs"] <= 0).all() and (got["entropy"] >= 0).all()
+    return got
+
+
+def check_logprob(place, hidden, weight, targets, *, chunk_bytes=None, **options):
+    """Run `linear_logprob` and judge it; returns its results by name."""
+    arguments = {"hidden": hidden, "weight": weight, "targets": targets, **options}
+    got = run_logprob(linear_logprob, **arguments, chunk_bytes=chunk_bytes, backend=place.backend)
+    assert_accurate(place, got, run_logprob, linear_logprob_reference, arguments)
+    assert (got["logprobs"] <= 0).all() and (got["entropy"] >= 0).all()
+    return got

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from amft_fast import config
+from amft_fast import config, config_file
 from amft_fast.interfaces import UserError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
@@ -13,8 +13,8 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_every_shipped_config_parses(path):
-    cfg = config.load(path)
-    assert config.Config.model_validate(tomllib.loads(config.to_toml(cfg))) == cfg
+    cfg = config_file.load(path)
+    assert config.Config.model_validate(tomllib.loads(config_file.to_toml(cfg))) == cfg
 
 
 def test_there_are_shipped_configs():
@@ -24,7 +24,7 @@ def test_there_are_shipped_configs():
 def test_flags_lie_over_the_file(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text('[train]\nmethod = "sft"\nlr = 1e-3\n[task.general_points]\nnum_cards = 3\n')
-    cfg = config.load(path, ["--train.lr", "2e-4", "--task.general_points.targets=[1,40]", "--run.overwrite"])
+    cfg = config_file.load(path, ["--train.lr", "2e-4", "--task.general_points.targets=[1,40]", "--run.overwrite"])
     assert cfg.train.method == "sft" and cfg.train.lr == 2e-4
     assert cfg.task.general_points.num_cards == 3 and cfg.task.general_points.targets == (1, 40)
     assert cfg.run.overwrite
@@ -52,7 +52,7 @@ def test_flags_lie_over_the_file(tmp_path):
 )
 def test_mistakes_are_one_sentence_that_names_the_setting(flags, said):
     with pytest.raises(UserError) as e:
-        config.load(None, flags)
+        config_file.load(None, flags)
     assert said in str(e.value) and "\n" not in str(e.value).strip()
 
 
@@ -62,13 +62,13 @@ def test_unknown_key_in_a_file_names_file_and_neighbour(tmp_path):
     with pytest.raises(
         UserError, match=r"c.toml: unknown setting objective.clip_hihg; did you mean objective.clip_high"
     ):
-        config.load(path)
+        config_file.load(path)
 
 
 def test_broken_toml_names_its_line(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text("[train]\nlr = \n")
     with pytest.raises(UserError, match="line 2"):
-        config.load(path)
+        config_file.load(path)
     with pytest.raises(UserError, match="no config file"):
-        config.load(tmp_path / "missing.toml")
+        config_file.load(tmp_path / "missing.toml")

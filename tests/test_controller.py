@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from amft_fast import config, controller
+from amft_fast import config_file, controller
 from amft_fast.multi_tensor import multi_tensor_dot
 
 BASE = {
@@ -22,7 +22,7 @@ BASE = {
 def make(*flags, method="amft"):
     """A controller with small steps in mu itself, whatever the defaults are, and these flags."""
     settings = BASE | {"--train.method": method} | dict(zip(flags[::2], flags[1::2], strict=True))
-    return controller.make(config.load(None, [x for pair in settings.items() for x in pair]))
+    return controller.make(config_file.load(None, [x for pair in settings.items() for x in pair]))
 
 
 def probe(c, u1, u2, g_sft, g_rl):

@@ -1,57 +1,161 @@
 """The loss head's torch backend against its definition in fp64."""
 
+import contextlib
+
 import pytest
 import torch
-from amft_kernels.linear_logprob import linear_logprob, linear_logprob_reference
+from amft_kernels import matmul
+from amft_kernels.linear_logprob import linear_logprob
 from amft_kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
-from loss_head_cases import FORMS, make_inputs, make_terms, run_logprob, run_policy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loss_head_cases import FORMS, HEADS, Place, check_logprob, check_policy, make_head, make_inputs, make_terms
+from loss_head_edges import EDGES
 
-HEADS = {
-    "plain": {},
-    "temperature": {"temperature": 0.7},
-    "softcap": {"logit_softcap": 2.0},
-    "padded": {"vocab_size": 45},
-    "bias": {"bias": True},
-    "all": {"temperature": True, "logit_softcap": 2.0, "vocab_size": 45, "bias": True},
-}
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+PLACES = [Place("cpu", dtype, "torch") for dtype in DTYPES]
+DOUBLE = PLACES[0]
 
 
-def head_options(name, n, v, dtype):
-    """The head's options of a case; True stands for a tensor."""
-    options, g = dict(HEADS[name]), torch.Generator().manual_seed(3)
-    if options.get("temperature") is True:
-        options["temperature"] = 0.5 + torch.rand(n, generator=g, dtype=torch.float64).to(dtype)
-    if options.get("bias") is True:
-        options["bias"] = torch.randn(v, generator=g, dtype=torch.float64).to(dtype)
-    return options
+@contextlib.contextmanager
+def poisoned_memory():
+    """Uninitialised memory holds NaN (or the largest integer)."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
-def assert_close(got, want, tolerance=1e-10):
-    assert got.keys() == want.keys()
-    for name in want:
-        torch.testing.assert_close(
-            got[name], want[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+@pytest.fixture(autouse=True)
+def _poison():
+    with poisoned_memory():
+        yield
 
 
+@pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("form", FORMS)
-def test_policy_loss_is_its_definition(form, head):
+def test_policy_loss_is_its_definition(form, head, place):
     n, h, v = 23, 7, 53
-    hidden, weight, targets = make_inputs(n, h, v)
-    options = make_terms(n, form) | head_options(head, n, v, torch.float64)
+    hidden, weight, targets = make_inputs(place, n, h, v)
+    options = make_terms(place, n, form) | make_head(place, n, v, head)
     targets = targets.clamp(max=options.get("vocab_size", v) - 1)
-    got = run_policy(linear_policy_loss, hidden, weight, targets, upstream=3.0, chunk_bytes=8 * v * 5, **options)
-    want = run_policy(linear_policy_loss_reference, hidden, weight, targets, upstream=3.0, **options)
-    assert_close(got, want)
+    check_policy(place, hidden, weight, targets, chunk_bytes=8 * v * 5, **options)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("chunk_rows", [1, 5, 1000])
+def test_logprob_is_its_definition(head, chunk_rows, place):
+    n, h, v = 23, 7, 53
+    hidden, weight, targets = make_inputs(place, n, h, v)
+    options = make_head(place, n, v, head)
+    targets = targets.clamp(max=options.get("vocab_size", v) - 1)
+    check_logprob(place, hidden, weight, targets, chunk_bytes=8 * v * chunk_rows, **options)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("check", EDGES, ids=lambda check: check.__name__)
+def test_edge(check, place):
+    check(place)
+
+
+def test_every_field_is_its_definition():
+    hidden, weight, targets = make_inputs(DOUBLE, 40, 7, 53)
+    terms = make_terms(DOUBLE, 40)
+    got = linear_policy_loss(hidden, weight, targets, **terms)
+    want = linear_policy_loss_reference(hidden, weight, targets, **terms)
+    for name in got._fields:
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-10, atol=1e-10, msg=name)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(0, 12), st.integers(1, 9), st.integers(1, 40)),
+    form=st.sampled_from(sorted(FORMS)),
+    head=st.sampled_from([name for name, options in HEADS.items() if "vocab_size" not in options]),
+    rows=st.integers(1, 13),
+    scale=st.sampled_from([0.1, 1.0, 30.0]),
+)
+def test_any_shape_and_form(shape, form, head, rows, scale):
+    n, h, v = shape
+    inputs = make_inputs(DOUBLE, n, h, v, scale=scale)
+    options = make_head(DOUBLE, n, v, head)
+    check_policy(DOUBLE, *inputs, chunk_bytes=8 * v * rows, **make_terms(DOUBLE, n, form), **options)
+    check_logprob(DOUBLE, *inputs, chunk_bytes=8 * v * rows, **options)
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("chunk_rows", [1, 5, 1000])
-def test_logprob_is_its_definition(head, chunk_rows):
-    n, h, v = 23, 7, 53
-    hidden, weight, targets = make_inputs(n, h, v)
-    options = head_options(head, n, v, torch.float64)
+def test_gradcheck(head):
+    """Against finite differences, which know nothing of the reference. Every row has a ratio away from the clip's edges."""
+    n, h, v = 5, 3, 47
+    hidden, weight, targets = make_inputs(DOUBLE, n, h, v)
+    options = make_head(DOUBLE, n, v, head)
     targets = targets.clamp(max=options.get("vocab_size", v) - 1)
-    got = run_logprob(linear_logprob, hidden, weight, targets, chunk_bytes=8 * v * chunk_rows, **options)
-    assert_close(got, run_logprob(linear_logprob_reference, hidden, weight, targets, **options))
+    terms = make_terms(DOUBLE, n)
+    bias = options.pop("bias", torch.zeros(v, dtype=torch.float64))
+    inputs = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
+
+    def loss(hidden, weight, bias):
+        return linear_policy_loss(hidden, weight, targets, bias=bias, chunk_bytes=8 * v * 2, **terms, **options).loss
+
+    def logprobs(hidden, weight, bias):
+        return linear_logprob(hidden, weight, targets, bias=bias, chunk_bytes=8 * v * 2, **options)
+
+    assert torch.autograd.gradcheck(loss, inputs)
+    assert torch.autograd.gradcheck(logprobs, inputs)
+
+
+def test_dual_clip_and_clip_stop_the_gradient():
+    """Ratios e^±1, advantages ±1 and a dual clip of 2: which rows have a gradient is known beforehand."""
+    weight = torch.zeros(4, 1, dtype=torch.float64, requires_grad=True)  # log-probs are −log 4
+    hidden = torch.ones(4, 1, dtype=torch.float64)
+    current = -torch.tensor(4.0, dtype=torch.float64).log()
+    step = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)  # log-ratio
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
+    on = torch.ones(4, dtype=torch.float64)
+    out = linear_policy_loss(
+        hidden, weight, torch.arange(4), pg_weight=on, advantages=advantages, old_logprobs=current - step, dual_clip=2.0
+    )
+    # up-weighted good: clipped at 1.2; down-weighted good: free; up-weighted bad: dual clip; down-weighted bad: clipped.
+    wanted = -1.2 - torch.exp(torch.tensor(-1.0, dtype=torch.float64)) + 2.0 + 0.8
+    torch.testing.assert_close(out.pg_sum, wanted, rtol=1e-12, atol=0)
+    assert out.clipped_tokens == 3 and out.pg_tokens == 4
+    out.loss.backward()
+    free = torch.exp(torch.tensor(-1.0, dtype=torch.float64))
+    torch.testing.assert_close(weight.grad[:, 0], free * (0.25 - torch.tensor([0.0, 1, 0, 0], dtype=torch.float64)))
+
+
+def test_on_policy_is_ratio_one_with_gradient():
+    """old_logprobs = None is old_logprobs = the current ones, held constant."""
+    hidden, weight, targets = make_inputs(DOUBLE, 9, 5, 19)
+    terms = make_terms(DOUBLE, 9, "on_policy_tis")
+    current, _ = linear_logprob(hidden, weight, targets)
+    got = check_policy(DOUBLE, hidden, weight, targets, **terms)
+    want = check_policy(DOUBLE, hidden, weight, targets, **terms, old_logprobs=current)
+    for name in ("loss", "hidden", "weight", "ratio_sum"):
+        torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-12)
+
+
+def test_backward_twice_through_a_kept_graph():
+    hidden, weight, targets = make_inputs(DOUBLE, 9, 5, 19)
+    weight.requires_grad_()
+    loss = linear_policy_loss(hidden, weight, targets, **make_terms(DOUBLE, 9)).loss
+    loss.backward(retain_graph=True)
+    once = weight.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(weight.grad, 2 * once)
+
+
+def test_onednn_products_are_right(monkeypatch):
+    """On AVX-512 machines large products leave MKL; here the small ones do too."""
+    if not matmul._has_onednn():
+        pytest.skip("this CPU has no AVX-512, or this torch no oneDNN: its products are MKL's, tested above")
+    monkeypatch.setattr(matmul, "_ONEDNN_WORK", 0)
+    monkeypatch.setattr(matmul, "_SLAB_BYTES", 4096)
+    for place in PLACES[1:]:
+        inputs = make_inputs(place, 23, 30, 530)
+        check_policy(place, *inputs, chunk_bytes=8 * 530 * 9, **make_terms(place, 23))
+        check_logprob(place, *inputs, chunk_bytes=8 * 530 * 9)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from fakes import CopyTask
 
-from amft_fast import checkpoint, config, run
+from amft_fast import checkpoint, config, config_file, run
 from amft_fast.interfaces import UserError
 from amft_fast.rollout import episodes
 from amft_fast.stream import Stream
@@ -30,7 +30,7 @@ def cfg_for(folder, model, *flags):
         *("--eval.every", "2", "--eval.num_samples", "2", "--checkpoint.every", "2", "--log.samples_every", "2"),
         *("--run.threads", "1", "--checkpoint.export", "false", "--train.method", "fixed"),
     ]
-    return config.load(None, base + list(flags))
+    return config_file.load(None, base + list(flags))
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def test_each_method_runs_and_leaves_what_it_should(tmp_path, checkpoint_folder,
     assert summary["mu_first"] == pytest.approx(want[0]) and summary["mu_last"] == pytest.approx(want[-1])
     assert summary["method"] == method and summary["steps"] == 6 and summary["wall_s"] > 0
     assert (tmp_path / "report.html").read_text().count("<") > 20
-    assert config.load(tmp_path / "config.toml") == cfg
+    assert config_file.load(tmp_path / "config.toml") == cfg
     from transformers import AutoModelForCausalLM
 
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -109,7 +109,7 @@ def test_each_advantage_runs_with_two_minibatches(tmp_path, checkpoint_folder, k
 
 def test_published_hyper_parameters_leave_mu_where_it_is_and_say_so(tmp_path, checkpoint_folder, capsys):
     """The controller of configs/published.toml on a task where demonstrations are all that helps."""
-    published = config.load(Path(__file__).parent.parent / "configs" / "published.toml")
+    published = config_file.load(Path(__file__).parent.parent / "configs" / "published.toml")
     cfg = cfg_for(tmp_path, checkpoint_folder, "--train.method", "amft", "--train.steps", "50", "--eval.every", "0")
     cfg = cfg.model_copy(update={"controller": published.controller, "meta": published.meta})
     cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"lr": published.train.lr})})
@@ -306,7 +306,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def start(tmp_path, checkpoint_folder, *flags):
-    (tmp_path / "c.toml").write_text(config.to_toml(cfg_for(tmp_path / "run", checkpoint_folder)))
+    (tmp_path / "c.toml").write_text(config_file.to_toml(cfg_for(tmp_path / "run", checkpoint_folder)))
     script = SCRIPT.format(tests=str(Path(__file__).parent))
     return subprocess.Popen(
         [sys.executable, "-c", script, "train", str(tmp_path / "c.toml"), *flags],
