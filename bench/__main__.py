@@ -12,6 +12,8 @@ BENCHMARKS = {
     "loss-head": ("bench.loss_head", "the fused loss head against eager, torch.compile and other libraries"),
     "probe": ("bench.probe", "multi_tensor_dot against torch's own ways to the same numbers"),
     "controller": ("bench.controller", "what learning mu costs: steps of amft against steps of fixed mu"),
+    "controller": ("bench.controller", "what learning μ costs: steps of method amft against fixed μ"),
+    "compile-gate": ("bench.compile_gate", "every Triton configuration compiled for GPUs that are not here"),
     "gpu": ("bench.gpu", "everything that needs a GPU, in under ten minutes: tests first, then both benchmarks"),
 }
 
@@ -22,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in BENCHMARKS:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is loaded; its profiler talks otherwise
         return importlib.import_module(BENCHMARKS[name][0]).main(rest)
-    listing = "\n".join(f"  {known:<12}{words}" for known, (_, words) in BENCHMARKS.items())
+    listing = "\n".join(f"  {known:<14}{words}" for known, (_, words) in BENCHMARKS.items())
     usage = f"usage: python -m bench NAME [options]\n{listing}"
     if name in ("-h", "--help"):
         print(usage)
