@@ -12,7 +12,6 @@ BENCHMARKS = {
     "loss-head": ("bench.loss_head", "the fused loss head against eager, torch.compile and other libraries"),
     "probe": ("bench.probe", "multi_tensor_dot against torch's own ways to the same numbers"),
     "controller": ("bench.controller", "what learning mu costs: steps of amft against steps of fixed mu"),
-    "controller": ("bench.controller", "what learning μ costs: steps of method amft against fixed μ"),
     "compile-gate": ("bench.compile_gate", "every Triton configuration compiled for GPUs that are not here"),
     "gpu": ("bench.gpu", "everything that needs a GPU, in under ten minutes: tests first, then both benchmarks"),
 }
