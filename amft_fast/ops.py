@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
+from amft_kernels.backends import triton_obstacle
 from amft_kernels.linear_logprob import linear_logprob
 from amft_kernels.linear_policy_loss import PolicyLoss, linear_policy_loss
 
@@ -16,14 +15,11 @@ __all__ = ["AdamState", "PolicyLoss", "explain", "linear_logprob", "linear_polic
 def explain(device: torch.device | str) -> list[tuple[str, str, str]]:
     """(operation, backend used on `device`, reason) for each operation."""
     kind = torch.device(device).type
-    cuda = kind == "cuda"
-    triton = importlib.util.find_spec("triton") is not None
-    if cuda and triton:
+    obstacle = triton_obstacle(kind, torch.float32)
+    if kind == "cuda" and obstacle is None:
         head = ("triton", "CUDA device and triton are there")
-    elif cuda:
-        head = ("torch", "CUDA device, but triton is not installed: pip install triton")
     else:
-        head = ("torch", "chunked torch is the CPU path; Triton needs a GPU")
+        head = ("torch", obstacle or "chunked torch is the CPU path; Triton's interpreter is for tests")
     dot, _, why = backends()[kind].partition(" (")
     native = ("multi_tensor_dot", dot, why.rstrip(")") or "the native extension was built at install")
     return [("linear_policy_loss", *head), ("linear_logprob", *head), native]
