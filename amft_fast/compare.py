@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -105,6 +106,8 @@ def _run_all(path: str, jobs: list[Job], cores: int, flags: list[str]) -> list[J
     """Runs the jobs, `cores` at a time on one thread each; a stop ends the children, who save. Returns those that failed."""
     waiting, running, failed, begin = list(jobs), [], [], time.monotonic()
     done = 0
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT is ignored in a shell's background unless it is asked for
+        signal.signal(number, _stop)
     try:
         while waiting or running:
             while waiting and len(running) < cores:
@@ -127,6 +130,10 @@ def _run_all(path: str, jobs: list[Job], cores: int, flags: list[str]) -> list[J
         for job in running:
             job.process.wait()
     return failed
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
 
 
 def _start(path: str, job: Job, flags: list[str]) -> Job:
@@ -170,7 +177,10 @@ def read_run(folder: Path, budget: float) -> dict[str, Any]:
     evals = [json.loads(line) for line in (folder / "evals.jsonl").read_text().splitlines()]
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     split = "test" if all("test" in e for e in evals) else "val"
-    curve = [(e["tokens"], e[split]["sampled"]) for e in evals if split in e]
+    # The full evaluations at the start and the end take other prompts than the scheduled ones: one curve must not mix them.
+    scheduled = [e for e in evals if split in e and not e["full"]]
+    points = scheduled if len(scheduled) > 1 else [e for e in evals if split in e]
+    curve = [(e["tokens"], e[split]["sampled"]) for e in points]
     spent, path = 0, []
     for s in steps:
         spent += s["tokens"]
