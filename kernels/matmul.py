@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 
 # Operand copies and products on the CPU come in vocabulary slabs of at most this many bytes: they stay in L3.
-_SLAB_BYTES = 8 << 20
+_SLAB_BYTES = 4 << 20
 
 # Multiply-adds from which a product is worth oneDNN's set-up of about 2 ms for a shape it has not seen.
 _ONEDNN_WORK = 1 << 27

@@ -90,10 +90,12 @@ def test_any_shape_and_form(shape, form, head, rows, scale):
 @pytest.mark.parametrize("head", HEADS)
 def test_gradcheck(head):
     """Against finite differences, which know nothing of the reference. Every row has a ratio away from the clip's edges."""
-    n, h, v = 5, 3, 47
+    n, h, v = 5, 3, 11
     hidden, weight, targets = make_inputs(DOUBLE, n, h, v)
     options = make_head(DOUBLE, n, v, head)
-    targets = targets.clamp(max=options.get("vocab_size", v) - 1)
+    if "vocab_size" in options:
+        options["vocab_size"] = 9
+        targets = targets.clamp(max=8)
     terms = make_terms(DOUBLE, n)
     bias = options.pop("bias", torch.zeros(v, dtype=torch.float64))
     inputs = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
