@@ -189,7 +189,7 @@ def chunk_size_changes_only_rounding(place):
             for name, value in runs[0].items():
                 eps = torch.finfo(value.dtype).eps
                 torch.testing.assert_close(
-                    other[name], value, rtol=8 * eps, atol=8 * eps * max(1, value.abs().max().item())
+                    other[name], value, rtol=64 * eps, atol=64 * eps * max(1, value.abs().max().item())
                 )
 
 
