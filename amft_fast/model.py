@@ -84,7 +84,6 @@ class Policy(nn.Module):
         o = objective or self.objective
         old, behavior = batch.get("old_logprobs"), batch.get("behavior_logprobs")
         ref = batch.get("ref_logprobs")
-        # A parameter's bias is rare but must not be lost (GPT-2 style heads).
         head = ops.linear_policy_loss(
             hidden_NH,
             self.head.weight,

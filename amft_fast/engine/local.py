@@ -90,8 +90,9 @@ class LocalEngine:
         self.bad_in_row = torch.zeros((), device=self.device)
         self.bad_total = torch.zeros((), device=self.device)
         self.sft_gradient: list[torch.Tensor] | None = None  # G₁ of a probed step
-        self.attempts = 0  # updates asked for
-        self.skipped = 0  # of them, not finite; told by the loop when it reads its figures, so that no host sync is needed here
+        # Updates asked for, and those of them that were not finite: the loop tells these when it reads its figures, so that no
+        # host sync is needed here.
+        self.attempts = self.skipped = 0
         self._give_head_its_buffer()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
