@@ -218,7 +218,7 @@ def test_a_probed_step_updates_as_a_plain_one(checkpoint_folder):
 
 
 def make_utility(folder, engine, **meta):
-    cfg = MetaConfig(**({"prompts": 4, "num_generations": 2} | meta))
+    cfg = MetaConfig(**({"prompts": 4, "num_generations": 2, "memory": 0.0, "refresh_share": 0.25} | meta))
     encoder = Encoder(AutoTokenizer.from_pretrained(folder))
     task = CopyTask()
     items = task.prompts("train")

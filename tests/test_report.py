@@ -9,7 +9,8 @@ import pytest
 
 from amft_fast import charts, records, report
 from amft_fast.cli import main
-from amft_fast.config import Config, to_toml
+from amft_fast.config import Config
+from amft_fast.config_file import to_toml
 from amft_fast.interfaces import UserError
 from amft_fast.report_controller import controller_section
 from amft_fast.report_plots import phase_seconds, smooth, time_bars
@@ -352,8 +353,14 @@ def test_controller_section_comes_with_its_fields(folder):
     run = folder(config=config, **{"metrics.jsonl": lines(rows), "summary.json": None})
     words = page(run).words
     assert "Why μ moved" in words and "took 0.5% of the recorded time and 5.0% of the tokens" in words
-    titles = ("Change of μ since the start", "Signal to noise", "Gate", "Alignment with the utility", "Cache, groups")
-    for title in (*titles, "something_new", "mu_min 0.05"):
+    titles = (
+        "Change of logit(μ) since the start",
+        "Signal to noise",
+        "Gate",
+        "Alignment with the utility",
+        "Cache, groups",
+    )
+    for title in (*titles, "something_new", "mu_min 0.02"):
         assert title in words
     assert "by the meta-gradient −0.08" in words and "by the entropy term 0.04" in words  # running sums of four moves
     assert controller_section(records.Record(run, metrics=[rl_step(0)])) is None
