@@ -46,7 +46,7 @@ def _has_triton() -> bool:
 
 @contextmanager
 def plain_arithmetic(tensor: torch.Tensor) -> Iterator[None]:
-    """No graph, no autocast (it would turn the fp32 products into bf16), and Triton's launches on the tensor's device."""
+    """No graph, and Triton's launches on the tensor's device. (Autocast leaves operations with `out=` alone.)"""
     on_device = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-    with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False), on_device:
+    with torch.no_grad(), on_device:
         yield
