@@ -159,6 +159,7 @@ def train(cfg: Config, resume: bool = False) -> int:
 
     0: done; 130 or 143: stopped by SIGINT or SIGTERM with the state saved.
     """
+    from amft_fast.tasks.gp_pretrain import leak
     from amft_fast.train import Trainer
 
     stop = StopSignal()
@@ -171,6 +172,8 @@ def train(cfg: Config, resume: bool = False) -> int:
     if sentence := inert(cfg):
         print(sentence)
     parts = build(cfg, stop)
+    if sentence := leak(cfg.model.path, parts.task):
+        print(sentence)
     total = cfg.train.warmup_steps + cfg.train.steps
     files = RunFiles(folder, cfg, total, found[2]["step"] if found else 0)
     try:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from amft_fast.tasks.general_points import GeneralPoints, Verdict, feedback_text, verify_formula
 from amft_fast.tasks.gp_hands import RULES
-from amft_fast.tasks.gp_pretrain import Examples, Recipe, all_expressions, allowed_hands, build_tokenizer, main
+from amft_fast.tasks.gp_pretrain import Examples, Recipe, all_expressions, allowed_hands, build_tokenizer, leak, main
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "demo_base"
 
@@ -174,3 +174,17 @@ def test_the_shipped_checkpoint_can_play_and_can_still_learn(split, task):
     tries = [(item, answer) for item, eight in zip(items, zip(*[iter(answers)] * 8)) for answer in eight]
     success = sum(task.start(item).step(answer).info["success"] for item, answer in tries) / len(tries)
     assert 0.12 < success < 0.45
+
+
+def test_a_base_that_has_seen_held_out_hands_is_named():
+    base = str(Path(__file__).parents[1] / "configs" / "demo_base")
+    assert leak(base, GeneralPoints(num_cards=3, targets=(1, 40))) is None
+    assert (
+        leak(base, GeneralPoints(num_cards=4, targets=(1, 40), max_train=10, max_val=10, max_test=10, max_ood=10))
+        is None
+    )
+    assert leak("no/such/base", GeneralPoints(num_cards=3)) is None
+    moved = GeneralPoints(num_cards=3, targets=(1, 40), seed=1)
+    seen = {hand for pool in allowed_hands(Recipe()).values() for hand in pool}
+    held_out = [hand for hand in seen if moved.assign_split(hand) in ("val", "test", "ood")]
+    assert f"pre-trained on {len(held_out)} of the hands" in leak(base, moved)

@@ -115,6 +115,29 @@ def allowed_hands(recipe: Recipe) -> dict[str, list[tuple[int, ...]]]:
     return {ID_RULE: train, OOD_RULE: train + other}
 
 
+def leak(base: str, task: object) -> str | None:
+    """A sentence when the base checkpoint in the folder `base` was pre-trained on hands that `task` holds out.
+
+    None where nothing leaks, and for a base or a task that this module knows nothing of.
+    """
+    try:
+        made = json.loads((Path(base) / "recipe.json").read_text())["arguments"]
+        recipe = Recipe(**{k: made[k] for k in ("num_cards", "targets", "seed")})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not isinstance(task, GeneralPoints) or task.num_cards != recipe.num_cards:
+        return None
+    seen = {hand for pool in allowed_hands(recipe).values() for hand in pool}
+    leaked = sorted(hand for hand in seen if task.assign_split(hand) not in ("train", "ood_train"))
+    if not leaked:
+        return None
+    return (
+        f"model.path: {base!r} was pre-trained on {len(leaked)} of the hands that task.general_points.seed {task.seed} and its "
+        f"shares hold out: success on val, test and ood says nothing then. Keep seed {recipe.seed} and the default shares, or "
+        "make a base of your own with python -m amft_fast.tasks.gp_pretrain"
+    )
+
+
 def all_expressions(numbers: Sequence[int]) -> Iterator[tuple[str, Fraction, int]]:
     """Every expression over the numbers in this order, without superfluous brackets: (text, value, precedence).
 
