@@ -82,12 +82,55 @@ class GeneralPointsConfig(Section):
         return self
 
 
+class VirlConfig(Section):
+    """V-IRL (navigation by instruction), see tasks/virl.py."""
+
+    data: str = ""
+    """Folder of routes in the published layout (see tasks/virl_data.py); default: generated cities."""
+    ood_data: str = ""
+    """Another such folder, of another city, for the split visual_ood."""
+    views: bool = False
+    """Show pictures in place of the landmarks' words: a vision-language policy is needed."""
+    view_size: int = Field(112, ge=16)
+    """Side of one of the four views of a picture, in pixels."""
+    answer_format: Literal["json", "compact"] = "json"
+    """json: fields current observation, current instruction, action; compact: bare words, for tiny models."""
+    reward_scale: Literal["published", "shaped", "binary"] = "published"
+    """published: 1, -1, -1.5, -1.75 a turn; shaped: the same divided by the route's points; binary: 1 at the end of a walk
+    without a point passed over."""
+    verify_turns: int = Field(2, ge=1, le=10)
+    """Answers judged at one point before it is passed over."""
+    legs: tuple[int, int] = (3, 5)
+    """Fewest and most legs of a generated route."""
+    cities: int = Field(4, ge=1)
+    """Cities generated, and as many others for visual_ood."""
+    spacing: float = Field(35.0, gt=0)
+    """Metres between the points of a generated route."""
+    leg_points: int = Field(2, ge=0)
+    """Points between the ends of a leg of a published route."""
+    seed: int = Field(0, ge=0)
+    """Seed of cities, routes and splits: the data's, apart from run.seed."""
+    num_train: int = Field(1000, ge=1)
+    """Generated training routes."""
+    num_val: int = Field(128, ge=1)
+    """Generated validation routes."""
+    num_test: int = Field(200, ge=1)
+    """Generated test routes; ood and visual_ood have as many."""
+    val_share: float = Field(0.1, gt=0, lt=1)
+    """Share of the published routes held out for validation."""
+    test_share: float = Field(0.2, gt=0, lt=1)
+    """Share of the published routes held out for the test."""
+    demo_share: float = Field(1.0, ge=0, le=1)
+    """Share of the training routes that have a demonstration."""
+
+
 class TaskConfig(Section):
     """What is learned."""
 
-    name: Literal["general_points"] = "general_points"
+    name: Literal["general_points", "virl"] = "general_points"
     """The task; its own settings are in the sub-section of the same name."""
     general_points: GeneralPointsConfig = GeneralPointsConfig()
+    virl: VirlConfig = VirlConfig()
 
 
 class ModelConfig(Section):

@@ -47,12 +47,14 @@ class Item:
 class Demo:
     """One demonstration: a problem and the response to imitate.
 
-    `messages` is the prompt (ends with a user message), `response` the text of the assistant's answer.
+    `messages` is the prompt (ends with a user message), `response` the text of the assistant's answer. `more` holds further
+    turns of a longer conversation: what is said to the policy, and its answer to that. All its answers are imitated.
     """
 
     id: str
     messages: tuple[Message, ...]
     response: str
+    more: tuple[tuple[Message, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class StepResult:
 
     `message` is the text sent back to the policy for another try, or None when there is none; `reward` is of this turn
     alone; `done` ends the episode; `info` must hold `success: bool` and may hold floats, which are averaged into the
-    metrics under their names (`kind`, if given, is counted).
+    metrics under their names (`kind`, if given, is counted). `state`, if given, names the situation that the response was
+    made in: turn-level advantages compare the turns of one prompt's samples that were made in the same one.
     """
 
     message: Message | None
@@ -99,10 +102,12 @@ class Task(Protocol):
 
 @dataclass
 class Turn:
-    """One turn of a sample: where the policy's tokens of it end in `response_ids`, and what they earned."""
+    """One turn of a sample: where the policy's tokens of it end in `response_ids`, what they earned, and in what `state`
+    of the task (its number among the turns, unless the task says more)."""
 
     end: int
     reward: float
+    state: str = ""
 
 
 @dataclass

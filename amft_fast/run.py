@@ -91,10 +91,11 @@ def pick_device(name: str) -> torch.device:
 def make_task(cfg: TaskConfig) -> Task:
     """The task that task.name asks for, from its own section."""
     from amft_fast.tasks.general_points import GeneralPoints
+    from amft_fast.tasks.virl import Virl
 
     settings = getattr(cfg, cfg.name).model_dump()
     try:
-        return {"general_points": GeneralPoints}[cfg.name](**settings)
+        return {"general_points": GeneralPoints, "virl": Virl}[cfg.name](**settings)
     except ValueError as e:
         raise UserError(f"task.{cfg.name}: {e}") from None
 
