@@ -51,7 +51,25 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write report.html of a run anew")
     report.add_argument("run", help="folder of a run")
 
-    commands.add_parser("doctor", help="what is installed, which backends serve and why")
+    doctor = commands.add_parser(
+        "doctor", help="what is installed and which backends serve; with --plan, whether a run fits"
+    )
+    doctor.add_argument(
+        "--plan", metavar="CONFIG", help="memory per GPU and FLOPs per step of this config, without weights"
+    )
+    doctor.add_argument("--gpus", type=int, help="GPUs to plan for (default: those here, or 1)")
+    doctor.add_argument(
+        "--gpu-memory", type=float, metavar="GB", help="of each GPU, 1 GB = 10^9 bytes (default: that here)"
+    )
+    doctor.add_argument("--prompt-tokens", type=int, default=512, help="of the longest prompt (default %(default)s)")
+    doctor.add_argument(
+        "--response-tokens", type=int, help="of a mean answer, for FLOPs (default: rollout.max_new_tokens)"
+    )
+    doctor.add_argument("--image-tokens", type=int, default=0, help="of the images of a prompt (default %(default)s)")
+    doctor.add_argument(
+        "--peak-tflops", type=float, default=989, help="of a GPU, for the time (default %(default)s: H100)"
+    )
+    doctor.add_argument("--mfu", type=float, default=0.4, help="share of the peak reached (default %(default)s)")
     return parser
 
 
@@ -59,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code. A user's mistake is one sentence on stderr and exit code 2."""
     parser = build_parser()
     args, flags = parser.parse_known_args(argv)
-    if flags and args.command not in ("train", "eval", "compare"):
+    if flags and args.command not in ("train", "eval", "compare") and not getattr(args, "plan", None):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         return COMMANDS[args.command](args, flags)
@@ -148,6 +166,11 @@ def _report(args: argparse.Namespace, flags: list[str]) -> int:
 
 
 def _doctor(args: argparse.Namespace, flags: list[str]) -> int:
+    if args.plan:
+        from amft_fast import config_file, plan_report
+
+        print(plan_report.run(config_file.load(args.plan, flags), args))
+        return 0
     from amft_fast.doctor import doctor
 
     print(doctor())

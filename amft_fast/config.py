@@ -337,8 +337,12 @@ class RolloutConfig(Section):
 class EngineConfig(Section):
     """How parameters are updated."""
 
-    kind: Literal["local"] = "local"
-    """local: one process."""
+    kind: Literal["local", "deepspeed"] = "local"
+    """local: one process; deepspeed: ZeRO over many GPUs."""
+    zero_stage: int = Field(3, ge=1, le=3)
+    """What deepspeed shards: 1 the optimizer's state, 2 gradients as well, 3 parameters as well."""
+    offload: bool = False
+    """Keep the optimizer's state in host memory (deepspeed)."""
 
 
 class EvalConfig(Section):

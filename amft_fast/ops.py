@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import torch
 from amft_kernels.backends import triton_obstacle
+from amft_kernels.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_CHUNK_BYTES_ELSEWHERE
 from amft_kernels.linear_logprob import linear_logprob
 from amft_kernels.linear_policy_loss import PolicyLoss, linear_policy_loss
 
 from amft_fast.multi_tensor import AdamState, backends, multi_tensor_dot
 
-__all__ = ["AdamState", "PolicyLoss", "explain", "linear_logprob", "linear_policy_loss", "multi_tensor_dot"]
+__all__ = [
+    "AdamState",
+    "PolicyLoss",
+    "chunk_bytes",
+    "explain",
+    "linear_logprob",
+    "linear_policy_loss",
+    "multi_tensor_dot",
+]
 
 
 def explain(device: torch.device | str) -> list[tuple[str, str, str]]:
@@ -23,3 +32,8 @@ def explain(device: torch.device | str) -> list[tuple[str, str, str]]:
     dot, _, why = backends()[kind].partition(" (")
     native = ("multi_tensor_dot", dot, why.rstrip(")") or "the native extension was built at install")
     return [("linear_policy_loss", *head), ("linear_logprob", *head), native]
+
+
+def chunk_bytes(device: torch.device | str) -> int:
+    """The loss head's workspace on `device`, in bytes."""
+    return DEFAULT_CHUNK_BYTES.get(torch.device(device).type, DEFAULT_CHUNK_BYTES_ELSEWHERE)

@@ -102,6 +102,10 @@ def make_task(cfg: TaskConfig) -> Task:
 
 def build(cfg: Config, should_stop: Callable[[], bool]) -> Parts:
     """Task, policy, update engine and rollout engine as the config asks for them."""
+    if cfg.engine.kind != "local":
+        raise UserError(
+            f"engine.kind: {cfg.engine.kind!r} cannot train yet, only `doctor --plan` knows it; use 'local'"
+        )
     device = pick_device(cfg.run.device)
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)

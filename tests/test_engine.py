@@ -92,6 +92,21 @@ def test_bf16_weights_move_by_their_fp32_masters(checkpoint_folder):
             assert p.dtype == torch.bfloat16 and torch.equal(p, m.bfloat16())
 
 
+@pytest.mark.parametrize("tie", [True, False])
+def test_bf16_gradients_add_up_in_fp32(tmp_path, tie):
+    """Every parameter gets its gradient, an untied head (to which autograd brings none) included."""
+    folder = make_checkpoint(tmp_path, tie=tie)
+    engine, plain = build(folder, dtype=torch.bfloat16), build(folder)
+    for e in (engine, plain):
+        e.backward(batch(0))
+        e.backward(batch(1))
+    for mine, want in zip(engine.groups, plain.groups):
+        assert mine.names == want.names
+        for a, b in zip(mine.grad_views, want.grad_views):
+            assert a.dtype == torch.float32 and a.abs().max() > 0
+            assert torch.linalg.vector_norm(a - b) < 0.1 * torch.linalg.vector_norm(b)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_changes_nothing(checkpoint_folder, poison):
     engine = build(checkpoint_folder)

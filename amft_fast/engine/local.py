@@ -61,6 +61,8 @@ def _accumulator(grad: torch.Tensor):
     """Adds a low-precision gradient into the fp32 one as soon as it is complete, and frees it."""
 
     def hook(p: torch.Tensor) -> None:
+        if p.grad is None:  # an untied head: the loss head has added its dW into `grad` itself
+            return
         grad.add_(p.grad)
         p.grad = None
 

@@ -1,0 +1,36 @@
+"""The bytes of all tensor storages alive at once, counted at the dispatcher: a memory profiler that works on a CPU."""
+
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class LiveMemory(TorchDispatchMode):
+    """`now` and `peak`: bytes of the storages made inside the block that are alive, and the most there ever were."""
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = {t.untyped_storage()._cdata for t in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_iter(out):
+            if isinstance(t, torch.Tensor):
+                self._see(t.untyped_storage())
+        return out
+
+    def _see(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key, size):
+        self.seen.discard(key)
+        self.now -= size

@@ -1,0 +1,387 @@
+"""doctor --plan: counts against transformers' models, bytes against storages that exist, its advice against itself."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from live_memory import LiveMemory
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from amft_fast import objective, plan, plan_report, plan_shapes
+from amft_fast.batch import collate
+from amft_fast.cli import main
+from amft_fast.config_file import load
+from amft_fast.engine.local import ADAM_MOMENTS, LocalEngine
+from amft_fast.interfaces import Request, Sampling, UserError
+from amft_fast.model import Policy
+from amft_fast.plan import Machine
+from amft_fast.rollout.transformers import TransformersEngine
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "configs" / "plan").glob("*.toml"))
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+DEMO = dict(zip(FIELDS, (64, 3, 4, 192, 125)))
+MID = dict(zip(FIELDS, (256, 4, 8, 768, 8192)))
+
+
+def make(kind, sizes, tie=True, **more):
+    """A small config of a family, two key-value heads."""
+    head_dim = {"head_dim": sizes["hidden_size"] // sizes["num_attention_heads"]} if kind == "qwen3" else {}
+    return AutoConfig.for_model(kind, **sizes, num_key_value_heads=2, tie_word_embeddings=tie, **head_dim, **more)
+
+
+def settings(**flags):
+    return load(
+        None, [f"--{k.replace('__', '.')}={v}" for k, v in ({"task__general_points__max_turns": 1} | flags).items()]
+    )
+
+
+def part(parts, name):
+    return next(p.bytes for p in parts if p.name == name)
+
+
+# ------------------------------------------------------------------------------------------------------------ parameters
+
+
+@pytest.mark.parametrize(
+    "name,parameters",
+    [
+        ("Qwen/Qwen2.5-Math-1.5B", 1_543_714_304),
+        ("qwen2.5-7b-instruct", 7_615_616_512),
+        ("Qwen/Qwen2.5-72B", 72_706_203_648),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 8_292_166_656),
+    ],
+)
+def test_parameters_of_known_models(name, parameters):
+    """The counts that the published checkpoints have."""
+    shape = plan_shapes.find(name)
+    assert shape.parameters == parameters and shape.source == "built-in table"
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_closed_form_of_the_parameters(kind, tie):
+    """docs/scale.md: P = V H (1 or 2) + L (2 H Q + 2 H K + 3 H I + norms and biases) + H."""
+    shape = plan_shapes.shape_of(make(kind, MID, tie), kind, "test")
+    t = shape.text
+    extra = {"qwen2": t.q + 2 * t.k, "qwen3": 2 * t.head_dim}.get(kind, 0)
+    layer = 2 * t.hidden * (t.q + t.k) + 3 * t.hidden * t.intermediate + 2 * t.hidden + extra
+    assert shape.parameters == (1 if tie else 2) * shape.head + t.layers * layer + t.hidden
+    assert t.parameters == layer and t.qk_norm == (kind == "qwen3") and t.norms == 2
+    assert t.matrix == 2 * t.hidden * (t.q + t.k) + 3 * t.hidden * t.intermediate
+
+
+def test_shape_of_a_folder():
+    shape = plan_shapes.find(str(ROOT / "configs" / "demo_base"))
+    weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(ROOT / "configs" / "demo_base").parameters())
+    assert shape.parameters == weights and shape.source == "folder"
+
+
+def folder_of(tmp_path, **config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
+
+
+def test_shapes_that_are_refused(tmp_path):
+    for path, words in (
+        ("", "model.path is not set"),
+        ("Qwen/Qwen99-1B", "Qwen2.5-Math-7B"),
+        (folder_of(tmp_path, model_type="gpt2", n_embd=16, n_head=2, n_layer=1), "gated MLPs"),
+        (folder_of(tmp_path, model_type="qwen3_moe", hidden_size=16, num_hidden_layers=1, num_experts=4), "gated MLPs"),
+        (folder_of(tmp_path, model_type="bert"), "no causal language model|gated"),
+    ):
+        plan_shapes.find.cache_clear()
+        with pytest.raises(UserError, match=words):
+            plan_shapes.find(path)
+    (tmp_path / "config.json").write_text("{")
+    plan_shapes.find.cache_clear()
+    with pytest.raises(UserError, match="could not be read"):
+        plan_shapes.find(str(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------- real engines
+
+
+def engine_of(config, dtype, cfg):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    if cfg.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return LocalEngine(Policy(model, cfg.objective), cfg.train)
+
+
+def batch_of(rows, prompt, response, vocab):
+    ids = torch.randint(0, vocab, (rows, prompt + response), generator=torch.Generator().manual_seed(0)).tolist()
+    sequences = [objective.demo_sequence(x[:prompt], x[prompt:]) for x in ids]
+    return collate(objective.weigh_sft(sequences, 0.5, rows * response), list(range(rows)), False)
+
+
+def storages(tensors):
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def kept_for_backward(model, input_ids, known):
+    """Bytes that autograd keeps of a forward pass, parameters aside."""
+    mine, kept = {t.untyped_storage()._cdata for t in known}, []
+
+    def pack(t):
+        kept.append(t)  # held, so that no storage's address comes twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(input_ids=input_ids, use_cache=False)
+    return storages(t for t in kept if t.untyped_storage()._cdata not in mine)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tie", [True, False])
+def test_states_are_exact(dtype, tie):
+    """Weights, masters, gradients, moments and the probe's buffers of a LocalEngine, byte for byte."""
+    config = make("qwen3", {**DEMO, "vocab_size": 127}, tie)  # 127: not a multiple of the alignment
+    cfg = settings(model__dtype=dtype)
+    engine = engine_of(config, DTYPES[dtype], cfg)
+    batch = batch_of(2, 3, 5, 127)
+    halves = []
+    for _ in range(2):
+        engine.backward(batch)
+        halves += engine.take_gradient()
+    engine.backward(batch), engine.end_sweep("sft"), engine.step()
+    static = plan.memory(cfg, plan_shapes.shape_of(config, "x", "test"), Machine(1, 1e9, "cpu")).static
+    state = engine.optimizer.state
+    masters = [g.master for g in engine.groups]
+    assert part(static, "weights") == storages(engine.policy.parameters())
+    assert part(static, "gradients") == storages(g.grad for g in engine.groups)
+    assert part(static, "optimizer moments") == storages(state[m][k] for m in masters for k in ADAM_MOMENTS)
+    assert part(static, "v, two halves") == storages(halves)
+    assert part(static, "gradient of the SFT sweep") == storages(engine.sft_gradient)
+    if dtype == "bf16":
+        assert part(static, "masters") == storages(masters)
+    else:
+        assert storages(masters) == part(static, "weights") and "masters" not in [p.name for p in static]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind,sizes,rows,length", [("qwen3", DEMO, 20, 48), ("qwen2", MID, 8, 64)])
+def test_peak_of_an_update(kind, sizes, rows, length, dtype, checkpointing):
+    """Peak of all storages made by forward and backward, within 10 %; and what the backward pass keeps of the layers."""
+    config = make(kind, sizes)
+    prompt = length // 2
+    cfg = settings(
+        model__dtype=dtype,
+        model__gradient_checkpointing=checkpointing,
+        train__micro_batch_tokens=rows * length,
+        rollout__max_new_tokens=length - prompt,
+    )
+    engine, batch = engine_of(config, DTYPES[dtype], cfg), batch_of(rows, prompt, length - prompt, sizes["vocab_size"])
+    shape = plan_shapes.shape_of(config, "x", "test")
+    machine = Machine(1, 1e9, "cpu", prompt_tokens=prompt)
+    update = plan.memory(cfg, shape, machine).phases["update"]
+    known = [*engine.policy.parameters(), *engine.policy.buffers()] + [
+        t for g in engine.groups for t in (g.master, g.grad)
+    ]
+    with LiveMemory(known) as live:
+        engine.backward(batch)
+    assert plan.total(update) == pytest.approx(live.peak, rel=0.1)
+    if not checkpointing:
+        kept = kept_for_backward(engine.policy.backbone, batch.input_ids, known)
+        at = plan.Layout.of(cfg, machine)
+        planned = plan.layers_bytes(cfg, shape, at)[0] + plan.final_norm_bytes(shape, at)
+        assert planned == pytest.approx(kept, rel=0.01)
+
+
+def test_eager_attention_keeps_its_probabilities():
+    config, cfg = make("qwen2", DEMO), settings(model__attention="eager")
+    shape, kept = plan_shapes.shape_of(config, "x", "test"), []
+    for layers in (1, 2):
+        config.num_hidden_layers, config.layer_types = layers, ["full_attention"] * layers
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
+        kept.append(kept_for_backward(model.model, torch.zeros(2, 96, dtype=torch.long), list(model.parameters())))
+    planned = 2 * 96 * plan.layer_bytes(shape.text, 4, cfg.model.attention, 96)
+    assert planned == pytest.approx(kept[1] - kept[0], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "sizes,batch,prompt,response,same", [(MID, 16, 2, 40, 1), (DEMO, 32, 8, 60, 8), (MID, 4, 160, 12, 1)]
+)
+def test_peak_of_rollouts(sizes, batch, prompt, response, same):
+    """KV cache and sampling (first two), prefill (last) of the transformers engine, within 10 %."""
+    config = make("qwen2", sizes)
+    model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    cfg = settings(rollout__max_batch=batch, rollout__max_new_tokens=response)
+    asked = plan.memory(cfg, plan_shapes.shape_of(config, "x", "test"), Machine(1, 1e9, "cpu", prompt_tokens=prompt))
+    generator = torch.Generator().manual_seed(0)
+    prompts = [tuple(torch.randint(0, 100, (prompt,), generator=generator).tolist()) for _ in range(batch // same)]
+    requests = [Request(prompts[i // same], i, response) for i in range(batch)]
+    with LiveMemory([*model.parameters(), *model.buffers()]) as live:
+        TransformersEngine(model, max_batch=batch).generate(requests, Sampling())
+    assert plan.total(asked.phases["rollouts"]) == pytest.approx(live.peak, rel=0.1)
+
+
+# ----------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def test_flops_against_torchs_counter():
+    """torch counts eager attention over the whole square, the plan under the diagonal."""
+    config, length = make("qwen2", MID), 64
+    shape = plan_shapes.shape_of(config, "x", "test")
+    model, t = AutoModelForCausalLM.from_config(config, attn_implementation="eager"), shape.text
+    with FlopCounterMode(display=False) as counter:
+        out = model(input_ids=torch.zeros(3, length, dtype=torch.long), use_cache=False)
+    above = 3 * 4 * t.layers * t.q * (length**2 - length * (length + 1) / 2)
+    forward = plan.forward_flops(shape, 3, 24, length - 24) + 3 * length * 2 * shape.head
+    assert counter.get_total_flops() == pytest.approx(forward + above, rel=1e-4)  # rope's frequencies are a product too
+    with FlopCounterMode(display=False) as counter:
+        out.logits.sum().backward()
+    assert counter.get_total_flops() == pytest.approx(2 * (forward + above), rel=1e-4)
+
+
+def test_flops_of_rollouts_share_the_prompt():
+    shape = plan_shapes.find("Qwen/Qwen2.5-Math-7B")
+    one, eight = (plan.rollout_flops(shape, 1, g, 500, 100) for g in (1, 8))
+    assert one == plan.forward_flops(shape, 1, 500, 100) + 100 * 2 * shape.head
+    assert eight == pytest.approx(8 * one - 7 * plan.forward_flops(shape, 1, 500, 0))
+
+
+@pytest.mark.parametrize(
+    "method,parts",
+    [
+        ("amft", {"rollouts", "RL", "SFT", "utility gradient"}),
+        ("fixed", {"rollouts", "RL", "SFT"}),
+        ("sft", {"SFT"}),
+        ("rl", {"rollouts", "RL"}),
+    ],
+)
+def test_flops_by_method(method, parts):
+    shape = plan_shapes.find("Qwen/Qwen2.5-Math-7B")
+    assert set(plan.flops(settings(train__method=method), shape, Machine(1, 1e9))) == parts
+
+
+# -------------------------------------------------------------------------------------------------------------- sharding
+
+
+def test_what_each_stage_shards():
+    shape, n = plan_shapes.find("Qwen/Qwen2.5-Math-7B"), 8
+    p = shape.parameters
+    for stage, weights, gradients in ((1, 2 * p, 4 * p / n + 4 * p), (2, 2 * p, 4 * p / n), (3, 2 * p / n, 4 * p / n)):
+        cfg = settings(engine__kind="deepspeed", engine__zero_stage=stage)
+        static = plan.memory(cfg, shape, Machine(n, 80e9)).static
+        assert part(static, "weights") == weights and part(static, "gradients") == gradients
+        assert part(static, "masters") == 4 * p / n and part(static, "optimizer moments") == 8 * p / n
+        assert part(static, "v, two halves") == 8 * p / n and part(static, "gradient of the SFT sweep") == 4 * p / n
+        away = plan.memory(
+            settings(engine__kind="deepspeed", engine__zero_stage=stage, engine__offload="true"),
+            shape,
+            Machine(n, 80e9),
+        )
+        assert [x.name for x in away.static] == ["weights"]
+        assert away.host == pytest.approx(n * (plan.total(static) - weights))
+
+
+def test_reference_model_and_methods_without_a_probe():
+    shape = plan_shapes.find("Qwen/Qwen2.5-Math-7B")
+    names = {
+        p.name
+        for p in plan.memory(settings(train__method="fixed", objective__kl_coef=0.1), shape, Machine(1, 1e9)).static
+    }
+    assert names == {"weights", "masters", "gradients", "optimizer moments", "reference model"}
+    sgd = plan.memory(settings(train__optimizer="sgd"), shape, Machine(1, 1e9))
+    assert "optimizer moments" not in {p.name for p in sgd.static}
+
+
+# --------------------------------------------------------------------------------------------------------------- command
+
+
+def command_of(config):
+    """The command line that stands in an example's comments."""
+    line = next(x for x in config.read_text().splitlines() if "--plan" in x)
+    return shlex.split(line[line.index("--plan") :].split("`")[0])
+
+
+@pytest.mark.parametrize("config", EXAMPLES, ids=lambda p: p.stem)
+def test_examples_fit_as_they_say(config, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["doctor", *command_of(config)]) == 0
+    out = capsys.readouterr().out
+    assert "fits, with" in out and "estimate" in out and "by phase: update " in out
+
+
+def test_there_are_examples():
+    assert [p.stem for p in EXAMPLES] == ["1.5b_1gpu", "72b_64gpu", "7b_8gpu"]
+
+
+@pytest.mark.parametrize(
+    "flags,largest",
+    [
+        (["--engine.kind", "local", "--gpus", "8"], "optimizer moments|v, two halves"),
+        (["--gpus", "2", "--gpu-memory", "40"], "optimizer moments|v, two halves"),
+        (["--rollout.max_batch", "4096", "--gpus", "8"], "KV cache"),
+        (
+            ["--model.gradient_checkpointing", "false", "--train.micro_batch_tokens", "100000", "--gpus", "8"],
+            "activations",
+        ),
+        (["--engine.zero_stage", "1", "--gpus", "8"], "gradients"),
+        (["--model.path", "Qwen/Qwen2.5-72B", "--gpus", "8"], "KV cache"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_its_cure_works(flags, largest, capsys):
+    """The change that is offered, given as flags, makes the same command succeed."""
+    config = str(ROOT / "configs" / "plan" / "7b_8gpu.toml")
+    flags = flags if "--gpu-memory" in flags else [*flags, "--gpu-memory", "80"]
+    assert main(["doctor", "--plan", config, *flags]) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("amft-fast: --plan: the config does not fit: ") and "\n" not in err
+    assert any(f"the largest part is {name} (" in err for name in largest.split("|"))
+    cure = err.partition("; set ")[2].rpartition(", which needs")[0]
+    for change in cure.replace(" and ", ", ").split(", "):
+        if " on " in change:
+            change, _, gpus = change.partition(" on ")
+            flags = [*flags, "--gpus", gpus.split()[0]]
+        name, _, value = change.partition(" = ")
+        flags = [*flags, f"--{name}={value.strip(chr(34))}"]
+    assert main(["doctor", "--plan", config, *flags]) == 0, (err, flags)
+
+
+def test_no_change_is_offered_where_none_helps(monkeypatch):
+    shape, cfg = plan_shapes.find("Qwen/Qwen2.5-72B"), settings()
+    machine = Machine(1, 1e9)
+    text = plan_report.refusal(cfg, shape, machine, plan.memory(cfg, shape, machine))
+    assert "no setting makes it fit" in text
+
+
+def test_bad_flags(capsys):
+    config = str(ROOT / "configs" / "demo.toml")
+    for flags, words in (
+        (["--gpus", "0"], "--gpus must be positive, got 0"),
+        (["--mfu", "-1"], "--mfu must be positive"),
+        (["--image-tokens", "-1"], "--image-tokens must not be negative"),
+        (["--model.path", "nobody/nothing"], "is not known here"),
+        (["--engine.zero_stag", "1"], "did you mean engine.zero_stage"),
+    ):
+        assert main(["doctor", "--plan", config, *flags]) == 2
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["doctor", "--train.lr", "1"])
+
+
+def test_on_a_cpu(capsys):
+    assert main(["doctor", "--plan", str(ROOT / "configs" / "demo.toml"), "--run.device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "one CPU process" in out and "memory per process" in out and "TFLOP/s" not in out
+
+
+def test_vision_tower_counts(capsys):
+    config = str(ROOT / "configs" / "plan" / "7b_8gpu.toml")
+    flags = ["--gpus", "8", "--gpu-memory", "141", "--model.path", "Qwen/Qwen2.5-VL-7B-Instruct"]
+    assert main(["doctor", "--plan", config, *flags]) == 0
+    assert "no --image-tokens" in capsys.readouterr().out
+    cfg, shape = load(config), plan_shapes.find("Qwen/Qwen2.5-VL-7B-Instruct")
+    without, with_images = (plan.memory(cfg, shape, Machine(8, 141e9, image_tokens=n)) for n in (0, 1024))
+    assert part(with_images.phases["update"], "activations") > part(without.phases["update"], "activations")
+    assert (
+        plan.flops(cfg, shape, Machine(8, 1e9, image_tokens=1024))["RL"] > plan.flops(cfg, shape, Machine(8, 1e9))["RL"]
+    )
