@@ -6,7 +6,8 @@
     reinforce++  A = (r − mean_batch) / (std_batch + ε)                               (Hu et al., arXiv 2501.03262)
     gae          A_t = Σ_l (γλ)^l δ_{t+l},  δ_t = r_t + γ V_{t+1} − V_t               (Schulman et al., arXiv 1506.02438)
 
-The first four give one number per sample, that all its tokens share; gae gives one per token.
+The first four give one number per sample, that all its tokens share, or one per turn (`turn_advantages`); gae gives one per
+token.
 """
 
 from __future__ import annotations
@@ -40,6 +41,29 @@ def group_advantages(rewards: np.ndarray, groups: np.ndarray, kind: str) -> np.n
     std = np.sqrt(np.bincount(index, centred**2) / sizes)
     # Rounding leaves a spread near 1e-17 in groups of equal rewards; dividing it by ε must not make noise of it.
     return np.where(std[index] > 1e-9, centred / (std[index] + EPS), 0.0)
+
+
+def turn_advantages(
+    rewards: list[np.ndarray], states: list[list[str]], groups: np.ndarray, kind: str, gamma: float = 1.0
+) -> list[np.ndarray]:
+    """Advantages of every turn [turns of the sample], one array a sample, from its `rewards` turn by turn.
+
+    A turn's return is the discounted sum of the rewards from it on. It is compared with those of the turns of its group
+    (same number in `groups`) made in the same state; a turn without its like gets 0. With one turn a sample, in one state,
+    this is `group_advantages`.
+    """
+    returns = []
+    for r in rewards:
+        later = np.zeros(len(r) + 1)
+        for t in range(len(r) - 1, -1, -1):
+            later[t] = r[t] + gamma * later[t + 1]
+        returns.append(later[:-1])
+    keys: dict[tuple[int, str], int] = {}
+    ids = np.array([keys.setdefault((g, s), len(keys)) for g, named in zip(groups, states) for s in named], np.int64)
+    flat, out = np.concatenate(returns), np.zeros(len(ids))
+    compared = (np.bincount(ids)[ids] > 1) | (kind == "reinforce++")
+    out[compared] = group_advantages(flat[compared], ids[compared], kind)
+    return np.split(out, np.cumsum([len(r) for r in returns])[:-1])
 
 
 def gae(rewards: np.ndarray, values: np.ndarray, gamma: float, lam: float) -> tuple[np.ndarray, np.ndarray]:

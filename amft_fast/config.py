@@ -229,6 +229,11 @@ class AdvantageConfig(Section):
 
     kind: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "gae"] = "grpo"
     """The estimator."""
+    level: Literal["trajectory", "turn"] = "trajectory"
+    """What a turn's tokens are credited with, in tasks of several turns. trajectory: the sample's whole reward; turn: the
+    reward from that turn on, compared with the group's turns in the same state. gae credits tokens by itself."""
+    turn_gamma: float = Field(1.0, ge=0, le=1)
+    """Discount per turn of the rewards of later turns (level turn); 0 credits a turn with its own reward alone."""
     gamma: float = Field(1.0, gt=0, le=1)
     """Discount per token (gae)."""
     lam: float = Field(0.95, ge=0, le=1)

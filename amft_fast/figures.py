@@ -69,13 +69,15 @@ def read_step(
 
 
 def rollout_figures(samples: list[Sample]) -> dict[str, Any]:
-    """Reward, success, lengths and how informative the groups were."""
+    """Reward, success, lengths, how informative the groups were, and the means of what the task reports in its info."""
     if not samples:
         return {}
     rewards: dict[int, list[float]] = {}
     for s in samples:
         rewards.setdefault(s.group_id, []).append(s.reward)
     n = len(samples)
+    said = {name for s in samples for name, value in s.info.items() if isinstance(value, float)}
+    of_task = {f"task/{name}": sum(s.info.get(name, 0.0) for s in samples) / n for name in sorted(said)}
     return {
         "reward": sum(s.reward for s in samples) / n,
         "success": sum(s.success for s in samples) / n,
@@ -83,4 +85,5 @@ def rollout_figures(samples: list[Sample]) -> dict[str, Any]:
         "response_length": sum(sum(s.loss_mask) for s in samples) / n,
         "truncated": sum(s.finish_reason == "length" for s in samples) / n,
         "turns": sum(len(s.turns) for s in samples) / n,
+        **of_task,
     }

@@ -214,9 +214,7 @@ class UtilityGradient:
         return [s.with_fields(advantages=a, pg_weight=1 / tokens) for s, a in zip(sequences, advantages)]
 
     def _demo_sequences(self, demos: list[Demo]) -> list[Sequence]:
-        return [
-            objective.demo_sequence(self.encoder.prompt(d.messages), self.encoder.response(d.response)) for d in demos
-        ]
+        return [objective.demo_sequence(*self.encoder.demo(d)) for d in demos]
 
     @staticmethod
     def _weigh(sequences: list[Sequence], share: float, weigh: Callable) -> list[Sequence]:

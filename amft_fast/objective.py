@@ -30,10 +30,12 @@ class Counts:
     rl: int
 
 
-def demo_sequence(prompt_ids: list[int], response_ids: list[int]) -> Sequence:
-    """A demonstration: all tokens of the response are imitated."""
+def demo_sequence(prompt_ids: list[int], response_ids: list[int], loss_mask: list[int] | None = None) -> Sequence:
+    """A demonstration: the tokens of the response are imitated, all of them or those where `loss_mask` is 1."""
     ids = np.asarray(prompt_ids + response_ids, np.int64)
     trained = np.arange(len(ids)) >= len(prompt_ids)
+    if loss_mask is not None:
+        trained[len(prompt_ids) :] = np.asarray(loss_mask, bool)
     return Sequence(ids, trained)
 
 
@@ -65,6 +67,9 @@ def set_advantages(sequences: list[Sequence], samples: list[Sample], cfg: Advant
 
     Needs whole groups: under several ranks it is called on all samples of the step.
     """
+    if cfg.kind != "gae" and cfg.level == "turn":
+        _set_turn_advantages(sequences, samples, cfg)
+        return
     if cfg.kind != "gae":
         rewards = np.array([s.reward for s in samples])
         groups = np.array([s.group_id for s in samples])
@@ -82,6 +87,18 @@ def set_advantages(sequences: list[Sequence], samples: list[Sample], cfg: Advant
         for name, value in (("advantages", a), ("returns", r)):
             seq.fields[name] = np.zeros(len(seq.ids))
             seq.fields[name][seq.trained] = value
+
+
+def _set_turn_advantages(sequences: list[Sequence], samples: list[Sample], cfg: AdvantageConfig) -> None:
+    """Every turn's advantage on the policy's tokens of it."""
+    rewards = [np.array([t.reward for t in s.turns]) for s in samples]
+    states = [[t.state for t in s.turns] for s in samples]
+    groups = np.array([s.group_id for s in samples])
+    per_turn = adv.turn_advantages(rewards, states, groups, cfg.kind, cfg.turn_gamma)
+    for seq, sample, advantages in zip(sequences, samples, per_turn):
+        lengths = np.diff([0, *(t.end for t in sample.turns)])
+        seq.fields["advantages"] = np.zeros(len(seq.ids))
+        seq.fields["advantages"][len(sample.prompt_ids) :] = np.repeat(advantages, lengths)
 
 
 def weigh_sft(sequences: list[Sequence], mu: float, count: int) -> list[Sequence]:

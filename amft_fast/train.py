@@ -216,9 +216,7 @@ class Trainer:
     def draw_demos(self) -> list[Sequence]:
         """The step's demonstrations, tokenised."""
         chosen = [self.demos[i] for i in self.demo_stream.take(self.cfg.train.demos_per_step)]
-        return [
-            objective.demo_sequence(self.encoder.prompt(d.messages), self.encoder.response(d.response)) for d in chosen
-        ]
+        return [objective.demo_sequence(*self.encoder.demo(d)) for d in chosen]
 
     def judge(self, samples: list[Sample]) -> list[Sequence]:
         """Rollouts as sequences with all that the loss reads: advantages, and old and reference log-probs where needed."""

@@ -8,8 +8,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from amft_fast.interfaces import Item, Message, Request, RolloutEngine, Sample, Sampling, Task, Turn, UserError
+from amft_fast.interfaces import (
+    Completion,
+    Demo,
+    Item,
+    Message,
+    Request,
+    RolloutEngine,
+    Sample,
+    Sampling,
+    Task,
+    Turn,
+    UserError,
+)
 
 
 def sample_seed(*parts: object) -> int:
@@ -25,13 +38,14 @@ class Encoder:
 
     def __init__(self, tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._prompts: dict[tuple[Message, ...], list[int]] = {}
+        self._prompts: dict[tuple[tuple[str, str], ...], list[int]] = {}
+        self._feedback: dict[tuple[str, str, bool], list[int]] = {}
         eos = [tokenizer.eos_token_id, *_template_stops(tokenizer)]
         self.stop_token_ids = tuple(dict.fromkeys(i for i in eos if i is not None))
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a prompt, ready for the policy's answer. Callers must not change the list."""
-        key = tuple(messages)
+        key = tuple((m.role, m.content) for m in messages)
         if key not in self._prompts:
             self._prompts[key] = self._ids(self._render(messages, True))
         return self._prompts[key]
@@ -40,9 +54,26 @@ class Encoder:
         """Token ids of a demonstration's answer, with the stop token."""
         return [*self._ids(text), self.stop_token_ids[0]]
 
+    def demo(self, demo: Demo) -> tuple[list[int], list[int], list[int]]:
+        """(prompt ids, response ids, loss mask of the response) of a demonstration: its answers are imitated, what is said
+        to the policy between them is not."""
+        ids = self.response(demo.response)
+        mask = [1] * len(ids)
+        for message, answer in demo.more:
+            said, answered = self.feedback(message, stopped=True), self.response(answer)
+            ids += said + answered
+            mask += [0] * len(said) + [1] * len(answered)
+        return self.prompt(demo.messages), ids, mask
+
     def feedback(self, message: Message, stopped: bool) -> list[int]:
         """Token ids between the policy's answer and its next one: the end of its turn unless it `stopped` itself, the
-        verifier's message, the opening of the next answer."""
+        verifier's message, the opening of the next answer. Callers must not change the list."""
+        key = (message.role, message.content, stopped)
+        if key not in self._feedback:
+            self._feedback[key] = self._between(message, stopped)
+        return self._feedback[key]
+
+    def _between(self, message: Message, stopped: bool) -> list[int]:
         question = Message("user", "x")
         answer = Message("assistant", self._MARK)
         rendered = self._render([question, answer, message], True)
@@ -82,12 +113,11 @@ def run(
     max_new_tokens: int,
     seed_parts: tuple[object, ...],
     first_group: int = 0,
-    on_turn: Callable[[int], None] = lambda finished: None,
 ) -> list[Sample]:
     """`num_generations` samples of every item, in the order of the items, judged.
 
     `seed_parts` (run seed, step or purpose) and each sample's prompt id, index and turn give its random stream. Samples of
-    one item share a `group_id`, counted from `first_group`. `on_turn` is told how many samples were finished by each turn.
+    one item share a `group_id`, counted from `first_group`.
     """
     samples, episodes = [], []
     for g, item in enumerate(items):
@@ -98,28 +128,34 @@ def run(
             images = tuple(image for m in episode.messages for image in m.images)
             samples.append(Sample(prompt, [], [], [], 0, "stop", item.id, first_group + g, images=images))
             episodes.append(episode)
-    going = list(range(len(samples)))
-    for turn in range(task.max_turns):
-        requests = [
-            Request(
-                tuple(samples[i].prompt_ids + samples[i].response_ids),
-                sample_seed(*seed_parts, samples[i].prompt_id, i % num_generations, turn),
-                max_new_tokens,
-                samples[i].images,
-            )
-            for i in going
-        ]
-        completions = engine.generate(requests, sampling)
-        texts = encoder.decode([c.token_ids for c in completions])
-        still = []
-        for i, completion, text in zip(going, completions, texts, strict=True):
-            if _take_turn(samples[i], episodes[i], completion, text, encoder, last=turn + 1 == task.max_turns):
-                still.append(i)
-        on_turn(len(going) - len(still))
-        going = still
-        if not going:
-            break
+
+    def request(i: int) -> Request:
+        s = samples[i]
+        seed = sample_seed(*seed_parts, s.prompt_id, i % num_generations, len(s.turns))
+        return Request(tuple(s.prompt_ids + s.response_ids), seed, max_new_tokens, s.images)
+
+    def reply(i: int, completion: Completion) -> Request | None:
+        text = encoder.decode([completion.token_ids])[0]
+        last = len(samples[i].turns) + 1 == task.max_turns
+        return request(i) if _take_turn(samples[i], episodes[i], completion, text, encoder, last) else None
+
+    converse = getattr(engine, "converse", None) or partial(_turn_by_turn, engine)
+    converse([request(i) for i in range(len(samples))], sampling, reply)
     return samples
+
+
+def _turn_by_turn(
+    engine: RolloutEngine,
+    requests: list[Request],
+    sampling: Sampling,
+    reply: Callable[[int, Completion], Request | None],
+) -> None:
+    """Conversations over an engine that only completes: all first turns, then all second ones, and so on."""
+    going = list(enumerate(requests))
+    while going:
+        completions = engine.generate([request for _, request in going], sampling)
+        replies = [(i, reply(i, completion)) for (i, _), completion in zip(going, completions, strict=True)]
+        going = [(i, request) for i, request in replies if request is not None]
 
 
 def _take_turn(sample: Sample, episode, completion, text: str, encoder: Encoder, last: bool) -> bool:
@@ -133,7 +169,8 @@ def _take_turn(sample: Sample, episode, completion, text: str, encoder: Encoder,
     result = episode.step(text)
     if "success" not in result.info:
         raise UserError(f"task: the episode of {sample.prompt_id} returned no 'success' in its info")
-    sample.turns.append(Turn(len(sample.response_ids), result.reward))
+    state = str(result.info.get("state", len(sample.turns)))
+    sample.turns.append(Turn(len(sample.response_ids), result.reward, state))
     sample.reward += result.reward
     sample.success = bool(result.info["success"])
     sample.info = result.info
@@ -143,5 +180,6 @@ def _take_turn(sample: Sample, episode, completion, text: str, encoder: Encoder,
     sample.response_ids += ids
     sample.loss_mask += [0] * len(ids)
     sample.behavior_logprobs += [0.0] * len(ids)
+    sample.images += result.message.images
     sample.text += f"\n[{result.message.content}]\n"
     return True

@@ -1,7 +1,8 @@
 """The embedded rollout engine: samples from the trainer's own transformers model, so that syncing weights is free.
 
 Every sample has a random stream of its own, a hash of (seed, position): what it draws does not depend on its neighbours, the
-batch size or the rank. A prompt that several requests share is prefilled once; finished rows leave the batch.
+batch size or the rank. A prompt that several requests share is prefilled once; finished rows leave the batch. A row whose turn
+is answered reads the answer token by token while the others sample on: its KV cache is kept, and no row waits for another's.
 """
 
 from __future__ import annotations
@@ -77,51 +78,79 @@ class TransformersEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in order."""
-        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), requests[i].prompt_ids))
         out: list[Completion | None] = [None] * len(requests)
+
+        def keep(i: int, completion: Completion) -> None:
+            out[i] = completion
+
+        self.converse(requests, sampling, keep)
+        return out
+
+    def converse(
+        self, requests: Sequence[Request], sampling: Sampling, reply: Callable[[int, Completion], Request | None]
+    ) -> None:
+        """Completes every request; each time request i is completed, `reply(i, completion)` may say how it goes on.
+
+        What `reply` returns must begin with the tokens so far (prompt and completion). They stay in the KV cache: only the
+        new ones are read, and no conversation waits for another's turn to end.
+        """
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), requests[i].prompt_ids))
         was_training = self.model.training
         self.model.eval()
         try:
             for start in range(0, len(order), self.max_batch):
                 chosen = order[start : start + self.max_batch]
-                for i, completion in zip(chosen, self._decode([requests[i] for i in chosen], sampling)):
-                    out[i] = completion
+                self._decode([requests[i] for i in chosen], sampling, lambda i, c, at=chosen: reply(at[i], c))
         finally:
             self.model.train(was_training)
-        return out
 
     @torch.inference_mode()
-    def _decode(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
+    def _decode(
+        self,
+        requests: list[Request],
+        sampling: Sampling,
+        reply: Callable[[int, Completion], Request | None],
+    ) -> None:
         device = self.model.device
-        steps = np.array([r.max_new_tokens for r in requests])
-        u = torch.from_numpy(
-            uniforms(np.array([r.seed for r in requests], np.uint64), int(steps.max()))
-        )  # [B, steps], stays on the host until its column is used
-        u = u.to(device)
+        turns = _Turns(requests, device)
         logits, cache, mask, positions = self._prefill(requests, device)
         stop = torch.tensor(sampling.stop_token_ids or (-1,), device=device)
-        limit = torch.from_numpy(steps).to(device)
         alive = torch.arange(len(requests), device=device)
-        tokens_BT = torch.full((len(requests), int(steps.max())), -1, device=device)
-        logprobs_BT = torch.zeros(tokens_BT.shape, device=device)
-        for t in range(int(steps.max())):
+        while True:
             if self.should_stop():
                 raise InterruptedError("stopped while sampling")
-            token, logprob = sample_tokens(logits, u[alive, t], sampling)
-            tokens_BT[alive, t], logprobs_BT[alive, t] = token, logprob
-            going = ~torch.isin(token, stop) & (limit[alive] > t + 1)
-            left = going.nonzero().squeeze(-1)  # the one host sync per token
-            if not len(left):
-                break
-            if len(left) < len(alive):
-                alive, token, positions = alive[left], token[left], positions[left]
-                mask = None if mask is None else mask[left]
-                cache.batch_select_indices(left)
+            token, logprob = sample_tokens(logits, turns.uniform(alive), sampling)
+            token, ended = turns.take(alive, token, logprob, stop)
+            where = ended.nonzero().squeeze(-1)  # the one host sync of a token at which nothing ends
+            if len(where):
+                left = self._answer(turns, alive, where, requests, sampling, reply)
+                if not len(left):
+                    return
+                if len(left) < len(alive):
+                    alive, token, positions = alive[left], token[left], positions[left]
+                    mask = None if mask is None else mask[left]
+                    cache.batch_select_indices(left)
             if mask is not None:
                 mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
             positions = positions + 1
             logits = self._forward(token[:, None], mask, positions[:, None], cache)
-        return self._completions(tokens_BT, logprobs_BT, sampling)
+
+    def _answer(self, turns: _Turns, alive, where, requests, sampling, reply) -> torch.Tensor:
+        """Hands the completions that ended to `reply`; the places in `alive` of the rows that go on."""
+        going = torch.ones(len(alive), dtype=torch.bool)
+        onward: dict[int, tuple[Request, list[int]]] = {}
+        for place, row, completion in turns.completions(alive, where, sampling, self.version):
+            request = reply(row, completion)
+            if request is None:
+                going[place] = False
+                continue
+            known = (*requests[row].prompt_ids, *completion.token_ids)
+            if tuple(request.prompt_ids[: len(known)]) != known:
+                raise ValueError("what a reply returns must begin with the tokens so far")
+            requests[row], onward[row] = request, (request, list(request.prompt_ids[len(known) :]))
+        if onward:
+            turns.go_on(onward)
+        return going.nonzero().squeeze(-1).to(alive.device)
 
     def _prefill(self, requests: list[Request], device: torch.device):
         """Left-padded prompts, each different one once; logits, cache, mask and last positions for every request.
@@ -159,16 +188,6 @@ class TransformersEngine:
         )
         return out.logits[:, -1]
 
-    def _completions(self, tokens_BT, logprobs_BT, sampling: Sampling) -> list[Completion]:
-        lengths = (tokens_BT >= 0).sum(1).tolist()
-        rows = tokens_BT.tolist()
-        logprobs = logprobs_BT.tolist()
-        stop = set(sampling.stop_token_ids)
-        return [
-            Completion(row[:n], lp[:n], "stop" if row[n - 1] in stop else "length", self.version)
-            for row, lp, n in zip(rows, logprobs, lengths)
-        ]
-
     def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """The weights are the trainer's own: only the version moves on, and the tensors are never asked for."""
         self.version = version
@@ -178,3 +197,68 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+class _Turns:
+    """Where every row of a batch is in its turn, on the device: nothing of it is read back before a turn ends.
+
+    A row first reads what was said to it (`queue`), a token each time, and then samples. Legend: B rows, W most tokens of a
+    turn, Q longest queue.
+    """
+
+    def __init__(self, requests: list[Request], device: torch.device) -> None:
+        b, self.width = len(requests), max(r.max_new_tokens for r in requests)
+        self.u_BW = torch.zeros(b, self.width, dtype=torch.float64, device=device)
+        self.tokens_BW = torch.zeros(b, self.width + 1, dtype=torch.int64, device=device)  # the last column is a sink
+        self.logprobs_BW = torch.zeros(b, self.width + 1, device=device)
+        self.limit_B = torch.zeros(b, dtype=torch.int64, device=device)
+        self.count_B = torch.zeros_like(self.limit_B)  # tokens sampled in this turn
+        self.queue_BQ = torch.zeros(b, 1, dtype=torch.int64, device=device)
+        self.read_B, self.unread_B = torch.zeros_like(self.limit_B), torch.zeros_like(self.limit_B)
+        self._start(torch.arange(b, device=device), requests)
+
+    def _start(self, rows: torch.Tensor, requests: list[Request]) -> None:
+        """A new turn of these rows: its own random stream and its own length."""
+        if max(r.max_new_tokens for r in requests) > self.width:
+            raise ValueError("a reply must not ask for more tokens than the longest first request")
+        u = uniforms(np.array([r.seed for r in requests], np.uint64), self.width)
+        self.u_BW[rows] = torch.from_numpy(u).to(rows.device)
+        self.limit_B[rows] = torch.tensor([r.max_new_tokens for r in requests], device=rows.device)
+        self.count_B[rows] = 0
+
+    def go_on(self, onward: dict[int, tuple[Request, list[int]]]) -> None:
+        """These rows read what was said to them, and then answer."""
+        rows = torch.tensor(list(onward), device=self.limit_B.device)
+        self._start(rows, [request for request, _ in onward.values()])
+        said = [ids for _, ids in onward.values()]
+        wide = max(self.queue_BQ.shape[1], *(len(ids) for ids in said))
+        self.queue_BQ = nn.functional.pad(self.queue_BQ, (0, wide - self.queue_BQ.shape[1]))
+        self.queue_BQ[rows] = torch.tensor([ids + [0] * (wide - len(ids)) for ids in said], device=rows.device)
+        self.read_B[rows] = 0
+        self.unread_B[rows] = torch.tensor([len(ids) for ids in said], device=rows.device)
+
+    def uniform(self, alive: torch.Tensor) -> torch.Tensor:
+        """The number that draws each row's next token."""
+        return self.u_BW[alive, self.count_B[alive].clamp(max=self.width - 1)]
+
+    def take(self, alive, sampled, logprob, stop) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens to feed (said to the row, or sampled by it), and which rows ended their turn with theirs."""
+        reading, count = self.unread_B[alive] > 0, self.count_B[alive]
+        column = torch.where(reading, self.width, count)
+        self.tokens_BW[alive, column], self.logprobs_BW[alive, column] = sampled, logprob.float()
+        said = self.queue_BQ[alive, self.read_B[alive].clamp(max=self.queue_BQ.shape[1] - 1)]
+        self.read_B[alive] += reading
+        self.unread_B[alive] -= reading.long()
+        self.count_B[alive] += ~reading
+        ended = ~reading & (torch.isin(sampled, stop) | (count + 1 >= self.limit_B[alive]))
+        return torch.where(reading, said, sampled), ended
+
+    def completions(self, alive, where, sampling: Sampling, version: int) -> list[tuple[int, int, Completion]]:
+        """(place in `alive`, row, completion) of the turns that ended there."""
+        rows = alive[where]
+        columns = (where, rows, self.count_B[rows], self.tokens_BW[rows], self.logprobs_BW[rows])
+        stop = set(sampling.stop_token_ids)
+        return [
+            (place, row, Completion(ids[:n], lp[:n], "stop" if ids[n - 1] in stop else "length", version))
+            for place, row, n, ids, lp in zip(*(c.tolist() for c in columns))
+        ]
