@@ -204,8 +204,20 @@ def load_model(cfg: ModelConfig, device: torch.device) -> nn.Module:
                 "fold the factor into lm_head.weight first"
             )
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_layers(model)
     return model.to(device)
+
+
+def _checkpoint_layers(model: nn.Module) -> None:
+    """Recompute layers in the backward pass. transformers does so in training mode alone, so any dropout goes first:
+    old and new log-probs must not differ by its noise."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if getattr(module, "attention_dropout", 0):
+            module.attention_dropout = 0.0
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
 
 
 def load_tokenizer(cfg: ModelConfig):

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from amft_fast import objective
 from amft_fast.batch import collate
-from amft_fast.config import ObjectiveConfig, TrainConfig
+from amft_fast.config import ModelConfig, ObjectiveConfig, TrainConfig
 from amft_fast.engine.local import LocalEngine
-from amft_fast.model import Policy
+from amft_fast.model import Policy, load_model
 
 CFG = TrainConfig(lr=1e-2, max_grad_norm=0.5, weight_decay=0.1, adam_betas=(0.9, 0.99))
 
@@ -105,6 +105,27 @@ def test_bf16_gradients_add_up_in_fp32(tmp_path, tie):
         for a, b in zip(mine.grad_views, want.grad_views):
             assert a.dtype == torch.float32 and a.abs().max() > 0
             assert torch.linalg.vector_norm(a - b) < 0.1 * torch.linalg.vector_norm(b)
+
+
+def test_gradient_checkpointing_recomputes(checkpoint_folder):
+    """Every layer runs a second time in the backward pass, also after rollouts, and the gradients stay."""
+    from amft_fast.interfaces import Request, Sampling
+    from amft_fast.rollout.transformers import TransformersEngine
+
+    engines, calls = [], []
+    for checkpointing in (False, True):
+        cfg = ModelConfig(path=str(checkpoint_folder), gradient_checkpointing=checkpointing)
+        model = load_model(cfg, torch.device("cpu"))
+        TransformersEngine(model).generate([Request((2, 5, 3), 0, 3)], Sampling())
+        count = []
+        for layer in model.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        engines.append(LocalEngine(Policy(model, ObjectiveConfig()), CFG))
+        engines[-1].backward(batch())
+        calls.append(len(count) / len(model.model.layers))
+    assert calls == [1, 2]
+    for a, b in zip(*(e.groups for e in engines)):
+        torch.testing.assert_close(a.grad, b.grad)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

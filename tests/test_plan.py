@@ -16,9 +16,11 @@ from amft_fast.cli import main
 from amft_fast.config_file import load
 from amft_fast.engine.local import ADAM_MOMENTS, LocalEngine
 from amft_fast.interfaces import Request, Sampling, UserError
-from amft_fast.model import Policy
+from amft_fast.model import Policy, _checkpoint_layers
 from amft_fast.plan import Machine
 from amft_fast.rollout.transformers import TransformersEngine
+from amft_fast.run import RunFiles, build, prepare_folder
+from amft_fast.train import Trainer
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "configs" / "plan").glob("*.toml"))
@@ -108,9 +110,9 @@ def test_shapes_that_are_refused(tmp_path):
 
 def engine_of(config, dtype, cfg):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if cfg.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_layers(model)
     return LocalEngine(Policy(model, cfg.objective), cfg.train)
 
 
@@ -220,6 +222,43 @@ def test_peak_of_rollouts(sizes, batch, prompt, response, same):
     with LiveMemory([*model.parameters(), *model.buffers()]) as live:
         TransformersEngine(model, max_batch=batch).generate(requests, Sampling())
     assert plan.total(asked.phases["rollouts"]) == pytest.approx(live.peak, rel=0.1)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "flags", [[], ["--model.dtype=bf16", "--model.gradient_checkpointing=true", "--objective.kl_coef=0.1"]]
+)
+def test_peak_of_a_whole_run(flags, tmp_path):
+    """Three probed steps of the trainer: the update's peak, states included, is the planned one; no phase is above its plan."""
+    folder, steps = str(ROOT / "configs" / "demo_base"), 3
+    sizes = ["train.prompts_per_step=16", "train.demos_per_step=16", "rollout.max_batch=128", "meta.prompts=16"]
+    rest = ["eval.every=0", "eval.max_prompts=8", "eval.num_samples=1", f"train.steps={steps}", "controller.window=2"]
+    own = [f"run.dir={tmp_path}", f"model.path={folder}", "log.tensorboard=false", "run.device=cpu"]
+    cfg = load(ROOT / "configs" / "demo.toml", [f"--{x}" for x in sizes + rest + own] + flags)
+    peaks = {}
+    with LiveMemory() as live:
+        parts = build(cfg, lambda: False)
+        files = RunFiles(prepare_folder(cfg, False), cfg, steps, 0)
+        trainer = Trainer(cfg, parts, files)
+
+        def watched(name, function):
+            def call(*args, **kwargs):
+                live.peak = live.now
+                out = function(*args, **kwargs)
+                peaks[name] = max(peaks.get(name, 0), live.peak)
+                return out
+
+            return call
+
+        trainer.update, trainer.sample = watched("update", trainer.update), watched("rollouts", trainer.sample)
+        trainer.utility_gradient._gradient = watched("utility gradient", trainer.utility_gradient._gradient)
+        trainer.run()
+        files.close()
+    prompt = max(len(parts.encoder.prompt(trainer.task.start(item).messages)) for item in trainer.prompts)
+    memory = plan.memory(cfg, plan_shapes.find(folder), Machine(1, 1e9, "cpu", prompt_tokens=prompt))
+    planned = {name: plan.total(memory.static) + plan.total(phase) for name, phase in memory.phases.items()}
+    assert planned["update"] == pytest.approx(peaks["update"], rel=0.1)
+    assert all(peaks[name] < 1.02 * planned[name] for name in planned)
 
 
 # ----------------------------------------------------------------------------------------------------------------- FLOPs
