@@ -86,7 +86,8 @@ class Task(Protocol):
 
     `splits` names what `prompts` knows: always `train`, `val`, `test`; `ood` (and others) where the task has them.
     `prompts(split)` and `demos(split)` are sized and indexable, and the same on every call and every machine.
-    `max_turns` bounds the episodes. Any text of a prompt must come from `start(item).messages`.
+    `max_turns` bounds the episodes. Any text of a prompt must come from `start(item).messages`. A task may also have
+    `picture(item, sample)`, which draws an episode for the report: a PIL image, or SVG as text.
     """
 
     splits: tuple[str, ...]

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from amft_fast import charts, report_page
 from amft_fast.charts import number
 from amft_fast.interfaces import UserError
+from amft_fast.pictures import shown_picture
 from amft_fast.records import Record, finite, read
 from amft_fast.report_controller import controller_section
 from amft_fast.report_plots import (
@@ -216,6 +217,7 @@ def samples_section(record: Record) -> Section | None:
             {
                 "right": s.get("success") is True,
                 "reward": number(finite(s.get("reward"))),
+                "picture": shown_picture(s.get("picture")),
                 "prompt": shown_text(s.get("prompt"), PROMPT_CHARS, keep_end=True),
                 "completion": shown_text(s.get("completion"), COMPLETION_CHARS),
             }

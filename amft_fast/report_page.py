@@ -43,6 +43,7 @@ td svg { width: 22px; height: 10px; }
 section > h3 { margin: .9rem 0 .35rem; }
 .samples header { font-size: .8rem; font-weight: 600; margin-bottom: .3rem; }
 .samples h4 { font-size: .75rem; font-weight: 500; color: var(--muted); margin: .4rem 0 .1rem; }
+.samples img { max-width: 100%; height: auto; display: block; border-radius: 4px; }
 .right { border-left: 3px solid var(--up); } .wrong { border-left: 3px solid var(--down); }
 .right header { color: var(--up); } .wrong header { color: var(--down); }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: .8rem/1.4 ui-monospace, Menlo, Consolas, monospace; }
@@ -59,7 +60,7 @@ TEMPLATE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>{{ name }} · AMFT run</title>
 <style>{{ style }}</style>
 </head>
@@ -148,6 +149,9 @@ SAMPLES = """{% for step, words, cards in groups %}
 {% for card in cards %}
 <article class="card {{ 'right' if card.right else 'wrong' }}">
 <header>{{ "✓ correct" if card.right else "✗ wrong" }} · reward {{ card.reward }}</header>
+{% if card.picture %}
+<img src="{{ card.picture }}" alt="The episode as its task draws it">
+{% endif %}
 <h4>Prompt</h4><pre dir="auto">{{ card.prompt }}</pre>
 <h4>Completion</h4><pre dir="auto">{{ card.completion or "(empty)" }}</pre>
 </article>

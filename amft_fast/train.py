@@ -26,6 +26,7 @@ from amft_fast.interfaces import Item, Sample, Sampling, UserError
 from amft_fast.meta_gradient import Utility, UtilityGradient
 from amft_fast.metrics import PHASES
 from amft_fast.model import MAXES, SUMS
+from amft_fast.pictures import data_uri
 from amft_fast.rollout import episodes
 from amft_fast.run import Parts, RunFiles
 from amft_fast.stream import Stream
@@ -366,17 +367,20 @@ class Trainer:
         if not samples or not every or (self.step - 1) % every:
             return
         groups = {s.group_id: s for s in reversed(samples)}
+        draws = getattr(self.task, "picture", None)
+        items = {item.id: item for item in self.prompts} if draws else {}
         for s in list(groups.values())[::-1][: self.cfg.log.samples]:
             prompt = self.encoder.tokenizer.decode(s.prompt_ids)
-            self.files.samples.write(
-                {
-                    "step": self.step - 1,
-                    "prompt": prompt,
-                    "completion": s.text,
-                    "reward": s.reward,
-                    "success": s.success,
-                }
-            )
+            kept = {
+                "step": self.step - 1,
+                "prompt": prompt,
+                "completion": s.text,
+                "reward": s.reward,
+                "success": s.success,
+            }
+            if draws:
+                kept["picture"] = data_uri(draws(items[s.prompt_id], s))
+            self.files.samples.write(kept)
 
     # --------------------------------------------------------------------------------------------------------- evaluation
 
