@@ -26,11 +26,8 @@ from hashlib import sha256
 from itertools import permutations, product
 from pathlib import Path
 
-import tokenizers
 import torch
-import transformers
-from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from amft_fast.tasks.general_points import (
     PROMPT_WORDS,
@@ -41,19 +38,20 @@ from amft_fast.tasks.general_points import (
     prompt_text,
 )
 from amft_fast.tasks.gp_hands import ID_RULE, OOD_RULE, Problem, hands, shuffled_deal
+from amft_fast.tasks.tiny_base import (
+    ASSISTANT,
+    PAD,
+    USER,
+    encode_turns,
+    fit,
+    made_with,
+    pad_rows,
+    tiny_model,
+    word_tokenizer,
+)
 
-PAD, BOS, EOS, UNK, USER, ASSISTANT = SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")
 SIGNS = ("+", "-", "*", "/", "(", ")", "=")
 LARGEST_NUMBER = 99
-
-# The text of a conversation is a prefix of the text of any longer one, so turns can be put together token by token.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}<assistant>"
-    "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
-    "{% else %}<user>{{ message['content'] }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -77,28 +75,8 @@ class Recipe:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each word of a prompt, each number to 99 and each sign; anything else is `<unk>`.
-
-    Decoding puts spaces between tokens, which the verifier passes over. Knows `apply_chat_template`.
-    """
-    words = (*SPECIALS, *SIGNS, *PROMPT_WORDS, *map(str, range(LARGEST_NUMBER + 1)))
-    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNK)
-    backend = tokenizers.Tokenizer(model)
-    pieces = tokenizers.Regex(r"[0-9]+|[A-Za-z]+|[^\s0-9A-Za-z]")
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.Split(pieces, "isolated")]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
-        unk_token=UNK,
-        additional_special_tokens=[USER, ASSISTANT],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_max_length=256,
-    )
+    """One token for each word of a prompt, each number to 99 and each sign."""
+    return word_tokenizer((*SIGNS, *PROMPT_WORDS, *map(str, range(LARGEST_NUMBER + 1))))
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -177,7 +155,7 @@ class Examples:
         if rng.random() < self.recipe.two_turns:
             turns += self._wrong_turn(problem, rng)
         turns.append((ASSISTANT, answer_text(problem, formula, "formula"), True))
-        return self._encode(turns)
+        return encode_turns(turns, self.vocabulary)
 
     def _wrong_turn(self, problem: Problem, rng: random.Random) -> list[tuple[str, str, bool]]:
         formula, value = rng.choice(self.labelled[tuple(sorted(problem.values))])
@@ -186,24 +164,9 @@ class Examples:
         feedback = feedback_text(problem, Verdict("no_solution", Fraction(value)), "formula")
         return [(ASSISTANT, answer_text(problem, formula, "formula"), False), (USER, feedback, False)]
 
-    def _encode(self, turns: list[tuple[str, str, bool]]) -> tuple[list[int], list[bool]]:
-        words, trained = [BOS], [False]
-        for role, text, train in turns:
-            content = text.split() + ([EOS] if role == ASSISTANT else [])
-            words += [role, *content]
-            trained += [False] + [train] * len(content)
-        return [self.vocabulary[word] for word in words], trained
-
     def batch(self, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and labels, both [batch, length], padded on the right; labels are -100 where not trained on."""
-        drawn = [self.draw(rng) for _ in range(self.recipe.batch_size)]
-        length = max(len(ids) for ids, _ in drawn)
-        ids = torch.full((len(drawn), length), self.vocabulary[PAD])
-        labels = torch.full_like(ids, -100)
-        for row, (tokens, trained) in enumerate(drawn):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            labels[row, : len(tokens)] = torch.tensor([t if on else -100 for t, on in zip(tokens, trained)])
-        return ids, labels
+        return pad_rows([self.draw(rng) for _ in range(self.recipe.batch_size)], self.vocabulary[PAD])
 
 
 def _labelled(hand: tuple[int, ...], targets: tuple[int, int]) -> list[tuple[str, int]]:
@@ -219,45 +182,14 @@ def _labelled(hand: tuple[int, ...], targets: tuple[int, int]) -> list[tuple[str
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.hidden_size,
-        intermediate_size=3 * recipe.hidden_size,
-        num_hidden_layers=recipe.num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=recipe.hidden_size // 4,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        use_cache=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen3ForCausalLM(config)
-
-
 def train(recipe: Recipe, report: Callable[[int, float, Qwen3ForCausalLM], None]) -> Qwen3ForCausalLM:
     """Train from nothing; calls `report(step, loss, model)` after each step. Loss in nats a token."""
     torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)
     tokenizer = build_tokenizer()
     examples = Examples(recipe, tokenizer)
-    model = build_model(recipe, tokenizer).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, recipe.warmup_steps, recipe.steps)
-    for step in range(1, recipe.steps + 1):
-        ids, labels = examples.batch(rng)
-        logits = model(input_ids=ids, use_cache=False).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        report(step, loss.item(), model)
-    return model.eval()
+    model = tiny_model(tokenizer, recipe.hidden_size, recipe.num_layers)
+    return fit(model, recipe, lambda: examples.batch(rng), report)
 
 
 def save(model: Qwen3ForCausalLM, recipe: Recipe, losses: Sequence[float], folder: Path) -> None:
@@ -278,9 +210,7 @@ def save(model: Qwen3ForCausalLM, recipe: Recipe, losses: Sequence[float], folde
             "hands_sha256": sha256(json.dumps(listed).encode()).hexdigest(),
             "excluded": "every multiset of values in val, test or ood, in any order, under any rule, with any target",
         },
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "model_sha256": sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        **made_with(folder),
     }
     (folder / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
 

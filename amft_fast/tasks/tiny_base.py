@@ -1,0 +1,139 @@
+"""What the makers of tiny base checkpoints share: a tokenizer of words, a small Qwen3, sequences of turns, a training loop.
+
+`gp_pretrain` and `virl_pretrain` say what their model is shown; the demos in `configs/` start from what they write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+import tokenizers
+import torch
+import transformers
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+PAD, BOS, EOS, UNK, USER, ASSISTANT = SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")
+
+# The text of a conversation is a prefix of the text of any longer one, so turns can be put together token by token.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}<assistant>"
+    "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}<user>{{ message['content'] }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+Turn = tuple[str, str, bool]  # USER or ASSISTANT, text, whether it is trained on
+
+
+class Training(Protocol):
+    """The part of a recipe that the training loop reads."""
+
+    seed: int
+    steps: int
+    lr: float
+    warmup_steps: int
+    weight_decay: float
+
+
+def word_tokenizer(words: Iterable[str], max_length: int = 256) -> PreTrainedTokenizerFast:
+    """One token for each of these words, numbers and signs; anything else is `<unk>`.
+
+    Decoding puts spaces between tokens, which verifiers pass over. Knows `apply_chat_template`.
+    """
+    vocabulary = {word: i for i, word in enumerate((*SPECIALS, *words))}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=UNK))
+    pieces = tokenizers.Regex(r"[0-9]+|[A-Za-z]+|[^\s0-9A-Za-z]")
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.Split(pieces, "isolated")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        additional_special_tokens=[USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=max_length,
+    )
+
+
+def encode_turns(turns: Iterable[Turn], vocabulary: dict[str, int]) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation, as the chat template writes it, and for each whether it is trained on."""
+    words, trained = [BOS], [False]
+    for role, text, train in turns:
+        content = text.split() + ([EOS] if role == ASSISTANT else [])
+        words += [role, *content]
+        trained += [False] + [train] * len(content)
+    return [vocabulary[word] for word in words], trained
+
+
+def pad_rows(drawn: Sequence[tuple[list[int], list[bool]]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels, both [batch, length], padded on the right; labels are -100 where not trained on."""
+    length = max(len(ids) for ids, _ in drawn)
+    ids = torch.full((len(drawn), length), pad)
+    labels = torch.full_like(ids, -100)
+    for row, (tokens, trained) in enumerate(drawn):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        labels[row, : len(tokens)] = torch.tensor([t if on else -100 for t, on in zip(tokens, trained)])
+    return ids, labels
+
+
+def tiny_model(
+    tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int, max_length: int = 256
+) -> Qwen3ForCausalLM:
+    """A Qwen3 with new parameters, from torch's own generator."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=hidden_size // 4,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=True,
+        use_cache=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def fit(
+    model: Qwen3ForCausalLM,
+    recipe: Training,
+    draw_batch: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    report: Callable[[int, float, Qwen3ForCausalLM], None],
+) -> Qwen3ForCausalLM:
+    """Trains on `recipe.steps` batches of ids and labels; `report(step, loss, model)` after each. Loss in nats a token."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, recipe.warmup_steps, recipe.steps)
+    for step in range(1, recipe.steps + 1):
+        ids, labels = draw_batch()
+        logits = model(input_ids=ids, use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        report(step, loss.item(), model)
+    return model.eval()
+
+
+def made_with(folder: Path) -> dict[str, Any]:
+    """What a recipe.json records of the machine's side: versions, and the hash of the weights in the folder."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "model_sha256": sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+    }
