@@ -137,15 +137,27 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
         )
     except InterruptedError:
         return 128 + (stop.received or 2)
-    print(f"{'split':<8}{'prompts':>9}{'greedy':>9}{'sampled':>9}{'stderr':>8}{f'pass@{e.num_samples}':>9}")
-    for split, row in result.items():
-        print(
-            f"{split:<8}{row['prompts']:>9}{row['greedy']:>9.1%}{row['sampled']:>9.1%}{row['stderr']:>8.1%}"
-            f"{row['pass_at_k']:>9.1%}"
-        )
+    print(eval_table(result, e.num_samples))
     if args.out:
         Path(args.out).write_text(json.dumps({"model": cfg.model.path, "results": result}, indent=1))
     return 0
+
+
+# What every evaluation has; the rest of a row is the task's own.
+_COMMON = ("prompts", "k", "greedy", "sampled", "pass_at_k", "stderr", "reward", "length", "truncated")
+
+
+def eval_table(result: dict[str, dict[str, float]], k: int) -> str:
+    """Success per split as aligned text, and beside it the means of what the task reports in its info."""
+    wide = max(len(split) for split in ("split", *result)) + 1
+    own = list(dict.fromkeys(name for row in result.values() for name in row if name not in _COMMON))
+    head = f"{'split':<{wide}}{'prompts':>8}{'greedy':>9}{'sampled':>9}{'stderr':>8}{f'pass@{k}':>9}"
+    lines = [head + "".join(f"{name:>{len(name) + 2}}" for name in own)]
+    for split, row in result.items():
+        line = f"{split:<{wide}}{row['prompts']:>8}{row['greedy']:>9.1%}{row['sampled']:>9.1%}{row['stderr']:>8.1%}"
+        figures = (f"{row[name]:.3g}" if name in row else "" for name in own)
+        lines.append(line + f"{row['pass_at_k']:>9.1%}" + "".join(f"{f:>{len(n) + 2}}" for n, f in zip(own, figures)))
+    return "\n".join(lines)
 
 
 def _compare(args: argparse.Namespace, flags: list[str]) -> int:

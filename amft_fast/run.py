@@ -230,7 +230,8 @@ def results_table(summary: dict[str, Any]) -> str:
     """Success per split before and after, as aligned text."""
     start, end = summary.get("start", {}), summary.get("end", {})
     k = next((row["k"] for row in end.values()), 0)
-    head = f"{'success':<8}" + "".join(f"{name:>22}" for name in ("greedy", "sampled", f"pass@{k}"))
+    wide = max(len(split) + 1 for split in ("success", *end))
+    head = f"{'success':<{wide}}" + "".join(f"{name:>22}" for name in ("greedy", "sampled", f"pass@{k}"))
     lines = [head]
     for split, after in end.items():
         before = start.get(split, {})
@@ -238,5 +239,5 @@ def results_table(summary: dict[str, Any]) -> str:
             f"{before.get(name, float('nan')):>13.1%} -> {after[name]:<5.1%}"
             for name in ("greedy", "sampled", "pass_at_k")
         )
-        lines.append(f"{split:<8}" + "".join(f"{c:>22}" for c in cells))
+        lines.append(f"{split:<{wide}}" + "".join(f"{c:>22}" for c in cells))
     return "\n".join(lines)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from amft_fast.cli import eval_table
 from amft_fast.interfaces import Message
 from amft_fast.tasks.virl import REWARDS, Problem, Virl, judge
 from amft_fast.tasks.virl_city import build_city, draw_routes
@@ -394,3 +395,12 @@ def test_items_are_the_same_each_time_and_growing_one_split_keeps_the_others_cle
 def test_bad_settings_are_named(settings, said):
     with pytest.raises(ValueError, match=said):
         Virl(**settings)
+
+
+def test_eval_prints_what_the_task_reports():
+    row = {"prompts": 3, "k": 8, "greedy": 0.5, "sampled": 0.25, "stderr": 0.01, "pass_at_k": 0.6, "reward": 1.0}
+    table = eval_table({"test": row | {"step_accuracy": 0.91234}, "visual_ood": row}, 8).splitlines()
+    assert table[0].split() == ["split", "prompts", "greedy", "sampled", "stderr", "pass@8", "step_accuracy"]
+    assert table[1].split() == ["test", "3", "50.0%", "25.0%", "1.0%", "60.0%", "0.912"]
+    assert table[2].split() == ["visual_ood", "3", "50.0%", "25.0%", "1.0%", "60.0%"]
+    assert len({line.index("0%") for line in table[1:]}) == 1  # columns stand under each other
