@@ -10,7 +10,7 @@ S tokens of the longest sequence, B sequences decoded at once; the sizes of a la
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from amft_fast.config import Config
 from amft_fast.plan_shapes import Shape, Tower
@@ -202,17 +202,20 @@ def memory(cfg: Config, shape: Shape, machine: Machine) -> Memory:
     sweep = [
         Part("activations", kept, f"{at.tokens} tokens in a micro-batch{checkpointed}"),
         Part("loss head or a layer", work, f"at its highest: the {'head' if head >= worst else 'layer'}"),
-        *_communication(shape, at),
+        *_communication(cfg, shape, at),
     ]
-    phases = {"update": sweep, "rollouts": _rollouts(cfg, shape, at, machine)}
+    phases = {"update": sweep}
+    if cfg.rollout.engine == "vllm":
+        stays, engine = _vllm(cfg, shape, at, machine)
+        phases["rollouts"] = [] if stays else [engine]
+        static += [engine] if stays else []
+    else:
+        phases["rollouts"] = _rollouts(cfg, shape, at, machine)
     if cfg.train.method in PROBED:
         # Two old halves of v are in `static`; new ones are taken beside them, and once more when the cache is redrawn.
         copies = 1 if cfg.meta.memory > 0 else 3
         words = f"{copies} new half" if copies == 1 else f"{copies} new halves"
         phases["utility gradient"] = [Part("v, being renewed", copies * one_half, words), *sweep]
-    if at.stage:
-        step = Part("gradients, flattened", 0 if at.offload else at.share(4 * shape.parameters, 1), "for the optimizer")
-        phases["optimizer step"] = [step, *_communication(shape, at)]
     return Memory(static, phases, host, CONTEXT[machine.device])
 
 
@@ -220,38 +223,44 @@ def _states(cfg: Config, shape: Shape, at: Layout) -> tuple[list[Part], float]:
     """What is there all the time, and the host memory of a node that offload fills."""
     b, mixed = at.width, at.width == 2
     count = shape.parameters if at.stage else shape.flat  # the local engine's flat buffers are aligned
+    cut = at.of_ranks(1)
     moments = {"adamw": 8, "sgd": 0}[cfg.train.optimizer] * count
-    # ZeRO-1 adds micro-batches up in a whole fp32 gradient beside the shard that is stepped on.
-    gradients = at.share(4 * count, 1) + (4 * count if at.stage == 1 else 0)
-    offloaded = [
-        Part("masters", at.share(4 * count, 1) if mixed else 0, f"fp32, 4 P{at.of_ranks(1)}"),
-        Part("gradients", gradients, f"fp32, 4 P{at.of_ranks(1)}{' + 4 P' if at.stage == 1 else ''}"),
-        Part("optimizer moments", at.share(moments, 1), f"fp32, {moments // count} P{at.of_ranks(1)}"),
+    owned = [
+        Part("masters", at.share(4 * count, 1) if mixed else 0, f"fp32, 4 P{cut}"),
+        Part("gradients", at.share(4 * count, 1), f"fp32, 4 P{cut}"),
+        Part("optimizer moments", at.share(moments, 1), f"fp32, {moments // count} P{cut}"),
     ]
     if cfg.train.method in PROBED:
-        offloaded += [
-            Part("v, two halves", at.share(8 * count, 1), f"fp32, 8 P{at.of_ranks(1)}"),
-            Part("gradient of the SFT sweep", at.share(4 * count, 1), f"fp32, 4 P{at.of_ranks(1)}"),
+        owned += [
+            Part("v, two halves", at.share(8 * count, 1), f"fp32, 8 P{cut}"),
+            Part("gradient of the SFT sweep", at.share(4 * count, 1), f"fp32, 4 P{cut}"),
         ]
-    weights = Part("weights", at.share(b * (shape.parameters if mixed else count), 3), f"{b} P{at.of_ranks(3)}")
-    host = total(offloaded) * min(at.ranks, 8) if at.offload else 0.0
-    static = [weights, *([] if at.offload else [p for p in offloaded if p.bytes])]
+    static = [Part("weights", at.share(b * (shape.parameters if mixed else count), 3), f"{b} P{at.of_ranks(3)}")]
+    static += [] if at.offload else [p for p in owned if p.bytes]
+    if at.stage:  # a micro-batch's gradient, reduced; ZeRO-1 keeps it whole until then
+        whole = at.stage == 1
+        transit = at.share(b * count, 1) + (b * count if whole else 0)
+        static.append(Part("gradients in transit", transit, f"DeepSpeed's, {b} P{cut}{f' + {b} P' if whole else ''}"))
+    if at.stage == 3 and cfg.rollout.engine == "transformers":
+        static.append(Part("weights for rollouts", b * shape.parameters, f"whole on each GPU, {b} P"))
     if cfg.objective.kl_coef > 0 or cfg.log.implicit_reward:
-        static.append(Part("reference model", at.share(b * shape.parameters, 3), f"{b} P{at.of_ranks(3)}"))
-    return static, host
+        static.append(Part("reference model", b * shape.parameters, f"whole on each GPU, {b} P"))
+    return static, total(owned) * min(at.ranks, 8) if at.offload else 0.0
 
 
-def _communication(shape: Shape, at: Layout) -> list[Part]:
+def _communication(cfg: Config, shape: Shape, at: Layout) -> list[Part]:
+    """DeepSpeed's buckets: two in the type of the gradients and one in the type they are summed in."""
     if not at.stage or at.ranks == 1:
         return []
+    summed = 4 if getattr(cfg.engine, "reduce_dtype", "fp32") == "fp32" else 0
+    buckets = (2 * at.width + summed) * min(shape.parameters, BUCKET)
     gathered = at.width * min(shape.parameters, LIVE) if at.stage == 3 else 0
-    buckets = 2 * at.width * min(shape.parameters, BUCKET)
-    why = "2 reduce buckets" + (" and gathered parameters" if gathered else "")
-    return [Part("communication", gathered + buckets, f"{why}, DeepSpeed's defaults")]
+    why = "reduce buckets" + (" and gathered parameters" if gathered else "")
+    return [Part("communication", gathered + buckets, f"{why}, DeepSpeed's default sizes")]
 
 
 def _rollouts(cfg: Config, shape: Shape, at: Layout, machine: Machine) -> list[Part]:
-    """The KV cache at its longest, and the larger of the prefill and the sampling of a token."""
+    """The transformers engine: its KV cache at the longest, and the larger of the prefill and the sampling of a token."""
     b, t, batch = at.width, shape.text, cfg.rollout.max_batch
     token = cache_bytes(t, b)
     prompts = batch * (machine.prompt_tokens + machine.image_tokens)
@@ -260,11 +269,22 @@ def _rollouts(cfg: Config, shape: Shape, at: Layout, machine: Machine) -> list[P
     sampling = batch * shape.vocab * (b + 4 + 8 + 8) + batch * at.longest * token / (2 * t.layers)
     cache = batch * at.longest * token
     work = max(sampling, prefill + prompts * token - cache)
-    parts = [
+    return [
         Part("KV cache", cache, f"{batch} sequences of {at.longest} tokens"),
         Part("sampling", work, "or the prefill"),
     ]
-    return parts + [replace(p, why="gathered parameters") for p in _communication(shape, at) if at.stage == 3]
+
+
+def _vllm(cfg: Config, shape: Shape, at: Layout, machine: Machine) -> tuple[bool, Part]:
+    """(whether it is there while the trainer works, what a colocated vLLM takes of each GPU): its share, but at least its
+    weights and one sequence. Servers have GPUs of their own."""
+    v, token = cfg.rollout.vllm, cache_bytes(shape.text, at.width)
+    share = v.gpu_memory_utilization * machine.memory
+    needs = (at.width * shape.parameters + at.longest * token) / v.tensor_parallel_size
+    if v.mode == "server":
+        return False, Part("vLLM", 0, "on servers with GPUs of their own")
+    why = f"{v.gpu_memory_utilization:.0%} of the GPU" if share >= needs else "its weights and one sequence"
+    return not v.sleep, Part("vLLM, colocated", max(share, needs), why)
 
 
 # ----------------------------------------------------------------------------------------------------------------- FLOPs

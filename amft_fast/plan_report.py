@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from amft_fast import plan, plan_shapes
 from amft_fast.config import Config
@@ -30,10 +30,15 @@ class Change:
 
     def apply(self, cfg: Config, machine: Machine) -> tuple[Config, Machine]:
         for name, value in self.settings.items():
-            section, _, field = name.partition(".")
-            changed = getattr(cfg, section).model_copy(update={field: value})
-            cfg = cfg.model_copy(update={section: changed})
+            cfg = _with(cfg, name.split("."), value)
         return cfg, replace(machine, gpus=self.gpus or machine.gpus)
+
+
+def _with(section: Any, path: list[str], value: Any) -> Any:
+    """A copy of a section with one setting changed."""
+    if len(path) > 1:
+        value = _with(getattr(section, path[0]), path[1:], value)
+    return section.model_copy(update={path[0]: value})
 
 
 def set_to(name: str, value: Any) -> Change:
@@ -52,6 +57,10 @@ def knobs(cfg: Config, machine: Machine) -> Iterator[list[Change]]:
     if cfg.engine.kind == "deepspeed" and not cfg.engine.offload:
         yield [set_to("engine.offload", True)]
     yield list(_sharding(cfg, machine))
+    engines = get_args(type(cfg.rollout).model_fields["engine"].annotation)
+    if cfg.rollout.engine != "vllm" and "vllm" in engines:
+        settings = {"rollout.engine": "vllm", "rollout.vllm.mode": "server"}
+        yield [Change('rollout.engine = "vllm" and rollout.vllm.mode = "server"', settings)]
 
 
 def _halves(value: int, least: int) -> Iterator[int]:
@@ -102,7 +111,7 @@ def refusal(cfg: Config, shape: Shape, machine: Machine, memory: Memory) -> str:
     )
     advice = advise(cfg, shape, machine)
     if advice is None:
-        return f"{text}; no setting makes it fit: take a smaller model or shorter answers (rollout.max_new_tokens)"
+        return f"{text}; no setting makes it fit: take a smaller model, shorter answers (rollout.max_new_tokens) or larger GPUs"
     changes, after = advice
     host = f" and {size(after.host)} of host memory per node of 8 GPUs" if after.host else ""
     return f"{text}; set {', '.join(c.words for c in changes)}, which needs {size(after.needed)}{host}"
