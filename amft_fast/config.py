@@ -219,9 +219,9 @@ class ObjectiveConfig(Section):
     """Weight of the entropy bonus in L_RL."""
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the k3 estimate of KL(policy || reference) in L_RL; the reference is the policy after the warm-up."""
-    tis_cap: float | None = Field(None, gt=0)
-    """Cap of the truncated importance weight between trainer and rollout engine; default: off for the transformers
-    engine, whose log-probs are the trainer's."""
+    tis_cap: float | None = Field(None, ge=0)
+    """Cap of the truncated importance weight between trainer and rollout engine; 0: off; default: 2 with vLLM, off with
+    the transformers engine, whose log-probs are the trainer's."""
 
 
 class AdvantageConfig(Section):
@@ -309,11 +309,79 @@ class MetaConfig(Section):
     """The optimizer's Jacobian in the signals raw and rms: none (SGD), AdamW's plain or exact diagonal; auto: by optimizer."""
 
 
+class VllmConfig(Section):
+    """vLLM as the rollout engine; docs/rollouts.md says which mode when."""
+
+    mode: Literal["colocate", "server"] = "colocate"
+    """colocate: one engine per trainer process, on its device; server: servers apart, spoken to over HTTP."""
+    num_servers: int = Field(1, ge=1)
+    """Servers that the trainer starts itself (mode server without `urls`)."""
+    urls: list[str] = []
+    """Servers that run already (http://HOST:PORT), instead of starting any; docs/rollouts.md says how they must be started."""
+    devices: list[str] = []
+    """CUDA_VISIBLE_DEVICES of each server that is started; default: one GPU each, after those of the trainer."""
+    host: str = "127.0.0.1"
+    """Where started servers listen, and where the weights' process group meets. Other than localhost it needs `api_key_env`."""
+    api_key_env: str = ""
+    """Environment variable with the servers' API key; default: a random key per started server."""
+    python: str = ""
+    """Python that runs started servers, where vLLM lives in an environment of its own; default: the trainer's."""
+    backend: Literal["auto", "nccl", "ipc", "gloo"] = "auto"
+    """How weights travel; auto: gloo on a CPU, ipc to a colocated engine on a GPU, nccl to servers on other GPUs."""
+    bucket_bytes: int = Field(1 << 28, ge=1 << 10)
+    """Size of the packed buckets that weights travel in."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs per engine."""
+    gpu_memory_utilization: float = Field(0.5, gt=0, lt=1)
+    """Share of a GPU's memory for the engine (a colocated one gives it back while the trainer works)."""
+    kv_cache_bytes: int | None = Field(None, ge=1 << 20)
+    """Memory for keys and values, instead of a share of the GPU; default on a CPU: 256 MiB."""
+    max_model_len: int | None = Field(None, ge=2)
+    """Longest prompt with its answer; default: the model's own bound."""
+    max_num_seqs: int = Field(256, ge=1)
+    """Sequences that an engine decodes at once."""
+    enforce_eager: bool | None = None
+    """No CUDA graphs and no compilation; default: on a CPU only."""
+    sleep: bool = True
+    """Whether a colocated engine on a GPU gives its memory back while the trainer works."""
+    start_timeout_s: float = Field(600.0, gt=0)
+    """How long a server may take to come up."""
+    call_timeout_s: float = Field(60.0, gt=0)
+    """Bound of every control call, and of a whole transfer of weights."""
+    generate_timeout_s: float = Field(1800.0, gt=0)
+    """Bound of one request for a prompt's answers."""
+    health_every_s: float = Field(5.0, gt=0)
+    """Seconds between health checks while rollouts are drawn."""
+    health_timeout_s: float = Field(10.0, gt=0)
+    """A server that does not answer its health check in this time counts as hung."""
+    max_retries: int = Field(3, ge=0)
+    """How often one batch of rollouts, or one transfer of weights, is tried again."""
+    max_restarts: int = Field(5, ge=0)
+    """How often in a run one server is started again."""
+
+    @model_validator(mode="after")
+    def _check(self) -> VllmConfig:
+        if self.host not in ("127.0.0.1", "localhost", "::1") and not self.api_key_env:
+            raise ValueError(
+                f"host {self.host!r} opens the servers' development routes to a network: name the environment variable that "
+                "holds an API key in api_key_env, or keep 127.0.0.1"
+            )
+        if self.devices and len(self.devices) != self.num_servers:
+            raise ValueError(f"devices must name one set per server, got {len(self.devices)} for {self.num_servers}")
+        return self
+
+
 class RolloutConfig(Section):
     """How the policy's own answers are drawn for training."""
 
-    engine: Literal["transformers"] = "transformers"
-    """transformers: in-process, shares the trainer's weights."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """transformers: in-process, shares the trainer's weights; vllm: vLLM, with the weights sent to it in place."""
+    vllm: VllmConfig = VllmConfig()
+    async_steps: int = Field(0, ge=0, le=1)
+    """0: exactly on-policy; 1: the next step's rollouts are drawn, with the weights of then, while a step trains (vllm, mode
+    server)."""
+    mismatch_warn: float = Field(0.05, gt=0)
+    """Mean |log-prob difference| between rollout engine and trainer from which on a step warns."""
     num_generations: int = Field(8, ge=1)
     """Answers per prompt: the group of group-relative advantages."""
     temperature: float = Field(1.0, gt=0)
@@ -335,6 +403,11 @@ class RolloutConfig(Section):
             raise ValueError(
                 "top_p, top_k and min_p must stay 1, 0 and 0 for training rollouts, because the trainer cannot reproduce "
                 f"a truncated distribution, got {self.top_p}, {self.top_k} and {self.min_p}; use temperature"
+            )
+        if self.async_steps and (self.engine, self.vllm.mode) != ("vllm", "server"):
+            raise ValueError(
+                "async_steps 1 needs engine 'vllm' and vllm.mode 'server': any other engine works on the trainer's own device, "
+                f"got {self.engine!r} and {self.vllm.mode!r}"
             )
         return self
 
@@ -436,6 +509,8 @@ class Config(Section):
                 f"rollout.num_generations must be at least 2 for advantage.kind {self.advantage.kind!r}, whose baseline is "
                 f"the rest of the group, got {self.rollout.num_generations}; reinforce++ and gae work with 1"
             )
+        if self.rollout.engine == "vllm" and self.objective.tis_cap is None:
+            self.objective = self.objective.model_copy(update={"tis_cap": 2.0})
         split = self.checkpoint.metric.partition("/")[0]
         if self.checkpoint.keep_best and self.eval.every and split not in self.eval.schedule_splits:
             raise ValueError(

@@ -23,6 +23,10 @@ class UserError(Exception):
     """A mistake of the user's. Its text is one sentence that says what was wrong and what to do; shown without traceback."""
 
 
+class RolloutFailure(RuntimeError):
+    """A rollout engine that could not be brought back. Its text is one sentence; the run saves its state and stops with it."""
+
+
 # ---------------------------------------------------------------------------------------------------------------- tasks
 
 
@@ -171,10 +175,14 @@ class Sampling:
 
 
 class RolloutEngine(Protocol):
-    """Draws text. `episodes.run` drives it over turns; an engine itself knows nothing of tasks."""
+    """Draws text. `episodes.run` drives it over turns; an engine itself knows nothing of tasks.
+
+    `rest` says that nothing will be asked before the next `sync`: an engine on the trainer's GPU gives its memory back.
+    """
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]: ...
     def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None: ...
+    def rest(self) -> None: ...
     def health(self) -> str: ...
     def close(self) -> None: ...
 

@@ -115,9 +115,34 @@ def build(cfg: Config, should_stop: Callable[[], bool]) -> Parts:
     model = load_model(cfg.model, device)
     policy = Policy(model, cfg.objective, with_value=cfg.advantage.kind == "gae")
     engine = LocalEngine(policy, cfg.train, cfg.advantage.value_lr)
-    pad = encoder.tokenizer.pad_token_id or 0
-    rollouts = TransformersEngine(model, pad, cfg.rollout.max_batch, should_stop)
+    rollouts = make_rollouts(cfg, policy.model, engine, encoder, should_stop)
     return Parts(task, encoder, policy, engine, rollouts, Phases(device), should_stop)
+
+
+def make_rollouts(
+    cfg: Config, model: torch.nn.Module, engine: UpdateEngine, encoder: Encoder, should_stop: Callable[[], bool]
+) -> RolloutEngine:
+    """The rollout engine that rollout.engine asks for, with the policy's present weights."""
+    if cfg.rollout.engine == "transformers":
+        return TransformersEngine(model, encoder.tokenizer.pad_token_id or 0, cfg.rollout.max_batch, should_stop)
+    from amft_fast.rollout import vllm
+
+    # A lone process that trains on what it has just drawn still holds the weights that were sent.
+    alone = engine.world_size == 1 and cfg.rollout.async_steps == 0
+    setup = vllm.Setup(
+        cfg.rollout.vllm,
+        model,
+        cfg.model.path,
+        model.device,
+        Path(cfg.run.dir),
+        should_stop=should_stop,
+        weights=engine.named_full_params if alone else None,
+        rank=engine.rank,
+        world_size=engine.world_size,
+    )
+    rollouts = vllm.make(setup)
+    rollouts.sync(engine.named_full_params(), 0)
+    return rollouts
 
 
 def prepare_folder(cfg: Config, resume: bool) -> Path:

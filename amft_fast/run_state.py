@@ -30,6 +30,7 @@ def save(trainer: Trainer) -> Path:
             "method": trainer.cfg.train.method,
             "prompt_position": trainer.prompt_stream.position,
             "demo_position": trainer.demo_stream.position,
+            "ahead": trainer.ahead.state_dict() if trainer.ahead is not None else None,
             "controller": trainer.controller.state_dict(),
             "utility_weight": trainer.utility_gradient.weight if trainer.utility_gradient is not None else 0.0,
             "cache": trainer.utility_gradient.cache.state_dict() if trainer.utility_gradient is not None else [],
@@ -62,6 +63,8 @@ def load(trainer: Trainer, tensors: dict[str, torch.Tensor], state: dict[str, An
         trainer.reference.load_state_dict(reference, strict=False)
     trainer.step = state["step"]
     trainer.prompt_stream.position, trainer.demo_stream.position = state["prompt_position"], state["demo_position"]
+    if trainer.ahead is not None:
+        trainer.ahead.load_state_dict(state.get("ahead"))
     trainer.controller.load_state_dict(state["controller"])
     if trainer.utility_gradient is not None:
         trainer.utility_gradient.cache.load_state_dict(state["cache"])

@@ -22,12 +22,13 @@ from amft_fast.batch import Sequence, micro_batches, scatter
 from amft_fast.config import Config
 from amft_fast.evaluate import check_splits, choose, evaluate
 from amft_fast.figures import StepFigures, read_step, rollout_figures
-from amft_fast.interfaces import Item, Sample, Sampling, UserError
+from amft_fast.interfaces import Item, RolloutFailure, Sample, Sampling, UserError
 from amft_fast.meta_gradient import Utility, UtilityGradient
 from amft_fast.metrics import PHASES
 from amft_fast.model import MAXES, SUMS
 from amft_fast.pictures import data_uri
 from amft_fast.rollout import episodes
+from amft_fast.rollout.ahead import Ahead
 from amft_fast.run import Parts, RunFiles
 from amft_fast.stream import Stream
 
@@ -47,6 +48,9 @@ class Trainer:
         self.demo_stream = Stream(max(len(self.demos), 1), cfg.run.seed, "demos")
         self.utility_gradient = self._make_utility() if self.controller.learned else None
         self.utility: Utility | None = None  # u of the present window
+        self.ahead = Ahead() if cfg.rollout.async_steps else None
+        self.sync_failure: RolloutFailure | None = None
+        self.mismatch_warnings = 0
         self.reference: torch.nn.Module | None = None
         self.total = cfg.train.warmup_steps + cfg.train.steps
         self.step = 0
@@ -127,9 +131,13 @@ class Trainer:
                     self.warmup_tokens = self.tokens
                     self.after_warmup()
                 self.record(self.train_step())
+                if self.sync_failure is not None:
+                    raise self.sync_failure
         except InterruptedError:
             run_state.save(self)
             raise
+        except RolloutFailure as e:
+            raise UserError(f"{e}; the state is saved in {run_state.save(self)}, go on with --resume") from e
         run_state.save(self)
 
     def train_step(self) -> dict[str, Any]:
@@ -142,9 +150,13 @@ class Trainer:
         try:
             samples = self.draw_rollouts() if mu < 1 else []
             utility_figures = self.begin_window(t)
-        except InterruptedError:  # nothing has changed yet: on resume the same step draws the same samples
+        except (
+            InterruptedError,
+            RolloutFailure,
+        ):  # nothing has changed yet: on resume the same step draws the same samples
             self.prompt_stream.position, self.demo_stream.position = rewind
             raise
+        self.draw_ahead(mu)
         sft = self.draw_demos() if mu > 0 else []
         with self.phases("advantage"):
             rl = self.judge(samples)
@@ -163,7 +175,7 @@ class Trainer:
             probe = sweep if probed else probe
         self.step += 1
         with self.phases("sync"):
-            self.rollouts.sync(self.engine.named_full_params(), self.step)
+            self.sync_weights()
         figures = self.read_figures(sums, maxes, norms, probe)
         figures.record |= extra
         if self.controller.learned and t >= 0:
@@ -172,6 +184,9 @@ class Trainer:
             self.warn_at_bound()
         record = {"step": self.step - 1, "phase": "warmup" if t < 0 else "train", "mu": mu, "lr": lr, **figures.record}
         record |= rollout_figures(samples)
+        if samples and self.ahead is not None:
+            record["staleness"] = sum(record["step"] - s.weight_version for s in samples) / len(samples)
+        self.warn_of_mismatch(record)
         if t >= 0:
             self.mus = [*(self.mus[:1] or [mu]), mu]
         seconds = time.perf_counter() - begin
@@ -196,23 +211,58 @@ class Trainer:
         return {f"controller/{k}": v for k, v in self.utility.figures.items()}
 
     def draw_rollouts(self) -> list[Sample]:
-        """G answers to each of the step's prompts, judged by the task."""
+        """G answers to each of the step's prompts, judged by the task; those that were drawn ahead, where they were."""
         cfg = self.cfg
+        if self.ahead is not None:
+            with self.phases("rollout"):
+                drawn = self.ahead.take()
+            if drawn is not None:
+                return drawn
         items = [self.prompts[i] for i in self.prompt_stream.take(cfg.train.prompts_per_step)]
         return self.sample(items, cfg.rollout.temperature, ("train", self.step), cfg.rollout.num_generations)
 
+    def draw_ahead(self, mu: float) -> None:
+        """All rollouts of this step are there: the next step's begin in a thread, or the engine may rest until the sync."""
+        if self.ahead is None:
+            self.rollouts.rest()
+            return
+        if mu == 1 or self.step + 1 >= self.total:
+            return
+        cfg = self.cfg
+        items = [self.prompts[i] for i in self.prompt_stream.take(cfg.train.prompts_per_step)]
+        purpose = ("train", self.step + 1)
+        self.ahead.start(
+            lambda: self.run_episodes(items, cfg.rollout.temperature, purpose, cfg.rollout.num_generations)
+        )
+
+    def sync_weights(self) -> None:
+        """The new weights to the rollout engine, once nothing is drawn with the old ones; a failure waits for the record."""
+        try:
+            if self.ahead is not None:
+                try:
+                    self.ahead.wait()
+                except (InterruptedError, RolloutFailure):  # its prompts are drawn again by the next step
+                    self.prompt_stream.position -= self.cfg.train.prompts_per_step
+                    raise
+            self.rollouts.sync(self.engine.named_full_params(), self.step)
+        except RolloutFailure as e:
+            self.sync_failure = e
+
     def sample(self, items: list[Item], temperature: float, purpose: tuple, num_generations: int) -> list[Sample]:
         with self.phases("rollout"):
-            return episodes.run(
-                self.rollouts,
-                self.task,
-                items,
-                self.encoder,
-                Sampling(temperature=temperature, stop_token_ids=self.encoder.stop_token_ids),
-                num_generations=num_generations,
-                max_new_tokens=self.cfg.rollout.max_new_tokens,
-                seed_parts=(self.cfg.run.seed, *purpose),
-            )
+            return self.run_episodes(items, temperature, purpose, num_generations)
+
+    def run_episodes(self, items: list[Item], temperature: float, purpose: tuple, num_generations: int) -> list[Sample]:
+        return episodes.run(
+            self.rollouts,
+            self.task,
+            items,
+            self.encoder,
+            Sampling(temperature=temperature, stop_token_ids=self.encoder.stop_token_ids),
+            num_generations=num_generations,
+            max_new_tokens=self.cfg.rollout.max_new_tokens,
+            seed_parts=(self.cfg.run.seed, *purpose),
+        )
 
     def draw_demos(self) -> list[Sequence]:
         """The step's demonstrations, tokenised."""
@@ -226,9 +276,10 @@ class Trainer:
             return rl
         gae = self.cfg.advantage.kind == "gae"
         # One update per rollout is on-policy by construction: the ratio is 1 and old log-probs would be a wasted pass.
-        if self.cfg.train.minibatches_per_rollout > 1 or gae:
+        off_policy = self.cfg.train.minibatches_per_rollout > 1 or self.ahead is not None
+        if off_policy or gae:
             outs = self.forward_only(rl)
-            if self.cfg.train.minibatches_per_rollout > 1:
+            if off_policy:
                 scatter(rl, *zip(*[(b, o.logprobs) for b, o in outs]), "old_logprobs")
             if gae:
                 scatter(rl, *zip(*[(b, o.values) for b, o in outs]), "values")
@@ -330,6 +381,17 @@ class Trainer:
         self.engine.skipped = figures.bad_total
         self.guard(figures.record, figures.bad_in_row)
         return figures
+
+    def warn_of_mismatch(self, record: dict[str, Any]) -> None:
+        """Says when engine and trainer disagree on log-probs: at the first such step, then at every fiftieth."""
+        apart = record.get("mismatch_mean", 0.0)
+        if self.ahead is None and apart > self.cfg.rollout.mismatch_warn:
+            if self.mismatch_warnings % 50 == 0:
+                self.files.say(
+                    f"step {record['step']}: rollout engine and trainer differ by {apart:.3g} in log-prob on the mean (largest "
+                    f"{record['mismatch_max']:.3g}), over rollout.mismatch_warn; objective.tis_cap bounds what that does"
+                )
+            self.mismatch_warnings += 1
 
     def warn_at_bound(self) -> None:
         if self.controller.at_bound == 3:

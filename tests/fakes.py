@@ -105,6 +105,8 @@ class ScriptedEngine:
     def sync(self, named_tensors, version: int) -> None:
         self.synced.append(version)
 
+    def rest(self) -> None: ...
+
     def health(self) -> str:
         return "ok"
 

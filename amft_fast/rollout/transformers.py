@@ -192,6 +192,9 @@ class TransformersEngine:
         """The weights are the trainer's own: only the version moves on, and the tensors are never asked for."""
         self.version = version
 
+    def rest(self) -> None:
+        """Nothing to give back: the weights are the trainer's."""
+
     def health(self) -> str:
         return "ok"
 
