@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from amft_fast.interfaces import UserError
 from amft_fast.tasks.virl import Virl
 from amft_fast.tasks.virl_data import (
     Panoramas,
@@ -257,3 +258,7 @@ def test_the_task_runs_on_published_routes_with_pictures(folder):
     episode = task.start(task.prompts("test")[0])
     (image,) = episode.messages[0].images
     assert image.size == (52, 52) and "Plaza" in episode.messages[0].content
+    for path in (folder / "street_views").glob("*.jpg"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"task\.virl: panorama pano_[0-9] in "):
+        Virl(data=str(folder), views=True, view_size=24, val_share=0.3, test_share=0.3).demos("train")[0]

@@ -21,7 +21,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from amft_fast.interfaces import Demo, Item, Message, Sample, StepResult
+from amft_fast.interfaces import Demo, Item, Message, Sample, StepResult, UserError
 from amft_fast.tasks.gp_hands import draw
 from amft_fast.tasks.virl_city import build_city, draw_routes
 from amft_fast.tasks.virl_routes import Point, Route, rail, sentences
@@ -152,7 +152,6 @@ class Virl:
         self.shares = (val_share, test_share)
         # Other cities are told apart by looks, which words do not show.
         self.splits = ("train", "val", "test", "ood") + (("visual_ood",) if views and (ood_data or not data) else ())
-        self._demos: dict[str, tuple[Demo, ...]] = {}
         self._items = self._make_items()
         longest = max(len(item.data.points) for items in self._items.values() for item in items)
         self.max_turns = verify_turns * longest
@@ -163,12 +162,10 @@ class Virl:
             raise ValueError(f"split must be one of {', '.join(self.splits)}, got {split!r}")
         return self._items[split]
 
-    def demos(self, split: str) -> tuple[Demo, ...]:
+    def demos(self, split: str) -> Demos:
         """One whole walk for each route that has a demo; outside `train` every route has one."""
-        if split not in self._demos:
-            kept = [i for i in self.prompts(split) if split != "train" or draw("demo", i.id) < self.demo_share]
-            self._demos[split] = tuple(self._demo(item) for item in kept)
-        return self._demos[split]
+        kept = [i for i in self.prompts(split) if split != "train" or draw("demo", i.id) < self.demo_share]
+        return Demos(self, kept)
 
     def start(self, item: Item) -> VirlEpisode:
         return VirlEpisode(self, item.data)
@@ -193,7 +190,10 @@ class Virl:
 
         if not self.data:
             return (drawn_views(point, problem.city, self.view_size),)
-        return (self._panoramas(problem.city).views(problem.route, point, self.view_size),)
+        try:
+            return (self._panoramas(problem.city).views(problem.route, point, self.view_size),)
+        except ValueError as e:
+            raise UserError(f"task.virl: {e}") from None
 
     @lru_cache(maxsize=2)  # noqa: B019 a task lives as long as its run
     def _panoramas(self, folder: str):
@@ -274,6 +274,23 @@ class Virl:
             "user",
             next_text(i + 1, point, passed, self.answer_format, self.views),
             self.images(problem, point),
+        )
+
+
+class Demos(Sequence[Demo]):
+    """Demos made when they are asked for: with pictures, those of all routes would fill the memory."""
+
+    def __init__(self, task: Virl, items: Sequence[Item]):
+        self._task, self._items = task, items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, at):
+        return (
+            [self._task._demo(i) for i in self._items[at]]
+            if isinstance(at, slice)
+            else self._task._demo(self._items[at])
         )
 
 
