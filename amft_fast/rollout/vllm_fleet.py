@@ -125,7 +125,8 @@ class ServedEngine:
     # ------------------------------------------------------------------------------------------------- up and running
 
     def _target(self, url: str, key: str | None) -> HttpTarget:
-        return HttpTarget(url, key, self.cfg.call_timeout_s, self.cfg.generate_timeout_s)
+        images = hasattr(self.setup.model.config, "vision_config")
+        return HttpTarget(url, key, self.cfg.call_timeout_s, self.cfg.generate_timeout_s, images)
 
     def _greet(self, member: Member) -> bool:
         """Asks a server that answers what it is; afterwards it waits for weights. False when it does not answer yet."""

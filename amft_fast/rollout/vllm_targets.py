@@ -175,13 +175,16 @@ class OfflineTarget:
 class HttpTarget:
     """A vLLM server. Connections are kept, one for each thread that calls; every call has its bound of time."""
 
-    def __init__(self, url: str, api_key: str | None, call_timeout_s: float, generate_timeout_s: float) -> None:
+    def __init__(
+        self, url: str, api_key: str | None, call_timeout_s: float, generate_timeout_s: float, images: bool = False
+    ) -> None:
         parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme != "http" or not parts.hostname:
             raise UserError(f"rollout.vllm.urls: expected http://HOST:PORT, got {url!r}")
         self.host, self.port = parts.hostname, parts.port or 80
         self.name = f"http://{self.host}:{self.port}"
         self.call_timeout_s, self.generate_timeout_s = call_timeout_s, generate_timeout_s
+        self.images = images  # whether the model takes any
         self.headers = {"Content-Type": "application/json"}
         if api_key:
             self.headers["Authorization"] = f"Bearer {api_key}"
@@ -327,8 +330,9 @@ class HttpTarget:
                 break
         else:
             raise EngineError("the prefix cache could not be reset: requests are still running")
-        for path in ("/reset_mm_cache", "/reset_encoder_cache"):
-            self.request("POST", path)
+        if self.images:
+            for path in ("/reset_mm_cache", "/reset_encoder_cache"):
+                self.request("POST", path)
 
     def weight_version(self) -> str:
         return str(self.request("GET", "/weight_info")["weight_version"])
