@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 from amft_fast import plan, plan_shapes
 from amft_fast.config import Config
@@ -49,7 +49,11 @@ def knobs(cfg: Config, machine: Machine) -> Iterator[list[Change]]:
     """Settings that lower memory, the least costly first; the values of each from mild to strong."""
     if not cfg.model.gradient_checkpointing:
         yield [set_to("model.gradient_checkpointing", True)]
-    yield [set_to("rollout.max_batch", value) for value in _halves(cfg.rollout.max_batch, 1)]
+    if cfg.rollout.engine == "transformers":
+        yield [set_to("rollout.max_batch", value) for value in _halves(cfg.rollout.max_batch, 1)]
+    elif cfg.rollout.vllm.mode == "colocate":
+        now = cfg.rollout.vllm.gpu_memory_utilization
+        yield [set_to("rollout.vllm.gpu_memory_utilization", x) for x in (0.6, 0.5, 0.4, 0.3, 0.2) if x < now]
     tokens = plan.Layout.of(cfg, machine)
     yield [set_to("train.micro_batch_tokens", value) for value in _halves(cfg.train.micro_batch_tokens, tokens.longest)]
     if machine.device == "cpu":
@@ -57,8 +61,7 @@ def knobs(cfg: Config, machine: Machine) -> Iterator[list[Change]]:
     if cfg.engine.kind == "deepspeed" and not cfg.engine.offload:
         yield [set_to("engine.offload", True)]
     yield list(_sharding(cfg, machine))
-    engines = get_args(type(cfg.rollout).model_fields["engine"].annotation)
-    if cfg.rollout.engine != "vllm" and "vllm" in engines:
+    if cfg.rollout.engine == "transformers" or cfg.rollout.vllm.mode == "colocate":
         settings = {"rollout.engine": "vllm", "rollout.vllm.mode": "server"}
         yield [Change('rollout.engine = "vllm" and rollout.vllm.mode = "server"', settings)]
 
