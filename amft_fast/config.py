@@ -124,13 +124,49 @@ class VirlConfig(Section):
     """Share of the training routes that have a demonstration."""
 
 
+class MathConfig(Section):
+    """Mathematical reasoning, see tasks/math.py and docs/math.md."""
+
+    train: list[str] = []
+    """Training data: files (.jsonl, .json, .parquet) or datasets of the Hugging Face hub (name, name:config, name@split).
+    Relative files are looked up from the working directory, then from the config file's folder."""
+    columns: dict[str, str] = {}
+    """Column map (problem, answer, response, system) for a layout that is not known; dots for what is nested."""
+    benchmarks: list[str] = []
+    """Benchmarks by their name in `benchmarks_file`, or name=file or dataset: each becomes a split, and its problems are kept
+    out of training."""
+    benchmarks_file: str = "benchmarks.toml"
+    """Where benchmarks are described; looked up as files of `train` are."""
+    decontaminate: list[str] = []
+    """Further benchmarks, files or datasets whose problems are kept out of training."""
+    system_prompt: str | None = None
+    """System prompt; default: ours, empty: none."""
+    keep_system: bool = False
+    """Take the system prompt that comes with a problem, where one does."""
+    thinking: bool = False
+    """Ask for <think> ... </think> before the solution; the format reward then looks for it."""
+    format_weight: float = Field(0.0, ge=0)
+    """Weight of the format reward, on top of 1 for a right answer."""
+    val_share: float = Field(0.02, gt=0, lt=1)
+    """Share of the problems held out for validation, by a hash of their text."""
+    test_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the problems held out for the split test."""
+    max_train: int | None = Field(None, ge=1)
+    """Problems read at most; default: all."""
+    max_prompt_tokens: int = Field(1024, ge=1)
+    """Longer problems are left out."""
+    max_demo_tokens: int = Field(8192, ge=1)
+    """Longer demonstrations are left out, their problems kept."""
+
+
 class TaskConfig(Section):
     """What is learned."""
 
-    name: Literal["general_points", "virl"] = "general_points"
+    name: Literal["general_points", "virl", "math"] = "general_points"
     """The task; its own settings are in the sub-section of the same name."""
     general_points: GeneralPointsConfig = GeneralPointsConfig()
     virl: VirlConfig = VirlConfig()
+    math: MathConfig = MathConfig()
 
 
 class ModelConfig(Section):
@@ -143,6 +179,10 @@ class ModelConfig(Section):
     """Type of the parameters in the forward pass; auto: bf16 on CUDA (with fp32 master weights), fp32 on CPU."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
     """Attention implementation given to transformers."""
+    rope_theta: float | None = Field(None, gt=0)
+    """Base of the rotary position embedding, instead of the checkpoint's (40000 stretches Qwen2.5-Math to 16 k tokens)."""
+    max_position_embeddings: int | None = Field(None, ge=1)
+    """Longest context, instead of the checkpoint's."""
     gradient_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass."""
 
@@ -189,6 +229,8 @@ class TrainConfig(Section):
     """Decoupled weight decay on matrices (not on norms and biases)."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradient clipping by global norm."""
+    data_workers: int = Field(2, ge=0)
+    """Threads that read and tokenise the next step's demonstrations while a step runs; 0: none."""
     max_bad_steps: int = Field(5, ge=1)
     """Stop, with the state saved, after so many updates in a row whose loss or gradient was not finite."""
 
@@ -396,6 +438,13 @@ class RolloutConfig(Section):
     """Bound on the tokens of one turn."""
     max_batch: int = Field(512, ge=1)
     """Sequences decoded at once by the transformers engine; changes memory and speed only."""
+    max_batch_tokens: int | None = Field(None, ge=1)
+    """Bound on the tokens (prompts padded to the longest, plus max_new_tokens each) of the sequences that the transformers engine
+    decodes at once: prompts are put into buckets by length. Changes memory and speed only; default: no bound but max_batch."""
+    dynamic_sampling: bool = False
+    """Replace groups whose rewards are all equal, which teach nothing, by groups of the next prompts."""
+    max_redraws: int = Field(3, ge=1)
+    """How often in a step dynamic sampling replaces; groups that are flat then stay."""
 
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:
@@ -404,6 +453,8 @@ class RolloutConfig(Section):
                 "top_p, top_k and min_p must stay 1, 0 and 0 for training rollouts, because the trainer cannot reproduce "
                 f"a truncated distribution, got {self.top_p}, {self.top_k} and {self.min_p}; use temperature"
             )
+        if self.dynamic_sampling and self.async_steps:
+            raise ValueError("dynamic_sampling needs the rewards before it goes on, so async_steps must be 0, got 1")
         if self.async_steps and (self.engine, self.vllm.mode) != ("vllm", "server"):
             raise ValueError(
                 "async_steps 1 needs engine 'vllm' and vllm.mode 'server': any other engine works on the trainer's own device, "

@@ -124,16 +124,29 @@ def load(path: str | Path | None, flags: list[str] | None = None) -> Config:
         config = Config.model_validate(_merge(values, parse_flags(flags or [])))
     except ValidationError as e:
         raise _explain(e, str(path) if path else "config") from None
-    return config if path is None else _resolve_model(config, Path(path))
+    return config if path is None else _resolve_paths(config, Path(path).resolve().parent)
 
 
-def _resolve_model(config: Config, file: Path) -> Config:
-    """A relative model folder that is not under the working directory is looked up beside the config file."""
-    name = config.model.path
-    beside = file.resolve().parent / name
-    if name and not Path(name).exists() and beside.exists():
-        return config.model_copy(update={"model": config.model.model_copy(update={"path": str(beside)})})
-    return config
+def _resolve_paths(config: Config, folder: Path) -> Config:
+    """Relative files and folders that are not under the working directory are looked up in `folder`, the config file's."""
+
+    def find(text: str) -> str:
+        name, equals, path = text.rpartition("=")
+        beside = folder / path
+        return name + equals + str(beside) if path and not Path(path).exists() and beside.exists() else text
+
+    math = config.task.math
+    files = {"benchmarks_file": find(math.benchmarks_file)}
+    files |= {name: [find(t) for t in getattr(math, name)] for name in ("train", "benchmarks", "decontaminate")}
+    task = config.task.model_copy(update={"math": math.model_copy(update=files)})
+    model = config.model.model_copy(update={"path": find(config.model.path)})
+    return config.model_copy(update={"task": task, "model": model})
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    return json.dumps(value)
 
 
 def to_toml(config: Config) -> str:
@@ -145,7 +158,7 @@ def to_toml(config: Config) -> str:
             if isinstance(value, BaseModel):
                 tables += ["", f"[{prefix}{name}]", *lines(value, f"{prefix}{name}.")]
             elif value is not None:
-                scalars.append(f"{name} = {json.dumps(value)}")
+                scalars.append(f"{name} = {_toml(value)}")
         return scalars + tables
 
     return "\n".join(lines(config, "")).strip() + "\n"

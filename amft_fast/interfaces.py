@@ -91,7 +91,9 @@ class Task(Protocol):
     `splits` names what `prompts` knows: always `train`, `val`, `test`; `ood` (and others) where the task has them.
     `prompts(split)` and `demos(split)` are sized and indexable, and the same on every call and every machine.
     `max_turns` bounds the episodes. Any text of a prompt must come from `start(item).messages`. A task may also have
-    `picture(item, sample)`, which draws an episode for the report: a PIL image, or SVG as text.
+    `picture(item, sample)`, which draws an episode for the report: a PIL image, or SVG as text; and, with one turn, where
+    answers are dear to judge, `step_all(episodes, texts)`: the results of `step` for many at once. One that reads data may do
+    so in `prepare(tokenizer)`, which is called before all else and returns lines that say what became of it.
     """
 
     splits: tuple[str, ...]

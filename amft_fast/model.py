@@ -194,6 +194,7 @@ def load_model(cfg: ModelConfig, device: torch.device) -> nn.Module:
         logging.disable_progress_bar()
     attention = {} if cfg.attention == "auto" else {"attn_implementation": cfg.attention}
     try:
+        attention |= _changed_config(cfg)
         model = AutoModelForCausalLM.from_pretrained(cfg.path, dtype=pick_dtype(cfg, device), **attention)
     except (OSError, ValueError, ImportError) as e:
         raise UserError(f"model.path: {cfg.path!r} could not be loaded: {str(e).splitlines()[0]}") from None
@@ -218,6 +219,24 @@ def _checkpoint_layers(model: nn.Module) -> None:
             module.attention_dropout = 0.0
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
+
+
+def _changed_config(cfg: ModelConfig) -> dict:
+    """The checkpoint's configuration with the positions that the config asks for, as an argument of from_pretrained."""
+    if cfg.rope_theta is None and cfg.max_position_embeddings is None:
+        return {}
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(cfg.path)
+    text = config.get_text_config()
+    if cfg.rope_theta is not None:
+        rope = getattr(text, "rope_parameters", None)
+        if not isinstance(rope, dict) or "rope_theta" not in rope:
+            raise UserError(f"model.rope_theta: {cfg.path!r} has no single rotary base (rope_parameters is {rope!r})")
+        text.rope_parameters = {**rope, "rope_theta": cfg.rope_theta}
+    if cfg.max_position_embeddings is not None:
+        text.max_position_embeddings = cfg.max_position_embeddings
+    return {"config": config}
 
 
 def load_tokenizer(cfg: ModelConfig):

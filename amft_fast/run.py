@@ -22,6 +22,7 @@ from amft_fast.engine.local import LocalEngine
 from amft_fast.interfaces import RolloutEngine, Task, UpdateEngine, UserError
 from amft_fast.metrics import JsonLines, Phases, Progress, TensorBoard
 from amft_fast.model import Policy, load_model, load_tokenizer
+from amft_fast.rollout.buckets import Bucketed
 from amft_fast.rollout.episodes import Encoder
 from amft_fast.rollout.transformers import TransformersEngine
 
@@ -91,11 +92,12 @@ def pick_device(name: str) -> torch.device:
 def make_task(cfg: TaskConfig) -> Task:
     """The task that task.name asks for, from its own section."""
     from amft_fast.tasks.general_points import GeneralPoints
+    from amft_fast.tasks.math import MathTask
     from amft_fast.tasks.virl import Virl
 
     settings = getattr(cfg, cfg.name).model_dump()
     try:
-        return {"general_points": GeneralPoints, "virl": Virl}[cfg.name](**settings)
+        return {"general_points": GeneralPoints, "virl": Virl, "math": MathTask}[cfg.name](**settings)
     except ValueError as e:
         raise UserError(f"task.{cfg.name}: {e}") from None
 
@@ -110,8 +112,10 @@ def build(cfg: Config, should_stop: Callable[[], bool]) -> Parts:
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
     torch.manual_seed(cfg.run.seed)
-    task = make_task(cfg.task)
     encoder = Encoder(load_tokenizer(cfg.model))
+    task = make_task(cfg.task)
+    if hasattr(task, "prepare"):
+        print("\n".join(task.prepare(encoder.tokenizer)))
     model = load_model(cfg.model, device)
     policy = Policy(model, cfg.objective, with_value=cfg.advantage.kind == "gae")
     engine = LocalEngine(policy, cfg.train, cfg.advantage.value_lr)
@@ -124,7 +128,9 @@ def make_rollouts(
 ) -> RolloutEngine:
     """The rollout engine that rollout.engine asks for, with the policy's present weights."""
     if cfg.rollout.engine == "transformers":
-        return TransformersEngine(model, encoder.tokenizer.pad_token_id or 0, cfg.rollout.max_batch, should_stop)
+        pad = encoder.tokenizer.pad_token_id or 0
+        rollouts = TransformersEngine(model, pad, cfg.rollout.max_batch, should_stop)
+        return Bucketed(rollouts, cfg.rollout.max_batch_tokens) if cfg.rollout.max_batch_tokens else rollouts
     from amft_fast.rollout import vllm
 
     # A lone process that trains on what it has just drawn still holds the weights that were sent.

@@ -16,11 +16,12 @@ class Stream:
 
     def take(self, k: int) -> list[int]:
         """The next k indices."""
-        out = []
-        for position in range(self.position, self.position + k):
-            epoch, i = divmod(position, self.n)
-            if epoch != self._epoch:
-                self._epoch, self._order = epoch, np.random.default_rng([self.key, epoch]).permutation(self.n)
-            out.append(int(self._order[i]))
         self.position += k
-        return out
+        return [self.index(position) for position in range(self.position - k, self.position)]
+
+    def index(self, position: int) -> int:
+        """What stands at a position."""
+        epoch, i = divmod(position, self.n)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self.key, epoch]).permutation(self.n)
+        return int(self._order[i])

@@ -23,12 +23,14 @@ from amft_fast.config import Config
 from amft_fast.evaluate import check_splits, choose, evaluate
 from amft_fast.figures import StepFigures, read_step, rollout_figures
 from amft_fast.interfaces import Item, RolloutFailure, Sample, Sampling, UserError
+from amft_fast.loader import Loader
 from amft_fast.meta_gradient import Utility, UtilityGradient
 from amft_fast.metrics import PHASES
 from amft_fast.model import MAXES, SUMS
 from amft_fast.pictures import data_uri
 from amft_fast.rollout import episodes
 from amft_fast.rollout.ahead import Ahead
+from amft_fast.rollout.dynamic import draw_with_spread
 from amft_fast.run import Parts, RunFiles
 from amft_fast.stream import Stream
 
@@ -46,6 +48,8 @@ class Trainer:
         self.demos = self.task.demos("train")
         self.prompt_stream = Stream(len(self.prompts), cfg.run.seed, "prompts")
         self.demo_stream = Stream(max(len(self.demos), 1), cfg.run.seed, "demos")
+        self.demo_loader = Loader(self.demo_stream, self.make_demo, cfg.train.data_workers)
+        self.dynamic_figures: dict[str, float] = {}
         self.utility_gradient = self._make_utility() if self.controller.learned else None
         self.utility: Utility | None = None  # u of the present window
         self.ahead = Ahead() if cfg.rollout.async_steps else None
@@ -148,6 +152,7 @@ class Trainer:
         mu = 1.0 if t < 0 else self.controller.mu(self.clock)
         rewind = self.prompt_stream.position, self.demo_stream.position
         try:
+            self.dynamic_figures = {}
             samples = self.draw_rollouts() if mu < 1 else []
             utility_figures = self.begin_window(t)
         except (
@@ -183,7 +188,7 @@ class Trainer:
             figures.record |= self.controller.observe(t, *seen, lr, entropy, self.entropy_target) | utility_figures
             self.warn_at_bound()
         record = {"step": self.step - 1, "phase": "warmup" if t < 0 else "train", "mu": mu, "lr": lr, **figures.record}
-        record |= rollout_figures(samples)
+        record |= rollout_figures(samples) | self.dynamic_figures
         if samples and self.ahead is not None:
             record["staleness"] = sum(record["step"] - s.weight_version for s in samples) / len(samples)
         self.warn_of_mismatch(record)
@@ -191,7 +196,7 @@ class Trainer:
             self.mus = [*(self.mus[:1] or [mu]), mu]
         seconds = time.perf_counter() - begin
         tokens = int(sum(len(s.ids) for s in sft + rl) + sum(sum(s.loss_mask) for s in samples))
-        tokens += int(utility_figures.get("controller/tokens", 0))
+        tokens += int(utility_figures.get("controller/tokens", 0) + self.dynamic_figures.get("dynamic/tokens", 0))
         self.tokens += tokens
         record |= {"entropy_target": self.entropy_target, "tokens": tokens, "tokens_per_s": tokens / seconds}
         record |= {"seconds": seconds, **{f"time/{k}": v for k, v in self.phases.read().items() if k in PHASES}}
@@ -212,14 +217,26 @@ class Trainer:
 
     def draw_rollouts(self) -> list[Sample]:
         """G answers to each of the step's prompts, judged by the task; those that were drawn ahead, where they were."""
-        cfg = self.cfg
+        cfg = self.cfg.rollout
         if self.ahead is not None:
             with self.phases("rollout"):
                 drawn = self.ahead.take()
             if drawn is not None:
                 return drawn
-        items = [self.prompts[i] for i in self.prompt_stream.take(cfg.train.prompts_per_step)]
-        return self.sample(items, cfg.rollout.temperature, ("train", self.step), cfg.rollout.num_generations)
+
+        def take(n: int) -> list[Item]:
+            return [self.prompts[i] for i in self.prompt_stream.take(n)]
+
+        def draw(items: list[Item], redraw: int) -> list[Sample]:
+            # A prompt that comes again in the same step must not draw the same samples again.
+            purpose = ("train", self.step, redraw) if redraw else ("train", self.step)
+            return self.sample(items, cfg.temperature, purpose, cfg.num_generations)
+
+        count = self.cfg.train.prompts_per_step
+        if not cfg.dynamic_sampling:
+            return draw(take(count), 0)
+        samples, self.dynamic_figures = draw_with_spread(draw, take, count, cfg.max_redraws)
+        return samples
 
     def draw_ahead(self, mu: float) -> None:
         """All rollouts of this step are there: the next step's begin in a thread, or the engine may rest until the sync."""
@@ -266,8 +283,10 @@ class Trainer:
 
     def draw_demos(self) -> list[Sequence]:
         """The step's demonstrations, tokenised."""
-        chosen = [self.demos[i] for i in self.demo_stream.take(self.cfg.train.demos_per_step)]
-        return [objective.demo_sequence(*self.encoder.demo(d)) for d in chosen]
+        return self.demo_loader.take(self.cfg.train.demos_per_step)
+
+    def make_demo(self, i: int) -> Sequence:
+        return objective.demo_sequence(*self.encoder.demo(self.demos[i]))
 
     def judge(self, samples: list[Sample]) -> list[Sequence]:
         """Rollouts as sequences with all that the loss reads: advantages, and old and reference log-probs where needed."""

@@ -230,6 +230,7 @@ def test_training_problems_that_stand_in_an_evaluation_set_are_dropped_and_count
     only = MathTask(
         train=[str(tmp_path / "train.jsonl")], decontaminate=[bench], benchmarks_file="configs/benchmarks.toml"
     )
+    only.prepare()
     assert only.tallies[-1].counts == {"also in an evaluation set": 3} and only.splits == ("train", "val", "test")
 
 

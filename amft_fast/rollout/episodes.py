@@ -19,6 +19,7 @@ from amft_fast.interfaces import (
     RolloutEngine,
     Sample,
     Sampling,
+    StepResult,
     Task,
     Turn,
     UserError,
@@ -137,14 +138,21 @@ def run(
     def reply(i: int, completion: Completion) -> Request | None:
         text = encoder.decode([completion.token_ids])[0]
         last = len(samples[i].turns) + 1 == task.max_turns
-        return request(i) if _take_turn(samples[i], episodes[i], completion, text, encoder, last) else None
+        return request(i) if _take_turn(samples[i], episodes[i].step(text), completion, text, encoder, last) else None
 
-    converse = getattr(engine, "converse", None) or partial(_turn_by_turn, engine)
-    converse([request(i) for i in range(len(samples))], sampling, reply)
+    requests = [request(i) for i in range(len(samples))]
+    if task.max_turns == 1 and hasattr(task, "step_all"):
+        completions = engine.generate(requests, sampling)
+        texts = encoder.decode([c.token_ids for c in completions])
+        for given in zip(samples, task.step_all(episodes, texts), completions, texts, strict=True):
+            _take_turn(*given, encoder, last=True)
+        return samples
+    converse = getattr(engine, "converse", None) or partial(turn_by_turn, engine)
+    converse(requests, sampling, reply)
     return samples
 
 
-def _turn_by_turn(
+def turn_by_turn(
     engine: RolloutEngine,
     requests: list[Request],
     sampling: Sampling,
@@ -158,17 +166,16 @@ def _turn_by_turn(
         going = [(i, request) for i, request in replies if request is not None]
 
 
-def _take_turn(sample: Sample, episode, completion, text: str, encoder: Encoder, last: bool) -> bool:
-    """Appends one completion to its sample, lets the task judge it; True when the policy is to go on."""
+def _take_turn(sample: Sample, result: StepResult, completion, text: str, encoder: Encoder, last: bool) -> bool:
+    """Appends one completion to its sample, with what the task answered; True when the policy is to go on."""
     n = len(completion.token_ids)
     sample.response_ids += completion.token_ids
     sample.loss_mask += [1] * n
     sample.behavior_logprobs += completion.logprobs
     sample.finish_reason, sample.weight_version = completion.finish_reason, completion.weight_version
     sample.text += text
-    result = episode.step(text)
     if "success" not in result.info:
-        raise UserError(f"task: the episode of {sample.prompt_id} returned no 'success' in its info")
+        raise UserError(f"task: an episode of {sample.prompt_id} returned no 'success' in its info")
     state = str(result.info.get("state", len(sample.turns)))
     sample.turns.append(Turn(len(sample.response_ids), result.reward, state))
     sample.reward += result.reward

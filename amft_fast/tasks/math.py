@@ -44,10 +44,11 @@ class MathTask:
     format_weight   weight of the format reward, added to 1 for a right answer and 0 for a wrong one
     val_share, test_share   shares of the training problems held out, by a hash of their text
     max_train       problems kept of the split train, the first ones read
-    max_prompt_tokens, max_demo_tokens   longer problems and demonstrations are left out; by `count_tokens`, or characters / 3
-    count_tokens    lengths of texts in the policy's tokens
+    max_prompt_tokens, max_demo_tokens   longer problems and demonstrations are left out; in tokens of the tokenizer that
+                    `prepare` is given, without one in thirds of characters
 
-    Raises UserError for data that cannot be read or used, ValueError naming an argument that is out of range.
+    Raises ValueError naming an argument that is out of range. Data are read by `prepare`, or at the first look at a split;
+    then UserError is raised for what cannot be read or used.
     """
 
     max_turns = 1
@@ -69,7 +70,6 @@ class MathTask:
         max_train: int | None = None,
         max_prompt_tokens: int = 1024,
         max_demo_tokens: int = 8192,
-        count_tokens: CountTokens | None = None,
     ) -> None:
         if not train:
             raise ValueError("train must name at least one file or dataset")
@@ -78,40 +78,44 @@ class MathTask:
         self.prompting = Prompting(system_prompt, keep_system, thinking)
         self.format_weight = format_weight
         self.shares = val_share, test_share
-        limits = Limits(max_prompt_tokens, max_demo_tokens, *([count_tokens] if count_tokens else []))
-        known = read_benchmarks(benchmarks_file) if benchmarks_file else {}
-        chosen = pick(known, benchmarks)
-        self.splits = ("train", "val", "test", *(b.name for b in chosen))
-        self._stores = {split: Store() for split in self.splits}
+        known = read_benchmarks(benchmarks_file) if benchmarks or decontaminate else {}
+        self._benchmarks, self._others = pick(known, benchmarks), pick(known, decontaminate)
+        self.splits = ("train", "val", "test", *(b.name for b in self._benchmarks))
+        self._sources, self._columns, self._max_train = [Source(text) for text in train], columns, max_train
+        self._limits = max_prompt_tokens, max_demo_tokens
+        self._stores: dict[str, Store] = {}
         self.tallies: list[Tally] = []
-        fingerprints = Fingerprints()
-        for benchmark in chosen:
-            self.tallies.append(load_benchmark(benchmark, self._stores[benchmark.name]))
-            _add_all(fingerprints, self._stores[benchmark.name])
-        for other in pick(known, decontaminate):
+
+    def prepare(self, tokenizer: Any = None) -> list[str]:
+        """Reads the data; returns what became of its rows, as lines of text."""
+        limits = Limits(*self._limits, *([_counter(tokenizer)] if tokenizer is not None else []))
+        stores = {split: Store() for split in self.splits}
+        self.tallies, fingerprints = [], Fingerprints()
+        for benchmark in self._benchmarks:
+            self.tallies.append(load_benchmark(benchmark, stores[benchmark.name]))
+            _add_all(fingerprints, stores[benchmark.name])
+        for other in self._others:
             store = Store()
             load_benchmark(other, store)
             _add_all(fingerprints, store)
         self.tallies.append(
             load(
                 "training data",
-                [Source(text) for text in train],
-                lambda key: self._stores[self.assign_split(key)],
-                columns=columns,
+                self._sources,
+                lambda key: stores[self.assign_split(key)],
+                columns=self._columns,
                 limits=limits,
                 forbidden=fingerprints,
-                max_problems=max_train,
+                max_problems=self._max_train,
             )
         )
+        self._stores = stores
+        return [line for tally in self.tallies for line in tally.lines()]
 
     def assign_split(self, key: str) -> str:
         """The split of a problem, by its key (`math_sources.problem_key`) alone: it never moves."""
         at, (val, test) = int(key, 16) / 2**64, self.shares
         return "val" if at < val else "test" if at < val + test else "train"
-
-    def report(self) -> list[str]:
-        """What became of the rows, as lines of text."""
-        return [line for tally in self.tallies for line in tally.lines()]
 
     def prompts(self, split: str) -> Sequence[Item]:
         store = self._store(split)
@@ -123,8 +127,10 @@ class MathTask:
         return View(store, store.with_demo, self._demo)
 
     def _store(self, split: str) -> Store:
-        if split not in self._stores:
+        if split not in self.splits:
             raise ValueError(f"split must be one of {', '.join(self.splits)}, got {split!r}")
+        if not self._stores:
+            self.prepare()
         return self._stores[split]
 
     def _demo(self, problem: Problem) -> Demo:
@@ -175,6 +181,10 @@ def judge(episodes: Sequence[MathEpisode], texts: Sequence[str]) -> list[StepRes
     for i, value in zip(open_, rewards([texts[i] for i in open_], [episodes[i].problem.answer for i in open_])):
         right[i] = value == 1.0
     return [e.result(t, r) for e, t, r in zip(episodes, texts, right, strict=True)]
+
+
+def _counter(tokenizer: Any) -> CountTokens:
+    return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 def _item(problem: Problem) -> Item:
