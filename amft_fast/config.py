@@ -439,8 +439,8 @@ class RolloutConfig(Section):
     max_batch: int = Field(512, ge=1)
     """Sequences decoded at once by the transformers engine; changes memory and speed only."""
     max_batch_tokens: int | None = Field(None, ge=1)
-    """Bound on the tokens (prompts padded to the longest, plus max_new_tokens each) of the sequences that the engine transformers
-    decodes at once: prompts come in buckets by length. Changes memory and speed only; default: no bound but max_batch."""
+    """Bound on the tokens (prompts padded to the longest, plus max_new_tokens each) of the sequences that the transformers
+    engine decodes at once: prompts come in buckets by length. Changes memory and speed only; default: max_batch alone."""
     dynamic_sampling: bool = False
     """Replace groups whose rewards are all equal, which teach nothing, by groups of the next prompts."""
     max_redraws: int = Field(3, ge=1)
