@@ -14,6 +14,9 @@ from amft_fast.interfaces import UserError
 EPILOG = """settings: every setting of the config can be given as a flag, --section.field value (for example
 --train.method sft --train.lr 1e-4); `amft-fast train CONFIG --dry-run` prints them all."""
 
+EVAL_EPILOG = """ With --benchmarks, --temperature and the like are given as such, the model's and the engine's settings as
+settings (--model.rope_theta 40000 --rollout.max_batch 64)."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="amft-fast", description=__doc__)
@@ -27,10 +30,30 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume", nargs="?", const="", metavar="DIR", help="go on from the newest checkpoint (of run.dir, or of DIR)"
     )
 
-    ev = commands.add_parser("eval", help="evaluate a model on a config's task", epilog=EPILOG)
-    ev.add_argument("config", help="TOML file that names the task (and the model, unless --model is given)")
-    ev.add_argument("--model", help="checkpoint folder or hub name, instead of model.path")
-    ev.add_argument("--out", help="write the figures to this JSON file as well")
+    ev = commands.add_parser(
+        "eval", help="evaluate a model, on benchmarks or on a config's task", epilog=EPILOG + EVAL_EPILOG
+    )
+    ev.add_argument(
+        "target",
+        metavar="MODEL|CONFIG",
+        help="with --benchmarks a checkpoint folder or hub name, else a TOML file that names the task",
+    )
+    ev.add_argument("--model", help="with CONFIG: checkpoint folder or hub name, instead of model.path")
+    ev.add_argument("--out", help="with CONFIG a JSON file, with --benchmarks a folder (default: runs/eval/MODEL)")
+    ev.add_argument(
+        "--benchmarks", help="comma-separated: names in the benchmarks file, name=file or dataset, or files"
+    )
+    ev.add_argument("--benchmarks-file", help="where benchmarks are described (default: configs/benchmarks.toml)")
+    ev.add_argument("--engine", choices=("transformers", "vllm"), help="short for --rollout.engine")
+    ev.add_argument("--samples", type=int, help="answers per problem (default: each benchmark's own)")
+    ev.add_argument("--limit", type=int, help="only the first problems of each benchmark")
+    ev.add_argument("--temperature", type=float, default=0.6, help="(default: %(default)s)")
+    ev.add_argument("--top-p", type=float, default=1.0, help="(default: %(default)s)")
+    ev.add_argument("--max-new-tokens", type=int, default=8192, help="bound on an answer (default: %(default)s)")
+    ev.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    ev.add_argument("--system-prompt", help="instead of ours; empty: none")
+    ev.add_argument("--keep-system", action="store_true", help="take the system prompt that comes with a problem")
+    ev.add_argument("--thinking", action="store_true", help="ask for <think> ... </think> before the solution")
 
     compare = commands.add_parser(
         "compare", help="run several methods at equal compute and tabulate them", epilog=EPILOG
@@ -101,17 +124,44 @@ def _train(args: argparse.Namespace, flags: list[str]) -> int:
         raise UserError("train needs a config file, for example configs/demo.toml")
     cfg = config_file.load(path, flags)
     if args.dry_run:
-        print(config_file.to_toml(cfg), end="")
+        print(config_file.to_toml(cfg), end="", flush=True)
+        from amft_fast.preflight import check
+
+        print("\n".join(check(cfg)), file=sys.stderr)
         return 0
     from amft_fast.run import train
 
     return train(cfg, resume=args.resume is not None)
 
 
+def _eval_benchmarks(args: argparse.Namespace, flags: list[str]) -> int:
+    from amft_fast import benchmarks, config_file
+    from amft_fast.tasks.math import default_benchmarks_file
+
+    for name, least in (("samples", 1), ("limit", 1), ("max_new_tokens", 1), ("temperature", 0), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p must lie in (0, 1], got {args.top_p}")
+    if args.target.endswith(".toml"):
+        raise UserError(f"eval --benchmarks takes a checkpoint folder or hub name, got the config {args.target!r}")
+    engine = ["--rollout.engine", args.engine] if args.engine else []
+    cfg = config_file.load(None, [*flags, *engine, "--model.path", args.target])
+    out = Path(args.out or Path("runs") / "eval" / Path(args.target).resolve().name)
+    names = ("temperature", "top_p", "max_new_tokens", "seed", "samples", "limit")
+    given = {n: getattr(args, n) for n in (*names, "system_prompt", "keep_system", "thinking")}
+    settings = benchmarks.Settings(args.target, rope_theta=cfg.model.rope_theta, **given)
+    file = args.benchmarks_file or str(default_benchmarks_file())
+    return benchmarks.run(cfg, [n for n in args.benchmarks.split(",") if n], file, settings, out)
+
+
 def _eval(args: argparse.Namespace, flags: list[str]) -> int:
+    if args.benchmarks:
+        return _eval_benchmarks(args, flags)
     from amft_fast import config_file
 
-    cfg = config_file.load(args.config, flags)
+    cfg = config_file.load(args.target, flags)
     if args.model:
         cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": args.model})})
     from amft_fast.evaluate import check_splits, evaluate
