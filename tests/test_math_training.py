@@ -17,6 +17,7 @@ from amft_fast.model import load_model
 from amft_fast.rollout import episodes
 from amft_fast.rollout.buckets import Bucketed, buckets
 from amft_fast.rollout.dynamic import draw_with_spread
+from amft_fast.rollout.vllm import changed_positions
 from amft_fast.stream import Stream
 from amft_fast.tasks import math_tiny
 
@@ -214,6 +215,11 @@ def test_rope_theta_and_context_replace_the_checkpoints(tmp_path):
     )
     ids = torch.tensor([[2, 5, 6, 7, 3]])
     assert not torch.allclose(plain(ids).logits, model(ids).logits)
+    assert changed_positions(plain.config, folder) == {}
+    assert changed_positions(model.config, folder) == {
+        "rope_parameters": {**plain.config.rope_parameters, "rope_theta": 40000},
+        "max_position_embeddings": 999,
+    }
     model.save_pretrained(tmp_path / "saved")
     again = load_model(ModelConfig(path=str(tmp_path / "saved")), cpu)
     torch.testing.assert_close(again(ids).logits, model(ids).logits)

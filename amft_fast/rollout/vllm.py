@@ -69,6 +69,7 @@ class Setup:
         """vLLM's engine arguments, offline and on its command line alike."""
         cfg, cpu = self.cfg, self.device.type == "cpu"
         text = {"tie_word_embeddings": False} | ({"head_dim": wire.padding.padded} if wire.padding else {})
+        text |= changed_positions(self.model.config, self.path)
         nested = self.model.config.get_text_config() is not self.model.config
         return {
             "model": self.path,
@@ -93,6 +94,15 @@ class Setup:
         if self.backend == "gloo":
             return channels.GlooChannel(fan, specs, *args)
         return channels.VllmChannel(fan, specs, self.backend, *args)
+
+
+def changed_positions(config: Any, path: str) -> dict[str, Any]:
+    """What model.rope_theta and model.max_position_embeddings made of the checkpoint's configuration, which vLLM reads itself."""
+    from transformers import AutoConfig
+
+    now, then = config.get_text_config(), AutoConfig.from_pretrained(path).get_text_config()
+    names = ("rope_parameters", "max_position_embeddings")
+    return {n: getattr(now, n) for n in names if getattr(now, n, None) != getattr(then, n, None)}
 
 
 def _kv_cache(cfg: VllmConfig, cpu: bool) -> dict[str, int]:
