@@ -97,7 +97,7 @@ class Setup:
 
 
 def changed_positions(config: Any, path: str) -> dict[str, Any]:
-    """What model.rope_theta and model.max_position_embeddings made of the checkpoint's configuration, which vLLM reads itself."""
+    """What model.rope_theta and the like made of the checkpoint's configuration, which vLLM reads for itself."""
     from transformers import AutoConfig
 
     now, then = config.get_text_config(), AutoConfig.from_pretrained(path).get_text_config()
