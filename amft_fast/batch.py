@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,12 +32,13 @@ class Sequence:
     """One token sequence on the CPU.
 
     `ids` [T] int64; `trained` [T] bool marks the tokens that some loss reads (never the first: nothing predicts it);
-    `fields` holds [T] float arrays under names of `FIELDS`.
+    `fields` holds [T] float arrays under names of `FIELDS`; `images` the pictures that the ids have places for.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     fields: dict[str, np.ndarray] = field(default_factory=dict)
+    images: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         self.trained[0] = False
@@ -54,7 +56,8 @@ class Batch:
     `input_ids` [B, L] int64; `position_ids` [B, L] int64 when packed (they restart at each sequence), else None:
     right-padding needs no mask under causal attention. `rows` [N] are the flat positions whose hidden state predicts a
     trained token, `targets` [N] those tokens. `fields` are [N] floats; one that no sequence carries is absent.
-    `members` lists the sequences in order and `counts` how many of the N rows each has.
+    `members` lists the sequences in order and `counts` how many of the N rows each has. Where one has images, `texts` holds
+    the ids and images of all: the policy makes pixels of them.
     """
 
     input_ids: torch.Tensor
@@ -64,6 +67,7 @@ class Batch:
     fields: dict[str, torch.Tensor]
     members: list[int]
     counts: list[int]
+    texts: list[tuple[np.ndarray, tuple[Any, ...]]] = field(default_factory=list)
 
     def get(self, name: str) -> torch.Tensor | None:
         return self.fields.get(name)
@@ -145,6 +149,7 @@ def collate(sequences: list[Sequence], members: list[int], packed: bool, dtype: 
         fields={n: torch.from_numpy(v).to(dtype) for n, v in fields.items()},
         members=list(members),
         counts=[len(w) for w in where],
+        texts=[(s.ids, s.images) for s in chosen] if any(s.images for s in chosen) else [],
     )
 
 

@@ -45,6 +45,12 @@ class GeneralPointsConfig(Section):
     """The number to make; used when `targets` is not given."""
     targets: tuple[int, int] | None = None
     """Lowest and highest target, each problem carrying its own in the prompt; overrides `target`."""
+    images: bool = False
+    """Show the hand as a picture (GP-VL, see tasks/gp_vision.py): a vision-language policy is needed."""
+    card_size: tuple[int, int] = (112, 160)
+    """Width and height of a card in pixels, with images."""
+    card_margin: int = Field(12, ge=0)
+    """Pixels of table around each card, with images."""
     answer_format: Literal["json", "formula"] = "json"
     """json: fields cards, number, formula and a prompt in sentences; formula: bare words, for tiny models."""
     reward_scale: Literal["published", "binary", "shaped"] = "binary"
@@ -183,6 +189,11 @@ class ModelConfig(Section):
     """Base of the rotary position embedding, instead of the checkpoint's (40000 stretches Qwen2.5-Math to 16 k tokens)."""
     max_position_embeddings: int | None = Field(None, ge=1)
     """Longest context, instead of the checkpoint's."""
+    vision: Literal["trained", "projector", "frozen"] = "trained"
+    """What of a vision-language model's eyes is trained. projector: what carries the tower's output into the language model,
+    but not the tower; frozen: neither."""
+    max_pixels: int | None = Field(None, ge=1)
+    """Images with more pixels are made smaller (models with image tokens by size: Qwen-VL); default: the checkpoint's."""
     gradient_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass."""
 

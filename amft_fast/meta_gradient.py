@@ -36,6 +36,7 @@ from amft_fast.batch import Sequence, micro_batches
 from amft_fast.config import MetaConfig, ObjectiveConfig
 from amft_fast.interfaces import Demo, Item, Sample, Turn, UpdateEngine
 from amft_fast.model import SUMS
+from amft_fast.pictures import PackedImages, unpack_images
 from amft_fast.rollout.episodes import Encoder
 
 Draw = Callable[[list[Item], int], list[Sample]]
@@ -75,34 +76,30 @@ class RolloutCache:
     def state_dict(self) -> list[dict[str, Any]]:
         """All cached rollouts as JSON values: importance weights need the very tokens and log-probs."""
         keep = ("prompt_ids", "response_ids", "loss_mask", "behavior_logprobs", "reward", "success", "prompt_id")
-        return [
-            {
-                "item": g.item,
-                "step": g.step,
-                "samples": [
-                    {k: getattr(s, k) for k in keep} | {"turns": [asdict(t) for t in s.turns]} for s in g.samples
-                ],
-            }
-            for g in self.groups
-        ]
+        state = []
+        for g in self.groups:
+            pack = PackedImages()
+            samples = [
+                {k: getattr(s, k) for k in keep} | {"turns": [asdict(t) for t in s.turns], "images": pack.put(s.images)}
+                for s in g.samples
+            ]
+            state.append({"item": g.item, "step": g.step, "samples": samples, "images": pack.packed})
+        return state
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        self.groups = [
-            Group(
-                g["item"],
-                g["step"],
-                [
-                    Sample(
-                        **(s | {"turns": [Turn(**t) for t in s["turns"]]}),
-                        weight_version=g["step"],
-                        finish_reason="stop",
-                        group_id=g["item"],
-                    )
-                    for s in g["samples"]
-                ],
-            )
-            for g in state
-        ]
+        self.groups = []
+        for g in state:
+            images = unpack_images(g["images"])
+            samples = [
+                Sample(
+                    **(s | {"turns": [Turn(**t) for t in s["turns"]], "images": tuple(images[i] for i in s["images"])}),
+                    weight_version=g["step"],
+                    finish_reason="stop",
+                    group_id=g["item"],
+                )
+                for s in g["samples"]
+            ]
+            self.groups.append(Group(g["item"], g["step"], samples))
 
 
 @dataclass

@@ -16,6 +16,7 @@ from amft_fast import ops
 from amft_fast.batch import Batch
 from amft_fast.config import ModelConfig, ObjectiveConfig
 from amft_fast.interfaces import UserError
+from amft_fast.vision import Vision, freeze, is_vision_language
 
 # Sums over the tokens of a micro-batch: they add up over micro-batches and ranks.
 SUMS = (
@@ -55,10 +56,20 @@ class PolicyOutput:
 
 
 class Policy(nn.Module):
-    """A causal language model, with a value head on its last hidden state when `with_value`."""
+    """A causal language model, with a value head on its last hidden state when `with_value`.
 
-    def __init__(self, model: nn.Module, objective: ObjectiveConfig, with_value: bool = False) -> None:
+    `vision` brings pictures into a vision-language model; without it a batch's images are not read.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: ObjectiveConfig,
+        with_value: bool = False,
+        vision: Vision | None = None,
+    ) -> None:
         super().__init__()
+        self.vision = vision
         self.model = model
         self.objective = objective
         self.backbone = getattr(model, model.base_model_prefix)
@@ -75,8 +86,25 @@ class Policy(nn.Module):
     def hidden_rows(self, batch: Batch, model: nn.Module | None = None) -> torch.Tensor:
         """Hidden states [N, H] at the positions that predict a trained token."""
         backbone = self.backbone if model is None else getattr(model, model.base_model_prefix)
-        out = backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-        return out.last_hidden_state.flatten(0, 1).index_select(0, batch.rows)
+        if self.vision is None or not batch.texts:
+            ids = batch.input_ids if self.vision is None else self.vision.readable(batch.input_ids)
+            hidden_BLH = backbone(input_ids=ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
+        else:
+            hidden_BLH = self._seeing(backbone, batch)
+        return hidden_BLH.flatten(0, 1).index_select(0, batch.rows)
+
+    def _seeing(self, backbone: nn.Module, batch: Batch) -> torch.Tensor:
+        """Hidden states [B, L, H] of a batch with images."""
+        device, width, packed = batch.input_ids.device, batch.input_ids.shape[1], batch.position_ids is not None
+        parts, order = [], []
+        for rows in self.vision.kin([len(images) for _, images in batch.texts], packed):
+            inputs = self.vision.inputs([batch.texts[i] for i in rows], device, packed)
+            hidden = backbone(**(inputs or {"input_ids": batch.input_ids[rows]}), use_cache=False).last_hidden_state
+            parts.append(nn.functional.pad(hidden, (0, 0, 0, width - hidden.shape[1])))
+            order += rows
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts)[torch.tensor(order, device=device).argsort()]
 
     def forward(self, batch: Batch, objective: ObjectiveConfig | None = None) -> PolicyOutput:
         """The loss of one micro-batch; `objective` stands in for the run's own (the utility gradient has another)."""
@@ -182,11 +210,11 @@ def pick_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
 
 
 def load_model(cfg: ModelConfig, device: torch.device) -> nn.Module:
-    """A transformers causal language model from a folder or the hub, on `device`, in training dtype.
+    """A transformers causal or vision-language model from a folder or the hub, on `device`, in training dtype.
 
     Raises UserError when there is no such checkpoint, or its head does something that the loss head does not do.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
     _check_path(cfg.path)
@@ -195,7 +223,9 @@ def load_model(cfg: ModelConfig, device: torch.device) -> nn.Module:
     attention = {} if cfg.attention == "auto" else {"attn_implementation": cfg.attention}
     try:
         attention |= _changed_config(cfg)
-        model = AutoModelForCausalLM.from_pretrained(cfg.path, dtype=pick_dtype(cfg, device), **attention)
+        sees = is_vision_language(AutoConfig.from_pretrained(cfg.path).model_type)
+        auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        model = auto.from_pretrained(cfg.path, dtype=pick_dtype(cfg, device), **attention)
     except (OSError, ValueError, ImportError) as e:
         raise UserError(f"model.path: {cfg.path!r} could not be loaded: {str(e).splitlines()[0]}") from None
     for name in ("logit_scale", "logits_scaling"):
@@ -204,6 +234,7 @@ def load_model(cfg: ModelConfig, device: torch.device) -> nn.Module:
                 f"model.path: {cfg.path!r} scales its logits ({name}), which the loss head does not do; "
                 "fold the factor into lm_head.weight first"
             )
+    freeze(model, cfg.vision)
     if cfg.gradient_checkpointing:
         _checkpoint_layers(model)
     return model.to(device)

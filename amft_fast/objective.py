@@ -13,6 +13,7 @@ micro-batches, all ranks): the loss does not depend on how the tokens are cut in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,13 +31,18 @@ class Counts:
     rl: int
 
 
-def demo_sequence(prompt_ids: list[int], response_ids: list[int], loss_mask: list[int] | None = None) -> Sequence:
+def demo_sequence(
+    prompt_ids: list[int],
+    response_ids: list[int],
+    loss_mask: list[int] | None = None,
+    images: tuple[Any, ...] = (),
+) -> Sequence:
     """A demonstration: the tokens of the response are imitated, all of them or those where `loss_mask` is 1."""
     ids = np.asarray(prompt_ids + response_ids, np.int64)
     trained = np.arange(len(ids)) >= len(prompt_ids)
     if loss_mask is not None:
         trained[len(prompt_ids) :] = np.asarray(loss_mask, bool)
-    return Sequence(ids, trained)
+    return Sequence(ids, trained, images=images)
 
 
 def rollout_sequence(sample: Sample, temperature: float) -> Sequence:
@@ -46,7 +52,7 @@ def rollout_sequence(sample: Sample, temperature: float) -> Sequence:
     trained[len(sample.prompt_ids) :] = np.asarray(sample.loss_mask, bool)
     behavior = np.zeros(len(ids))
     behavior[len(sample.prompt_ids) :] = sample.behavior_logprobs
-    return Sequence(ids, trained).with_fields(behavior_logprobs=behavior, temperature=temperature)
+    return Sequence(ids, trained, images=sample.images).with_fields(behavior_logprobs=behavior, temperature=temperature)
 
 
 def count_tokens(sft: list[Sequence], rl: list[Sequence]) -> Counts:

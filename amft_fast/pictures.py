@@ -1,10 +1,12 @@
-"""Pictures of episodes as text: what a task draws for the report goes through samples.jsonl as a data URI."""
+"""Pictures as text: what a task draws for the report goes through samples.jsonl as a data URI, and the images of cached
+rollouts through checkpoints."""
 
 from __future__ import annotations
 
 import base64
 import io
 import re
+from collections.abc import Iterable
 from typing import Any
 
 MAX_CHARS = 500_000
@@ -31,3 +33,44 @@ def shown_picture(value: Any) -> str:
     """The data URI of a picture if `value` is one, else an empty text. In a page such a picture runs no script."""
     whole = isinstance(value, str) and len(value) <= MAX_CHARS and _URI.fullmatch(value)
     return value if whole else ""
+
+
+class PackedImages:
+    """Images as JSON values, each once, whoever shares it: PNG in base64 without loss, or the path it was given as."""
+
+    def __init__(self) -> None:
+        self.packed: list[dict[str, str]] = []
+        self._places: dict[int, int] = {}
+
+    def put(self, images: Iterable[Any]) -> list[int]:
+        """The places of these images in `packed`."""
+        places = []
+        for image in images:
+            if id(image) not in self._places:
+                self._places[id(image)] = len(self.packed)
+                self.packed.append(_packed(image))
+            places.append(self._places[id(image)])
+        return places
+
+
+def _packed(image: Any) -> dict[str, str]:
+    if not hasattr(image, "save"):
+        return {"path": str(image)}
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="PNG")
+    return {"png": base64.b64encode(buffer.getvalue()).decode()}
+
+
+def unpack_images(packed: Iterable[dict[str, str]]) -> list[Any]:
+    """The images that `PackedImages` put away."""
+    from PIL import Image
+
+    images = []
+    for entry in packed:
+        if "path" in entry:
+            images.append(entry["path"])
+            continue
+        image = Image.open(io.BytesIO(base64.b64decode(entry["png"])))
+        image.load()
+        images.append(image)
+    return images

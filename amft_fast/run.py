@@ -25,6 +25,7 @@ from amft_fast.model import Policy, load_model, load_tokenizer
 from amft_fast.rollout.buckets import Bucketed
 from amft_fast.rollout.episodes import Encoder
 from amft_fast.rollout.transformers import TransformersEngine
+from amft_fast.vision import load_vision
 
 
 class StopSignal:
@@ -91,13 +92,13 @@ def pick_device(name: str) -> torch.device:
 
 def make_task(cfg: TaskConfig) -> Task:
     """The task that task.name asks for, from its own section."""
-    from amft_fast.tasks.general_points import GeneralPoints
+    from amft_fast.tasks.gp_vision import make_general_points
     from amft_fast.tasks.math import MathTask
     from amft_fast.tasks.virl import Virl
 
     settings = getattr(cfg, cfg.name).model_dump()
     try:
-        return {"general_points": GeneralPoints, "virl": Virl, "math": MathTask}[cfg.name](**settings)
+        return {"general_points": make_general_points, "virl": Virl, "math": MathTask}[cfg.name](**settings)
     except ValueError as e:
         raise UserError(f"task.{cfg.name}: {e}") from None
 
@@ -112,12 +113,13 @@ def build(cfg: Config, should_stop: Callable[[], bool]) -> Parts:
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
     torch.manual_seed(cfg.run.seed)
-    encoder = Encoder(load_tokenizer(cfg.model))
+    tokenizer = load_tokenizer(cfg.model)
+    encoder = Encoder(tokenizer, load_vision(cfg.model, tokenizer.pad_token_id or 0))
     task = make_task(cfg.task)
     if hasattr(task, "prepare"):
         print("\n".join(task.prepare(encoder.tokenizer)))
     model = load_model(cfg.model, device)
-    policy = Policy(model, cfg.objective, with_value=cfg.advantage.kind == "gae")
+    policy = Policy(model, cfg.objective, with_value=cfg.advantage.kind == "gae", vision=encoder.vision)
     engine = LocalEngine(policy, cfg.train, cfg.advantage.value_lr)
     rollouts = make_rollouts(cfg, policy.model, engine, encoder, should_stop)
     return Parts(task, encoder, policy, engine, rollouts, Phases(device), should_stop)
@@ -129,7 +131,7 @@ def make_rollouts(
     """The rollout engine that rollout.engine asks for, with the policy's present weights."""
     if cfg.rollout.engine == "transformers":
         pad = encoder.tokenizer.pad_token_id or 0
-        rollouts = TransformersEngine(model, pad, cfg.rollout.max_batch, should_stop)
+        rollouts = TransformersEngine(model, pad, cfg.rollout.max_batch, should_stop, encoder.vision)
         return Bucketed(rollouts, cfg.rollout.max_batch_tokens) if cfg.rollout.max_batch_tokens else rollouts
     from amft_fast.rollout import vllm
 
@@ -252,6 +254,8 @@ def finish(cfg: Config, trainer: Any, folder: Path) -> None:
     if cfg.checkpoint.export:
         trainer.policy.model.save_pretrained(folder / "model")
         trainer.encoder.tokenizer.save_pretrained(folder / "model")
+        if trainer.encoder.vision is not None:
+            trainer.encoder.vision.processor.save_pretrained(folder / "model")
     trainer.files.say(results_table(summary))
     report = write_report(folder)
     trainer.files.say(f"report:  {report}\nsummary: {folder / 'summary.json'}")

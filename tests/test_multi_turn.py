@@ -144,7 +144,8 @@ def test_only_the_policys_own_tokens_carry_loss(model, encoder, level):
 
 def test_a_demo_of_several_turns_imitates_its_answers_alone(model, encoder):
     demo = Demo("x", (Message("user", "a"),), "b", more=((Message("user", "again"), "a"), (Message("user", "no"), "c")))
-    prompt, response, mask = encoder.demo(demo)
+    prompt, response, mask, images = encoder.demo(demo)
+    assert images == ()
     chat = [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 3, ["a", "b", "again", "a", "no", "c"])]
     text = encoder.tokenizer.apply_chat_template(chat, tokenize=False)
     assert prompt + response == encoder.tokenizer(text, add_special_tokens=False)["input_ids"]

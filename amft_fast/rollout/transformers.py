@@ -7,13 +7,15 @@ is answered reads the answer token by token while the others sample on: its KV c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
 from amft_fast.interfaces import Completion, Request, Sampling
+from amft_fast.vision import Vision
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -72,7 +74,9 @@ class TransformersEngine:
         pad_token_id: int = 0,
         max_batch: int = 512,
         should_stop: Callable[[], bool] = lambda: False,
+        vision: Vision | None = None,
     ) -> None:
+        self.vision = vision
         self.model, self.pad, self.max_batch, self.should_stop = model, pad_token_id, max_batch, should_stop
         self.version = 0
 
@@ -92,17 +96,31 @@ class TransformersEngine:
         """Completes every request; each time request i is completed, `reply(i, completion)` may say how it goes on.
 
         What `reply` returns must begin with the tokens so far (prompt and completion). They stay in the KV cache: only the
-        new ones are read, and no conversation waits for another's turn to end.
+        new ones are read, and no conversation waits for another's turn to end. A reply that shows a new image is the
+        exception: it is read from the beginning, after the others.
         """
-        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), requests[i].prompt_ids))
         was_training = self.model.training
         self.model.eval()
+        waiting = dict(enumerate(requests))
         try:
-            for start in range(0, len(order), self.max_batch):
-                chosen = order[start : start + self.max_batch]
-                self._decode([requests[i] for i in chosen], sampling, lambda i, c, at=chosen: reply(at[i], c))
+            while waiting:
+                order = sorted(waiting, key=lambda i: (len(waiting[i].prompt_ids), waiting[i].prompt_ids))
+                now, waiting = waiting, {}
+                for chosen in self._batches(order, now):
+                    answer = partial(_answer_or_wait, chosen, now, waiting, reply)
+                    self._decode([now[i] for i in chosen], sampling, answer)
         finally:
             self.model.train(was_training)
+
+    def _batches(self, order: list[int], requests: dict[int, Request]) -> Iterator[list[int]]:
+        """The requests that are decoded together, at most `max_batch` of them."""
+        groups = [order]
+        if self.vision is not None:
+            kin = self.vision.kin([len(requests[i].images) for i in order])
+            groups = [[order[at] for at in places] for places in kin]
+        for group in groups:
+            for start in range(0, len(group), self.max_batch):
+                yield group[start : start + self.max_batch]
 
     @torch.inference_mode()
     def _decode(
@@ -113,7 +131,7 @@ class TransformersEngine:
     ) -> None:
         device = self.model.device
         turns = _Turns(requests, device)
-        logits, cache, mask, positions = self._prefill(requests, device)
+        logits, cache, mask, positions, seen = self._prefill(requests, device)
         stop = torch.tensor(sampling.stop_token_ids or (-1,), device=device)
         alive = torch.arange(len(requests), device=device)
         while True:
@@ -129,11 +147,14 @@ class TransformersEngine:
                 if len(left) < len(alive):
                     alive, token, positions = alive[left], token[left], positions[left]
                     mask = None if mask is None else mask[left]
+                    seen = {k: v[left] for k, v in seen.items()}
                     cache.batch_select_indices(left)
             if mask is not None:
                 mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
             positions = positions + 1
-            logits = self._forward(token[:, None], mask, positions[:, None], cache)
+            if self.vision is not None:
+                token = self.vision.readable(token)
+            logits = self._forward(token[:, None], mask, positions[:, None], cache, seen)
 
     def _answer(self, turns: _Turns, alive, where, requests, sampling, reply) -> torch.Tensor:
         """Hands the completions that ended to `reply`; the places in `alive` of the rows that go on."""
@@ -153,16 +174,18 @@ class TransformersEngine:
         return going.nonzero().squeeze(-1).to(alive.device)
 
     def _prefill(self, requests: list[Request], device: torch.device):
-        """Left-padded prompts, each different one once; logits, cache, mask and last positions for every request.
+        """Left-padded prompts, each different one once; logits, cache, mask, last positions and what a vision-language
+        model wants to be told at every token, for every request.
 
         The mask is None when nothing was padded: transformers then takes its cheapest attention path.
         """
-        unique: dict[tuple[int, ...], int] = {}
-        which = [unique.setdefault(tuple(r.prompt_ids), len(unique)) for r in requests]
-        width = max(len(p) for p in unique)
+        unique: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        keys = [(tuple(r.prompt_ids), tuple(map(id, r.images))) for r in requests]
+        which = [unique.setdefault(key, len(unique)) for key in keys]
+        width = max(len(p) for p, _ in unique)
         ids = np.full((len(unique), width), self.pad, np.int64)
         mask = np.zeros((len(unique), width), np.int64)
-        for row, prompt in enumerate(unique):
+        for row, (prompt, _) in enumerate(unique):
             ids[row, width - len(prompt) :] = prompt
             mask[row, width - len(prompt) :] = 1
         ids_t, mask_t = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
@@ -171,13 +194,22 @@ class TransformersEngine:
 
         cache = DynamicCache(config=self.model.config)
         padded = not mask.all()
-        logits = self._forward(ids_t, mask_t if padded else None, positions, cache)
+        seen = {}
+        if self.vision is not None:
+            shown = {key: r.images for key, r in zip(keys, requests)}
+            texts = [(np.asarray(key[0], np.int64), shown[key]) for key in unique]
+            seen = self.vision.inputs(texts, device, left=True, pad=self.pad)
+            ids_t = self.vision.readable(ids_t)
+        ids_t, positions = seen.pop("input_ids", ids_t), seen.pop("position_ids", positions)
+        logits = self._forward(ids_t, mask_t if padded else None, positions, cache, seen)
+        positions = positions[0] if positions.dim() == 3 else positions  # a prompt ends with text: all axes are alike
         rows = torch.tensor(which, device=device)
+        seen = {k: v[rows] for k, v in self.vision.after_prefill(seen).items()} if seen else {}
         if len(unique) != len(requests) or which != list(range(len(which))):
             cache.batch_select_indices(rows)
-        return logits[rows], cache, mask_t[rows] if padded else None, positions[rows, -1]
+        return logits[rows], cache, mask_t[rows] if padded else None, positions[rows, -1], seen
 
-    def _forward(self, ids, mask, positions, cache) -> torch.Tensor:
+    def _forward(self, ids, mask, positions, cache, seen: dict[str, torch.Tensor]) -> torch.Tensor:
         out = self.model(
             input_ids=ids,
             attention_mask=mask,
@@ -185,6 +217,7 @@ class TransformersEngine:
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **seen,
         )
         return out.logits[:, -1]
 
@@ -200,6 +233,15 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+def _answer_or_wait(chosen, now, waiting, reply, row: int, completion: Completion) -> Request | None:
+    """What `reply` says to a completion; a request that shows a new image is put among those `waiting` instead."""
+    i = chosen[row]
+    request = reply(i, completion)
+    if request is not None and len(request.images) > len(now[i].images):
+        waiting[i], request = request, None
+    return request
 
 
 class _Turns:

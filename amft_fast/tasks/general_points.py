@@ -30,7 +30,14 @@ from amft_fast.tasks.gp_hands import FACES, RULES, Problem, assign_split, deal, 
 
 __all__ = ["GeneralPoints", "Problem", "Verdict", "read_answer", "solve", "verify_formula"]
 
-REWARDS = {"correct": 5.0, "partial": 1.0, "no_solution": -1.0, "wrong_number": -2.0, "illegal": -3.0}
+REWARDS = {
+    "correct": 5.0,
+    "partial": 1.0,
+    "no_solution": -1.0,
+    "wrong_cards": -1.5,  # with pictures only, see gp_vision.py
+    "wrong_number": -2.0,
+    "illegal": -3.0,
+}
 SPLITS = ("train", "val", "test", "ood")
 ANSWER_FORMATS = ("json", "formula")
 REWARD_SCALES = ("published", "binary", "shaped")
@@ -121,7 +128,11 @@ def read_answer(text: str) -> dict[str, Any] | None:
 def _judge(problem: Problem, text: str, answer_format: str) -> Verdict:
     if answer_format == "formula":
         return verify_formula(text, problem.values, problem.target)
-    answer = read_answer(text)
+    return judge_fields(problem, read_answer(text))
+
+
+def judge_fields(problem: Problem, answer: dict[str, Any] | None) -> Verdict:
+    """Judge the fields `formula` and `number` of a JSON answer."""
     if answer is None or not isinstance(answer["formula"], str):
         return Verdict("illegal")
     verdict = verify_formula(answer["formula"], problem.values, problem.target)
@@ -280,7 +291,7 @@ class GeneralPoints:
 
     def prompts(self, split: str) -> tuple[Item, ...]:
         """The problems of a split, in an order shuffled once and for all."""
-        _check_choice("split", split, SPLITS)
+        _check_choice("split", split, self.splits)
         return self._items[split]
 
     def demos(self, split: str) -> tuple[Demo, ...]:
@@ -291,6 +302,22 @@ class GeneralPoints:
 
     def start(self, item: Item) -> GeneralPointsEpisode:
         return GeneralPointsEpisode(self, item.data)
+
+    def opening(self, problem: Problem) -> tuple[Message, ...]:
+        """The messages that pose a problem."""
+        return (Message("user", prompt_text(problem, self.answer_format)),)
+
+    def answer(self, problem: Problem, formula: str) -> str:
+        """A whole answer with this formula, as a demo gives it."""
+        return answer_text(problem, formula, self.answer_format)
+
+    def judge(self, problem: Problem, text: str) -> tuple[Verdict, dict[str, float]]:
+        """What a response is worth, and further figures for `info`."""
+        return _judge(problem, text, self.answer_format), {}
+
+    def feedback(self, problem: Problem, verdict: Verdict) -> str:
+        """What the verifier says to a wrong answer before the next try."""
+        return feedback_text(problem, verdict, self.answer_format)
 
     def reward(self, verdict: Verdict) -> float:
         """The verdict's reward on this task's scale."""
@@ -333,28 +360,27 @@ class GeneralPoints:
     def _demo(self, item: Item) -> Demo:
         formulas = solve(list(item.data.values), item.data.target)
         formula = formulas[int(draw("pick", self.seed, item.id) * len(formulas))]
-        messages = (Message("user", prompt_text(item.data, self.answer_format)),)
-        return Demo(item.id, messages, answer_text(item.data, formula, self.answer_format))
+        return Demo(item.id, self.opening(item.data), self.answer(item.data, formula))
 
 
 class GeneralPointsEpisode:
     """Up to `max_turns` tries at one problem; ends with the first correct formula."""
 
     def __init__(self, task: GeneralPoints, problem: Problem):
-        self.messages = (Message("user", prompt_text(problem, task.answer_format)),)
+        self.messages = task.opening(problem)
         self._task, self._problem, self._turns_left = task, problem, task.max_turns
 
     def step(self, text: str) -> StepResult:
         """Judge one response. Raises RuntimeError once the episode has ended."""
         if not self._turns_left:
             raise RuntimeError("this episode has ended")
-        verdict = _judge(self._problem, text, self._task.answer_format)
+        verdict, figures = self._task.judge(self._problem, text)
         success = verdict.kind == "correct"
         self._turns_left = 0 if success else self._turns_left - 1
         message = None
         if self._turns_left:
-            message = Message("user", feedback_text(self._problem, verdict, self._task.answer_format))
-        info = {"success": success, "kind": verdict.kind}
+            message = Message("user", self._task.feedback(self._problem, verdict))
+        info = {"success": success, "kind": verdict.kind, **figures}
         return StepResult(message, self._task.reward(verdict), not self._turns_left, info)
 
 

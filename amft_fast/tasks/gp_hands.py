@@ -19,12 +19,14 @@ FACES = ("J", "Q", "K")
 
 @dataclass(frozen=True)
 class Problem:
-    """One hand and its target. `values` are the cards' values under `rule`, in the cards' order."""
+    """One hand and its target. `values` are the cards' values under `rule`, in the cards' order; `suits` are theirs where
+    the hand is shown as a picture."""
 
     cards: tuple[str, ...]
     values: tuple[int, ...]
     target: int
     rule: str
+    suits: tuple[str, ...] = ()
 
 
 def hands(num_cards: int, rule: str = ID_RULE) -> Iterator[tuple[int, ...]]:
