@@ -20,13 +20,17 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev]"
 	touch $@
 
+$(VENV)/.ready-integration: $(READY)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev,deepspeed]"
+	touch $@
+
 demo: $(READY)
 	$(BIN)/amft-fast train configs/demo.toml
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n 2
 
-test-integration: $(READY) $(VLLM_READY)
+test-integration: $(VENV)/.ready-integration $(VLLM_READY)
 	$(BIN)/python -m pytest -q -m integration
 	$(VLLM_VENV)/bin/python -m pytest -q -m integration tests/test_vllm_*.py
 

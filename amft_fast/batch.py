@@ -5,6 +5,7 @@ Legend: B rows, L columns of a micro-batch, N tokens with a loss in it.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -116,6 +117,48 @@ def plan(lengths: list[int], max_tokens: int, packed: bool) -> list[list[int]]:
     return groups
 
 
+def deal(lengths: list[int], max_tokens: int, packed: bool, ranks: int) -> list[list[list[int]]]:
+    """Micro-batches for each of several ranks: equally many, at most `max_tokens` tokens each, balanced by tokens.
+
+    The k-th micro-batches of all ranks run at the same time and are neighbours in size. A list may be empty.
+    """
+    groups = plan(lengths, max_tokens, packed)
+    rounds = -(-len(groups) // ranks)
+    groups = _level(lengths, max_tokens, rounds * ranks) if packed else _tighten(lengths, groups, rounds * ranks)
+    groups.sort(key=lambda g: (-sum(lengths[i] for i in g), g))
+    groups += [[] for _ in range(rounds * ranks - len(groups))]
+    return [groups[rank::ranks] for rank in range(ranks)]
+
+
+def _tighten(lengths: list[int], groups: list[list[int]], limit: int) -> list[list[int]]:
+    """The padded plan of the smallest bound that still needs at most `limit` micro-batches."""
+    low, high = 0, max((len(g) * lengths[g[0]] for g in groups), default=0)
+    while high - low > max(high // 50, 1):
+        middle = (low + high) // 2
+        tighter = plan(lengths, middle, False)
+        if len(tighter) <= limit:
+            groups, high = tighter, middle
+        else:
+            low = middle
+    return groups
+
+
+def _level(lengths: list[int], max_tokens: int, count: int) -> list[list[int]]:
+    """`count` packed micro-batches of about equal tokens: the longest sequence left goes to the emptiest one.
+
+    First-fit needed no more than `count`; where levelling would break the bound, first-fit's plan stays.
+    """
+    heap = [(0, g) for g in range(count)]
+    groups: list[list[int]] = [[] for _ in range(count)]
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        load, g = heapq.heappop(heap)
+        if load and load + lengths[i] > max_tokens:
+            return plan(lengths, max_tokens, True)
+        groups[g].append(i)
+        heapq.heappush(heap, (load + lengths[i], g))
+    return [g for g in groups if g]
+
+
 def collate(sequences: list[Sequence], members: list[int], packed: bool, dtype: torch.dtype = torch.float32) -> Batch:
     """One micro-batch of the sequences at `members`; float fields in `dtype`."""
     chosen = [sequences[i] for i in members]
@@ -154,16 +197,40 @@ def collate(sequences: list[Sequence], members: list[int], packed: bool, dtype: 
 
 
 def micro_batches(
-    sequences: list[Sequence], max_tokens: int, packed: bool, dtype: torch.dtype = torch.float32
+    sequences: list[Sequence],
+    max_tokens: int,
+    packed: bool,
+    dtype: torch.dtype = torch.float32,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> list[Batch]:
-    """All sequences that have a trained token, as micro-batches of at most `max_tokens` tokens each."""
+    """All sequences that have a trained token, as micro-batches of at most `max_tokens` tokens each.
+
+    With several `ranks` those of this one: all ranks get equally many, where need be with dummies that weigh nothing and
+    have no members. Every rank must call it with the same sequences.
+    """
     used = [i for i, s in enumerate(sequences) if s.trained.any()]
-    groups = plan([len(sequences[i].ids) for i in used], max_tokens, packed)
-    return [collate(sequences, [used[i] for i in group], packed, dtype) for group in groups]
+    lengths = [len(sequences[i].ids) for i in used]
+    groups = plan(lengths, max_tokens, packed) if ranks == 1 else deal(lengths, max_tokens, packed, ranks)[rank]
+    return [
+        collate(sequences, [used[i] for i in group], packed, dtype)
+        if group
+        else _dummy(sequences, used[0], packed, dtype)
+        for group in groups
+    ]
 
 
-def scatter(sequences: list[Sequence], batches: Iterable[Batch], values: Iterable[torch.Tensor], name: str) -> None:
-    """Writes per-row `values` [N] of each batch back into the sequences' field `name` (a [T] array each)."""
+def _dummy(sequences: list[Sequence], like: int, packed: bool, dtype: torch.dtype) -> Batch:
+    """The smallest micro-batch with the fields of the others: it costs a pass and adds nothing."""
+    names = {n for s in sequences for n in s.fields}
+    fields = {n: np.full(2, FIELDS[n]) for n in names}
+    smallest = Sequence(sequences[like].ids[:2], np.array([False, True]), fields)
+    return replace(collate([smallest], [0], packed, dtype), members=[], counts=[])
+
+
+def scatter(sequences: list[Sequence], batches: Iterable[Any], values: Iterable[torch.Tensor], name: str) -> None:
+    """Writes per-row `values` [N] of each batch (anything with its `members` and `counts`) back into the sequences' field
+    `name` (a [T] array each)."""
     for batch, rows in zip(batches, values, strict=True):
         parts = np.split(rows.double().cpu().numpy(), np.cumsum(batch.counts)[:-1])
         for i, part in zip(batch.members, parts):

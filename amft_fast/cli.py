@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 from amft_fast import __version__
@@ -105,10 +107,19 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return COMMANDS[args.command](args, flags)
     except UserError as e:
-        print(f"amft-fast: {e}", file=sys.stderr)
-        return 2
+        return _complain(e)
     except KeyboardInterrupt:
         return 130
+
+
+def _complain(error: UserError) -> int:
+    """One sentence on stderr. Of several processes rank 0 speaks first: most mistakes are made by all of them alike."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends this process once rank 0 has spoken
+        time.sleep(5)
+    print(f"amft-fast: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+    return 2
 
 
 def _train(args: argparse.Namespace, flags: list[str]) -> int:

@@ -478,11 +478,13 @@ class EngineConfig(Section):
     """How parameters are updated."""
 
     kind: Literal["local", "deepspeed"] = "local"
-    """local: one process; deepspeed: ZeRO over many GPUs."""
+    """local: one process; deepspeed: ZeRO over all processes that torchrun or the deepspeed launcher starts."""
     zero_stage: int = Field(3, ge=1, le=3)
-    """What deepspeed shards: 1 the optimizer's state, 2 gradients as well, 3 parameters as well."""
+    """What deepspeed cuts over the processes. 1: optimizer state; 2: gradients too; 3: weights too."""
     offload: bool = False
-    """Keep the optimizer's state in host memory (deepspeed)."""
+    """deepspeed: keep fp32 masters, AdamW's moments and gradients in host memory, and update there."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """deepspeed: type in which gradients are summed over processes; bf16 halves the traffic and rounds every sum."""
 
 
 class EvalConfig(Section):

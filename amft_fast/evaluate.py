@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from math import comb, sqrt
 from typing import Any
 
+from amft_fast.distributed import ALONE, World
 from amft_fast.interfaces import Item, RolloutEngine, Sample, Sampling, Task, UserError
 from amft_fast.rollout import episodes
 
@@ -49,11 +50,13 @@ def evaluate(
     top_p: float = 1.0,
     on_split: Callable[[str], None] = lambda split: None,
     keep: list[Sample] | None = None,
+    world: World = ALONE,
 ) -> dict[str, dict[str, float]]:
     """`{split: {greedy, sampled, pass_at_k, ...}}`, all fractions; the seeds are the same at each call.
 
     Beside them: `prompts`, `k`, `stderr` (standard error of `sampled` over prompts), `length` (tokens per sampled answer),
     `truncated`, and the mean of every float a task reports in its info. Samples are appended to `keep` when given.
+    The ranks of `world` share the work, and each gets all figures.
     """
     stop = encoder.stop_token_ids
     out: dict[str, dict[str, float]] = {}
@@ -61,11 +64,17 @@ def evaluate(
         items = choose(task.prompts(split), max_prompts)
         on_split(split)
         common = {"max_new_tokens": max_new_tokens, "seed_parts": (seed, "eval", split)}
-        greedy = episodes.run(
-            engine, task, items, encoder, Sampling(temperature=0.0, stop_token_ids=stop), num_generations=1, **common
-        )
-        sampling = Sampling(temperature=temperature, top_p=top_p, stop_token_ids=stop)
-        sampled = episodes.run(engine, task, items, encoder, sampling, num_generations=num_samples, **common)
+
+        def draw(sampling: Sampling, k: int, items=items, common=common) -> list[Sample]:
+            return world.spread(
+                len(items) * k,
+                lambda mine: episodes.run(
+                    engine, task, items, encoder, sampling, num_generations=k, only=mine, **common
+                ),
+            )
+
+        greedy = draw(Sampling(temperature=0.0, stop_token_ids=stop), 1)
+        sampled = draw(Sampling(temperature=temperature, top_p=top_p, stop_token_ids=stop), num_samples)
         if keep is not None:
             keep += sampled
         out[split] = summarise(greedy, sampled, num_samples)

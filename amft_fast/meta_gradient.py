@@ -32,7 +32,7 @@ import torch
 
 from amft_fast import objective
 from amft_fast.advantages import group_advantages
-from amft_fast.batch import Sequence, micro_batches
+from amft_fast.batch import Batch, Sequence
 from amft_fast.config import MetaConfig, ObjectiveConfig
 from amft_fast.interfaces import Demo, Item, Sample, Turn, UpdateEngine
 from amft_fast.model import SUMS
@@ -120,12 +120,11 @@ class UtilityGradient:
         demos: dict[str, Demo],
         encoder: Encoder,
         engine: UpdateEngine,
-        micro_batch_tokens: int,
-        packed: bool,
+        batches: Callable[[list[Sequence]], list[Batch]],
         temperature: float,
     ) -> None:
         self.cfg, self.encoder, self.engine = cfg, encoder, engine
-        self.micro_batch_tokens, self.packed, self.temperature = micro_batch_tokens, packed, temperature
+        self.batches, self.temperature = batches, temperature
         self.cache = RolloutCache(items, cfg.refresh_share)
         self.demos = demos
         self.tokens = 0  # sampled and trained on for the last u
@@ -176,7 +175,7 @@ class UtilityGradient:
         for half in (0, 1):
             sequences = self._sequences([i for i in indices if i % 2 == half], counts)
             self.tokens += sum(len(s.ids) for s in sequences)
-            for batch in micro_batches(sequences, self.micro_batch_tokens, self.packed):
+            for batch in self.batches(sequences):
                 sums = sums + self.engine.backward(batch, self.objective).sums
             halves.append(self.engine.take_gradient())
         return Utility((halves[0], halves[1]), self._figures(sums, counts, drawn))
@@ -219,6 +218,7 @@ class UtilityGradient:
 
     def _figures(self, sums: Any, counts: dict[str, int], drawn: int) -> dict[str, float]:
         """The cache's health. One transfer from the device per u, that is once in a window of steps."""
+        sums = self.engine.all_reduce(sums) if torch.is_tensor(sums) else sums
         s = dict(zip(SUMS, sums.tolist())) if torch.is_tensor(sums) else dict.fromkeys(SUMS, 0.0)
         n = s["rl_tokens"]
         ess = s["is_weight"] ** 2 / (s["is_weight_sq"] * n) if n else 1.0

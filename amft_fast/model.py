@@ -6,8 +6,10 @@ The head must run inside, because under ZeRO-3 `lm_head.weight` has shape (0,) o
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -39,9 +41,8 @@ SUMS = (
 MAXES = ("ratio_max", "mismatch_max")
 
 
-@dataclass
-class PolicyOutput:
-    """What one micro-batch gives.
+class PolicyOutput(NamedTuple):
+    """What one micro-batch gives. A tuple, because DeepSpeed looks for the tensors in it.
 
     `loss` is a scalar with a graph; the rest is detached: `logprobs`, `entropy` and `values` per row [N] (values None
     without a value head), `sums` and `maxes` fp64 vectors in the order of SUMS and MAXES.
@@ -53,6 +54,21 @@ class PolicyOutput:
     values: torch.Tensor | None
     sums: torch.Tensor
     maxes: torch.Tensor
+
+
+@dataclass
+class Scores:
+    """What `logprobs` gave for one micro-batch, by its sequences: see `Batch` and `PolicyOutput`."""
+
+    members: list[int]
+    counts: list[int]
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    values: torch.Tensor | None
+
+    def cpu(self) -> Scores:
+        values = None if self.values is None else self.values.cpu()
+        return Scores(self.members, self.counts, self.logprobs.cpu(), self.entropy.cpu(), values)
 
 
 class Policy(nn.Module):
@@ -82,6 +98,7 @@ class Policy(nn.Module):
             nn.init.zeros_(self.value_head.bias)
             self.value_head.to(self.head.weight.device)
         self.weight_grad: torch.Tensor | None = None  # fp32 buffer that the head's dW is added into, set by the engine
+        self.reach_all = False  # set by an engine that needs a gradient of every parameter from every micro-batch
 
     def hidden_rows(self, batch: Batch, model: nn.Module | None = None) -> torch.Tensor:
         """Hidden states [N, H] at the positions that predict a trained token."""
@@ -106,8 +123,19 @@ class Policy(nn.Module):
             return parts[0]
         return torch.cat(parts)[torch.tensor(order, device=device).argsort()]
 
-    def forward(self, batch: Batch, objective: ObjectiveConfig | None = None) -> PolicyOutput:
-        """The loss of one micro-batch; `objective` stands in for the run's own (the utility gradient has another)."""
+    def forward(
+        self,
+        batch: Batch,
+        objective: ObjectiveConfig | None = None,
+        scores_only: bool = False,
+        temperature: float | None = None,
+    ) -> PolicyOutput:
+        """The loss of one micro-batch; `objective` stands in for the run's own (the utility gradient has another).
+
+        `scores_only`: what `logprobs` gives, for engines whose parameters are there within `forward` alone.
+        """
+        if scores_only:
+            return self.logprobs(batch, temperature=temperature)
         hidden_NH = self.hidden_rows(batch)
         o = objective or self.objective
         old, behavior = batch.get("old_logprobs"), batch.get("behavior_logprobs")
@@ -140,6 +168,8 @@ class Policy(nn.Module):
                 squared = 0.5 * (values - batch.get("returns")) ** 2
                 loss = loss + (batch.get("value_weight") * squared).sum()
                 value_loss = squared.detach()
+            elif self.reach_all:
+                loss = loss + 0.0 * values.sum()
             values = values.detach()
         sums, maxes = _statistics(batch, head, loss.detach(), value_loss)
         return PolicyOutput(loss, head.logprobs, head.entropy, values, sums, maxes)
@@ -268,6 +298,16 @@ def _changed_config(cfg: ModelConfig) -> dict:
     if cfg.max_position_embeddings is not None:
         text.max_position_embeddings = cfg.max_position_embeddings
     return {"config": config}
+
+
+@torch.no_grad()
+def fill(model: nn.Module, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copies tensors into a model's parameters of the same names. Raises ValueError for a name it does not have."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in named:
+        if name not in own:
+            raise ValueError(f"the model has no parameter {name}")
+        own[name].copy_(tensor)
 
 
 def load_tokenizer(cfg: ModelConfig):

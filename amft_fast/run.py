@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from amft_fast import __version__, checkpoint, run_state
 from amft_fast.config import Config, TaskConfig
 from amft_fast.config_file import to_toml
 from amft_fast.controller import inert
+from amft_fast.distributed import ALONE, World, join, launched_rank, launched_size
 from amft_fast.engine.local import LocalEngine
 from amft_fast.interfaces import RolloutEngine, Task, UpdateEngine, UserError
 from amft_fast.metrics import JsonLines, Phases, Progress, TensorBoard
@@ -26,6 +28,7 @@ from amft_fast.rollout.buckets import Bucketed
 from amft_fast.rollout.episodes import Encoder
 from amft_fast.rollout.transformers import TransformersEngine
 from amft_fast.vision import load_vision
+from amft_fast.watch import Watch
 
 
 class StopSignal:
@@ -33,14 +36,19 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.at = 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.received is not None:
-            os._exit(128 + number)
-        self.received = number
-        print(f"\n{signal.Signals(number).name}: saving and stopping (once more: stop at once)", flush=True)
+            # A launcher passes on the signal that the terminal has sent to all processes already.
+            if launched_size() == 1 or time.monotonic() - self.at > 2:
+                os._exit(128 + number)
+            return
+        self.received, self.at = number, time.monotonic()
+        if launched_rank() == 0:
+            print(f"\n{signal.Signals(number).name}: saving and stopping (once more: stop at once)", flush=True)
 
     def __call__(self) -> bool:
         return self.received is not None
@@ -65,11 +73,11 @@ class RunFiles:
     def __init__(self, folder: Path, cfg: Config, total: int, resume_step: int) -> None:
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
-        self.metrics = JsonLines(folder / "metrics.jsonl", resume_step)
-        self.evals = JsonLines(folder / "evals.jsonl", resume_step)
-        self.samples = JsonLines(folder / "samples.jsonl", resume_step)
-        self.tensorboard = TensorBoard(folder / "tb", cfg.log.tensorboard, resume_step)
-        self.progress = Progress(total, resume_step, cfg.log.every, cfg.log.progress)
+        self.metrics: Any = JsonLines(folder / "metrics.jsonl", resume_step)
+        self.evals: Any = JsonLines(folder / "evals.jsonl", resume_step)
+        self.samples: Any = JsonLines(folder / "samples.jsonl", resume_step)
+        self.tensorboard: Any = TensorBoard(folder / "tb", cfg.log.tensorboard, resume_step)
+        self.progress: Any = Progress(total, resume_step, cfg.log.every, cfg.log.progress)
 
     def say(self, text: str) -> None:
         self.progress.say(text)
@@ -79,14 +87,33 @@ class RunFiles:
             part.close()
 
 
+class NoFiles(RunFiles):
+    """What ranks other than 0 have instead: nothing is written and nothing said."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.checkpoints = folder, folder / "checkpoints"
+        self.metrics = self.evals = self.samples = self.tensorboard = self.progress = self
+
+    def write(self, *record: Any) -> None: ...
+    def step(self, done: int, figures: dict[str, float | None]) -> None: ...
+    def say(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
 def pick_device(name: str) -> torch.device:
-    """The device that run.device asks for. Raises UserError when CUDA is asked for and not there."""
+    """The device that run.device asks for, of this process when there are several on a machine.
+
+    Raises UserError when CUDA is asked for and not there.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "run.device is cuda, but torch sees no CUDA device; see amft-fast doctor, or use run.device cpu"
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and launched_size() > 1:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        name = f"cuda:{torch.cuda.current_device()}"
     return torch.device(name)
 
 
@@ -105,11 +132,8 @@ def make_task(cfg: TaskConfig) -> Task:
 
 def build(cfg: Config, should_stop: Callable[[], bool]) -> Parts:
     """Task, policy, update engine and rollout engine as the config asks for them."""
-    if cfg.engine.kind != "local":
-        raise UserError(
-            f"engine.kind: {cfg.engine.kind!r} cannot train yet, only `doctor --plan` knows it; use 'local'"
-        )
     device = pick_device(cfg.run.device)
+    world = join_world(cfg, device)
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
     torch.manual_seed(cfg.run.seed)
@@ -117,10 +141,12 @@ def build(cfg: Config, should_stop: Callable[[], bool]) -> Parts:
     encoder = Encoder(tokenizer, load_vision(cfg.model, tokenizer.pad_token_id or 0))
     task = make_task(cfg.task)
     if hasattr(task, "prepare"):
-        print("\n".join(task.prepare(encoder.tokenizer)))
+        said = "\n".join(task.prepare(encoder.tokenizer))
+        if world.main:
+            print(said)
     model = load_model(cfg.model, device)
     policy = Policy(model, cfg.objective, with_value=cfg.advantage.kind == "gae", vision=encoder.vision)
-    engine = LocalEngine(policy, cfg.train, cfg.advantage.value_lr)
+    engine = make_engine(cfg, policy, world, device)
     rollouts = make_rollouts(cfg, policy.model, engine, encoder, should_stop)
     return Parts(task, encoder, policy, engine, rollouts, Phases(device), should_stop)
 
@@ -131,7 +157,8 @@ def make_rollouts(
     """The rollout engine that rollout.engine asks for, with the policy's present weights."""
     if cfg.rollout.engine == "transformers":
         pad = encoder.tokenizer.pad_token_id or 0
-        rollouts = TransformersEngine(model, pad, cfg.rollout.max_batch, should_stop, encoder.vision)
+        whole = engine.plain_copy() if engine.cut else model
+        rollouts = TransformersEngine(whole, pad, cfg.rollout.max_batch, should_stop, encoder.vision, engine.cut)
         return Bucketed(rollouts, cfg.rollout.max_batch_tokens) if cfg.rollout.max_batch_tokens else rollouts
     from amft_fast.rollout import vllm
 
@@ -151,6 +178,35 @@ def make_rollouts(
     rollouts = vllm.make(setup)
     rollouts.sync(engine.named_full_params(), 0)
     return rollouts
+
+
+def join_world(cfg: Config, device: torch.device) -> World:
+    """The processes of the run. Raises UserError when several were started for an engine of one process."""
+    if cfg.engine.kind == "deepspeed":
+        return join(device)
+    if launched_size() > 1:
+        raise UserError(
+            f"{launched_size()} processes were started (WORLD_SIZE), but engine.kind local is for one: "
+            "use --engine.kind deepspeed"
+        )
+    return ALONE
+
+
+def make_engine(cfg: Config, policy: Policy, world: World, device: torch.device) -> UpdateEngine:
+    """The update engine that engine.kind asks for."""
+    if cfg.engine.kind == "local":
+        return LocalEngine(policy, cfg.train, cfg.advantage.value_lr)
+    if policy.vision is not None and (cfg.engine.zero_stage == 3 or cfg.model.vision != "frozen"):
+        # Pictures make ranks pass through different parts of the model, and each waits for the others at every part.
+        raise UserError(
+            "engine.kind deepspeed trains vision-language models with --model.vision frozen and --engine.zero_stage 1 or 2 only, "
+            f"got {cfg.model.vision} and {cfg.engine.zero_stage}"
+        )
+    from amft_fast.engine.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(
+        policy, cfg.train, cfg.engine, world, lambda: load_model(cfg.model, device), cfg.advantage.value_lr
+    )
 
 
 def prepare_folder(cfg: Config, resume: bool) -> Path:
@@ -198,22 +254,40 @@ def train(cfg: Config, resume: bool = False) -> int:
     0: done; 130 or 143: stopped by SIGINT or SIGTERM with the state saved.
     """
     from amft_fast.tasks.gp_pretrain import leak
-    from amft_fast.train import Trainer
 
     stop = StopSignal()
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
-    folder = prepare_folder(cfg, resume)
-    found = checkpoint.latest(folder / "checkpoints") if resume else None
-    if resume and found is None:
-        print(f"--resume: no whole checkpoint under {folder / 'checkpoints'}, starting from the beginning")
-    if sentence := inert(cfg):
-        print(sentence)
+    folder = prepare_folder(cfg, resume) if launched_rank() == 0 else Path(cfg.run.dir)
     parts = build(cfg, stop)
-    if sentence := leak(cfg.model.path, parts.task):
-        print(sentence)
+    world = parts.engine.world
+    watch = Watch(world)
+    try:
+        if world.main:
+            for sentence in (inert(cfg), leak(cfg.model.path, parts.task)):
+                if sentence:
+                    print(sentence)
+        code = go(cfg, resume, folder, parts, stop)
+        world.barrier()
+        return code
+    except RuntimeError:
+        watch.explain()
+        raise
+    finally:
+        watch.leave()
+
+
+def go(cfg: Config, resume: bool, folder: Path, parts: Parts, stop: StopSignal) -> int:
+    """The run itself, on every rank; returns the exit code."""
+    from amft_fast.train import Trainer
+
+    world = parts.engine.world
+    say = print if world.main else lambda text: None
+    found = checkpoint.latest(folder / "checkpoints", say, world) if resume else None
+    if resume and found is None:
+        say(f"--resume: no whole checkpoint under {folder / 'checkpoints'}, starting from the beginning")
     total = cfg.train.warmup_steps + cfg.train.steps
-    files = RunFiles(folder, cfg, total, found[2]["step"] if found else 0)
+    files = RunFiles(folder, cfg, total, found[2]["step"] if found else 0) if world.main else NoFiles(folder)
     try:
         trainer = Trainer(cfg, parts, files)
         if found:
@@ -235,9 +309,13 @@ def train(cfg: Config, resume: bool = False) -> int:
 
 
 def finish(cfg: Config, trainer: Any, folder: Path) -> None:
-    """summary.json, the exported model, report.html, and the table on the terminal."""
+    """The exported model, summary.json, report.html, and the table on the terminal."""
     from amft_fast.report import write_report
 
+    if cfg.checkpoint.export:
+        trainer.engine.export(folder / "model")
+    if not trainer.world.main:
+        return
     summary = {
         "method": cfg.train.method,
         "task": cfg.task.name,
@@ -252,7 +330,6 @@ def finish(cfg: Config, trainer: Any, folder: Path) -> None:
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1))
     if cfg.checkpoint.export:
-        trainer.policy.model.save_pretrained(folder / "model")
         trainer.encoder.tokenizer.save_pretrained(folder / "model")
         if trainer.encoder.vision is not None:
             trainer.encoder.vision.processor.save_pretrained(folder / "model")

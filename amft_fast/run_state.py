@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from amft_fast import checkpoint
+from amft_fast.checkpoint import Tensors
 from amft_fast.interfaces import UserError
 from amft_fast.meta_gradient import Utility
+from amft_fast.model import fill
 
 if TYPE_CHECKING:
     from amft_fast.train import Trainer
@@ -20,17 +21,19 @@ def save(trainer: Trainer) -> Path:
     """The whole state: a run resumed from it goes on as if it had never stopped."""
     with trainer.phases("checkpoint"):
         tensors = dict(trainer.engine.state_dict())
-        tensors["rng.cpu"] = torch.get_rng_state()
+        if trainer.world.main:
+            tensors["rng.cpu"] = torch.get_rng_state()
         if trainer.utility is not None:  # a window may be half over, and its u belongs to weights that are gone
             for i, half in enumerate(trainer.utility.halves):
-                tensors |= {f"utility.{i}.{j}": u for j, u in enumerate(half)}
-        if trainer.reference is not None:
+                parts = trainer.engine.by_name(half)
+                tensors |= {f"utility.{i}.{p.name}": p.saved_data(u) for p, u in parts}
+        if trainer.reference is not None and trainer.world.main:
             tensors |= {f"reference.{n}": p for n, p in trainer.reference.named_parameters()}
         state = {
             "method": trainer.cfg.train.method,
             "prompt_position": trainer.prompt_stream.position,
             "demo_position": trainer.demo_stream.position,
-            "ahead": trainer.ahead.state_dict() if trainer.ahead is not None else None,
+            "ahead": _drawn_ahead(trainer) if trainer.ahead is not None else None,
             "controller": trainer.controller.state_dict(),
             "utility_weight": trainer.utility_gradient.weight if trainer.utility_gradient is not None else 0.0,
             "cache": trainer.utility_gradient.cache.state_dict() if trainer.utility_gradient is not None else [],
@@ -44,12 +47,20 @@ def save(trainer: Trainer) -> Path:
             "best": trainer.best,
             "results": trainer.results,
         }
-        path = checkpoint.save(trainer.files.checkpoints, trainer.step, tensors, state)
-        checkpoint.prune(trainer.files.checkpoints, trainer.cfg.checkpoint.keep_last)
+        path = checkpoint.save(trainer.files.checkpoints, trainer.step, tensors, state, trainer.world)
+        if trainer.world.main:
+            checkpoint.prune(trainer.files.checkpoints, trainer.cfg.checkpoint.keep_last)
+        trainer.saved_step = trainer.step
     return path
 
 
-def load(trainer: Trainer, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+def _drawn_ahead(trainer: Trainer) -> list[dict[str, Any]] | None:
+    """The rollouts that wait for the next step, of all ranks; each takes its share of them back."""
+    parts = trainer.world.together(trainer.ahead.state_dict)
+    return None if parts[0] is None else [sample for part in parts for sample in part]
+
+
+def load(trainer: Trainer, tensors: Tensors, state: dict[str, Any]) -> None:
     """Takes up the state of a checkpoint."""
     if state["method"] != trainer.cfg.train.method:
         raise UserError(
@@ -57,22 +68,21 @@ def load(trainer: Trainer, tensors: dict[str, torch.Tensor], state: dict[str, An
         )
     trainer.engine.load_state_dict(tensors)
     torch.set_rng_state(tensors["rng.cpu"])
-    reference = {k.removeprefix("reference."): v for k, v in tensors.items() if k.startswith("reference.")}
+    reference = [k for k in tensors if k.startswith("reference.")]
     if reference:
-        trainer.reference = copy.deepcopy(trainer.policy.model).requires_grad_(False).eval()
-        trainer.reference.load_state_dict(reference, strict=False)
-    trainer.step = state["step"]
+        trainer.reference = trainer.engine.plain_copy()
+        fill(trainer.reference, ((k.removeprefix("reference."), tensors[k]) for k in reference))
+    trainer.step = trainer.saved_step = state["step"]
     trainer.prompt_stream.position, trainer.demo_stream.position = state["prompt_position"], state["demo_position"]
     if trainer.ahead is not None:
-        trainer.ahead.load_state_dict(state.get("ahead"))
+        drawn = state.get("ahead")
+        mine = trainer.world.share(len(drawn or []))
+        trainer.ahead.load_state_dict(None if drawn is None else drawn[mine.start : mine.stop])
     trainer.controller.load_state_dict(state["controller"])
     if trainer.utility_gradient is not None:
         trainer.utility_gradient.cache.load_state_dict(state["cache"])
-    if "utility.0.0" in tensors:
-        halves = [
-            [tensors[f"utility.{i}.{j}"].to(trainer.engine.device) for j in range(len(trainer.engine.groups))]
-            for i in (0, 1)
-        ]
+    if any(k.startswith("utility.") for k in tensors):
+        halves = [trainer.engine.from_names(tensors, f"utility.{i}.") for i in (0, 1)]
         trainer.utility = Utility((halves[0], halves[1]), {})
         trainer.utility_gradient.average, trainer.utility_gradient.weight = (
             trainer.utility.halves,

@@ -10,7 +10,6 @@ for each step:
 
 from __future__ import annotations
 
-import copy
 import time
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from amft_fast import checkpoint, controller, objective, run_state
-from amft_fast.batch import Sequence, micro_batches, scatter
+from amft_fast.batch import Batch, Sequence, micro_batches, scatter
 from amft_fast.config import Config
 from amft_fast.evaluate import check_splits, choose, evaluate
 from amft_fast.figures import StepFigures, read_step, rollout_figures
@@ -26,7 +25,7 @@ from amft_fast.interfaces import Item, RolloutFailure, Sample, Sampling, UserErr
 from amft_fast.loader import Loader
 from amft_fast.meta_gradient import Utility, UtilityGradient
 from amft_fast.metrics import PHASES
-from amft_fast.model import MAXES, SUMS
+from amft_fast.model import MAXES, SUMS, Scores
 from amft_fast.pictures import data_uri
 from amft_fast.rollout import episodes
 from amft_fast.rollout.ahead import Ahead
@@ -42,6 +41,7 @@ class Trainer:
         self.cfg, self.files = cfg, files
         self.task, self.encoder, self.policy = parts.task, parts.encoder, parts.policy
         self.engine, self.rollouts, self.phases = parts.engine, parts.rollouts, parts.phases
+        self.world = self.engine.world
         self.controller = controller.make(cfg)
         self.should_stop = parts.should_stop
         self.prompts = self.task.prompts("train")
@@ -57,7 +57,7 @@ class Trainer:
         self.mismatch_warnings = 0
         self.reference: torch.nn.Module | None = None
         self.total = cfg.train.warmup_steps + cfg.train.steps
-        self.step = 0
+        self.step, self.saved_step = 0, -1
         self.entropy_target: float | None = None
         self.evaluated_step, self.evaluations = -1, 0
         self.warmup_tokens = 0
@@ -82,8 +82,7 @@ class Trainer:
             {d.id: d for d in self.task.demos("val")} if self.cfg.meta.utility != "reward" else {},
             self.encoder,
             self.engine,
-            self.cfg.train.micro_batch_tokens,
-            self.packed,
+            self.batches,
             self.cfg.rollout.temperature,
         )
 
@@ -129,7 +128,7 @@ class Trainer:
                     break
                 if self.checkpoint_due():
                     run_state.save(self)
-                if self.should_stop():
+                if self.world.any(self.should_stop()):
                     raise InterruptedError
                 if self.step == self.cfg.train.warmup_steps and self.entropy_target is None:
                     self.warmup_tokens = self.tokens
@@ -220,9 +219,9 @@ class Trainer:
         cfg = self.cfg.rollout
         if self.ahead is not None:
             with self.phases("rollout"):
-                drawn = self.ahead.take()
-            if drawn is not None:
-                return drawn
+                drawn = self.world.together(self.ahead.take)
+            if drawn[0] is not None:
+                return [sample for part in drawn for sample in part]
 
         def take(n: int) -> list[Item]:
             return [self.prompts[i] for i in self.prompt_stream.take(n)]
@@ -248,8 +247,9 @@ class Trainer:
         cfg = self.cfg
         items = [self.prompts[i] for i in self.prompt_stream.take(cfg.train.prompts_per_step)]
         purpose = ("train", self.step + 1)
+        mine = self.world.share(len(items) * cfg.rollout.num_generations)
         self.ahead.start(
-            lambda: self.run_episodes(items, cfg.rollout.temperature, purpose, cfg.rollout.num_generations)
+            lambda: self.run_episodes(items, cfg.rollout.temperature, purpose, cfg.rollout.num_generations, mine)
         )
 
     def sync_weights(self) -> None:
@@ -257,19 +257,35 @@ class Trainer:
         try:
             if self.ahead is not None:
                 try:
-                    self.ahead.wait()
+                    self.world.together(self.ahead.wait)
                 except (InterruptedError, RolloutFailure):  # its prompts are drawn again by the next step
+                    self.ahead.drop()
                     self.prompt_stream.position -= self.cfg.train.prompts_per_step
                     raise
-            self.rollouts.sync(self.engine.named_full_params(), self.step)
+            self.world.together(self.send_weights)
         except RolloutFailure as e:
             self.sync_failure = e
 
+    def send_weights(self) -> None:
+        params = self.engine.named_full_params()
+        try:
+            self.rollouts.sync(params, self.step)
+        except RolloutFailure:
+            for _ in params:  # other ranks go on gathering them
+                pass
+            raise
+
     def sample(self, items: list[Item], temperature: float, purpose: tuple, num_generations: int) -> list[Sample]:
         with self.phases("rollout"):
-            return self.run_episodes(items, temperature, purpose, num_generations)
+            return self.world.spread(
+                len(items) * num_generations,
+                lambda mine: self.run_episodes(items, temperature, purpose, num_generations, mine),
+            )
 
-    def run_episodes(self, items: list[Item], temperature: float, purpose: tuple, num_generations: int) -> list[Sample]:
+    def run_episodes(
+        self, items: list[Item], temperature: float, purpose: tuple, num_generations: int, mine: range
+    ) -> list[Sample]:
+        """This rank's samples of all that are drawn."""
         return episodes.run(
             self.rollouts,
             self.task,
@@ -279,6 +295,7 @@ class Trainer:
             num_generations=num_generations,
             max_new_tokens=self.cfg.rollout.max_new_tokens,
             seed_parts=(self.cfg.run.seed, *purpose),
+            only=mine,
         )
 
     def draw_demos(self) -> list[Sequence]:
@@ -297,14 +314,14 @@ class Trainer:
         # One update per rollout is on-policy by construction: the ratio is 1 and old log-probs would be a wasted pass.
         off_policy = self.cfg.train.minibatches_per_rollout > 1 or self.ahead is not None
         if off_policy or gae:
-            outs = self.forward_only(rl)
+            scores = self.forward_only(rl)
             if off_policy:
-                scatter(rl, *zip(*[(b, o.logprobs) for b, o in outs]), "old_logprobs")
+                scatter(rl, scores, [s.logprobs for s in scores], "old_logprobs")
             if gae:
-                scatter(rl, *zip(*[(b, o.values) for b, o in outs]), "values")
+                scatter(rl, scores, [s.values for s in scores], "values")
         if self.cfg.objective.kl_coef > 0:
-            outs = self.forward_only(rl, self.reference)
-            scatter(rl, *zip(*[(b, o.logprobs) for b, o in outs]), "ref_logprobs")
+            scores = self.forward_only(rl, self.reference)
+            scatter(rl, scores, [s.logprobs for s in scores], "ref_logprobs")
         objective.set_advantages(rl, samples, self.cfg.advantage)
         return rl
 
@@ -312,7 +329,7 @@ class Trainer:
         """The policy's entropy at temperature 1, as H* has it, where rollouts are drawn at another temperature."""
         if self.cfg.rollout.temperature == 1 or not rl:
             return {}
-        entropies = torch.cat([o.entropy for _, o in self.forward_only(rl, temperature=1.0)])
+        entropies = torch.cat([s.entropy for s in self.forward_only(rl, temperature=1.0)])
         return {"entropy": entropies.double().mean().item()}
 
     def implicit_rewards(self, sft: list[Sequence], rl: list[Sequence]) -> dict[str, float]:
@@ -322,15 +339,26 @@ class Trainer:
         figures = {}
         for name, sequences in (("demos", sft), ("rollouts", rl)):
             now, then = self.forward_only(sequences), self.forward_only(sequences, self.reference)
-            total = sum((a.logprobs - b.logprobs).double().sum() for (_, a), (_, b) in zip(now, then))
+            total = sum((a.logprobs - b.logprobs).double().sum() for a, b in zip(now, then))
             if sequences:
                 figures[f"implicit_reward/{name}"] = float(total) / len(sequences)
         return figures
 
-    def forward_only(self, sequences: list[Sequence], model: torch.nn.Module | None = None, temperature=None):
-        """(batch, output) pairs without gradients, over all trained tokens."""
-        batches = micro_batches(sequences, self.cfg.train.micro_batch_tokens, self.packed)
-        return [(b, self.policy.logprobs(b.to(self.engine.device), model, temperature)) for b in batches]
+    def forward_only(
+        self, sequences: list[Sequence], model: torch.nn.Module | None = None, temperature=None
+    ) -> list[Scores]:
+        """Log-probs, entropies and values of all trained tokens, without gradients; on every rank those of all ranks."""
+        batches = self.batches(sequences)
+        outs = [self.engine.logprobs(b, model, temperature) for b in batches]
+        scores = [Scores(b.members, b.counts, o.logprobs, o.entropy, o.values) for b, o in zip(batches, outs)]
+        return self.world.gather([s.cpu() for s in scores if s.members]) if self.world.size > 1 else scores
+
+    def batches(self, sequences: list[Sequence]) -> list[Batch]:
+        """This rank's micro-batches of sequences that all ranks hold: equally many on each."""
+        cfg = self.cfg.train
+        return micro_batches(
+            sequences, cfg.micro_batch_tokens, self.packed, rank=self.world.rank, ranks=self.world.size
+        )
 
     @property
     def packed(self) -> bool:
@@ -361,7 +389,7 @@ class Trainer:
         """Backward over all micro-batches of these sequences; statistics as device sums and maxima."""
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.engine.device)
         maxes = torch.zeros(len(MAXES), dtype=torch.float64, device=self.engine.device)
-        for batch in micro_batches(sequences, self.cfg.train.micro_batch_tokens, self.packed):
+        for batch in self.batches(sequences):
             out = self.engine.backward(batch)
             sums += out.sums
             maxes = torch.maximum(maxes, out.maxes)
@@ -386,16 +414,17 @@ class Trainer:
         chosen = self.prompts[: self.cfg.train.prompts_per_step]
         samples = self.sample(list(chosen), 1.0, ("entropy target",), self.cfg.rollout.num_generations)
         rl = [objective.rollout_sequence(s, 1.0) for s in samples]
-        outs = [o.entropy for _, o in self.forward_only(rl)]
+        outs = [s.entropy for s in self.forward_only(rl)]
         self.entropy_target = torch.cat(outs).double().mean().item()
         if self.cfg.objective.kl_coef > 0 or self.cfg.log.implicit_reward:
-            self.reference = copy.deepcopy(self.policy.model).requires_grad_(False).eval()
+            self.reference = self.engine.plain_copy()
 
     # ------------------------------------------------------------------------------------------------- what is recorded
 
     def read_figures(self, sums: list, maxes: list, norms: list, probe: tuple | None) -> StepFigures:
         guard = torch.stack([self.engine.bad_in_row, self.engine.bad_total])
         kl, value = self.cfg.objective.kl_coef > 0, self.policy.value_head is not None
+        sums, maxes = [self.world.sum(s) for s in sums], [self.world.max(x) for x in maxes]
         figures = read_step(sums, maxes, norms, guard, probe, kl, value)
         self.engine.skipped = figures.bad_total
         self.guard(figures.record, figures.bad_in_row)
@@ -489,6 +518,7 @@ class Trainer:
                 seed=self.cfg.run.seed,
                 temperature=cfg.temperature,
                 top_p=cfg.top_p,
+                world=self.world,
             )
         self.evaluated_step = self.step
         if cfg.every and self.clock >= 0:
@@ -513,7 +543,8 @@ class Trainer:
         if self.best is None or value > self.best:
             self.best = value
             path = run_state.save(self)
-            checkpoint.mark_best(self.files.checkpoints, path)
+            if self.world.main:
+                checkpoint.mark_best(self.files.checkpoints, path)
 
     def wall(self) -> float:
         """Seconds of work so far, over all resumptions."""
@@ -523,8 +554,7 @@ class Trainer:
 
     def checkpoint_due(self) -> bool:
         every = self.cfg.checkpoint.every
-        saved = self.files.checkpoints / f"step-{self.step:06d}"
-        return every > 0 and self.step > 0 and self.step % every == 0 and not saved.exists()
+        return every > 0 and self.step > 0 and self.step % every == 0 and self.saved_step != self.step
 
 
 def _share(sequences: list[Sequence], k: int, m: int) -> list[Sequence]:

@@ -222,9 +222,8 @@ def make_utility(folder, engine, **meta):
     encoder = Encoder(AutoTokenizer.from_pretrained(folder))
     task = CopyTask()
     items = task.prompts("train")
-    return UtilityGradient(
-        cfg, items, {d.id: d for d in task.demos("train")}, encoder, engine, 10**6, False, 1.0
-    ), items
+    demos = {d.id: d for d in task.demos("train")}
+    return UtilityGradient(cfg, items, demos, encoder, engine, lambda s: micro_batches(s, 10**6, False), 1.0), items
 
 
 class Drawer:

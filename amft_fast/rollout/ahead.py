@@ -32,6 +32,10 @@ class Ahead:
             self.future = None
             raise error
 
+    def drop(self) -> None:
+        """What was drawn will not be used."""
+        self.future = None
+
     def take(self) -> list[Sample] | None:
         """The rollouts that were drawn ahead, once; None when there are none."""
         self.wait()

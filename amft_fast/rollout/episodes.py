@@ -142,25 +142,30 @@ def run(
     max_new_tokens: int,
     seed_parts: tuple[object, ...],
     first_group: int = 0,
+    only: range | None = None,
 ) -> list[Sample]:
     """`num_generations` samples of every item, in the order of the items, judged.
 
     `seed_parts` (run seed, step or purpose) and each sample's prompt id, index and turn give its random stream. Samples of
     one item share a `group_id`, counted from `first_group`.
+    `only`: draw these of the `len(items) * num_generations` samples, and no others.
     """
-    samples, episodes = [], []
+    samples, episodes, numbers = [], [], []
     for g, item in enumerate(items):
         prompt = None
-        for _ in range(num_generations):
+        for number in range(num_generations):
+            if only is not None and g * num_generations + number not in only:
+                continue
             episode = task.start(item)
             prompt = prompt or encoder.prompt(episode.messages)
             images = tuple(image for m in episode.messages for image in m.images)
             samples.append(Sample(prompt, [], [], [], 0, "stop", item.id, first_group + g, images=images))
             episodes.append(episode)
+            numbers.append(number)
 
     def request(i: int) -> Request:
         s = samples[i]
-        seed = sample_seed(*seed_parts, s.prompt_id, i % num_generations, len(s.turns))
+        seed = sample_seed(*seed_parts, s.prompt_id, numbers[i], len(s.turns))
         return Request(tuple(s.prompt_ids + s.response_ids), seed, max_new_tokens, s.images)
 
     def reply(i: int, completion: Completion) -> Request | None:

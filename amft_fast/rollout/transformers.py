@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from amft_fast.interfaces import Completion, Request, Sampling
+from amft_fast.model import fill
 from amft_fast.vision import Vision
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -62,7 +63,8 @@ def _truncate(logp_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 class TransformersEngine:
-    """Batched decoding with a KV cache, in the trainer's process and on its weights.
+    """Batched decoding with a KV cache, in the trainer's process and on its weights, or on a copy (`own_weights`) where the
+    trainer's are cut over processes.
 
     `max_batch` bounds the sequences decoded at once. `should_stop` is asked between tokens: when it says yes,
     `InterruptedError` is raised, and no sample is lost, since the same requests give the same samples again.
@@ -75,8 +77,9 @@ class TransformersEngine:
         max_batch: int = 512,
         should_stop: Callable[[], bool] = lambda: False,
         vision: Vision | None = None,
+        own_weights: bool = False,
     ) -> None:
-        self.vision = vision
+        self.vision, self.own_weights = vision, own_weights
         self.model, self.pad, self.max_batch, self.should_stop = model, pad_token_id, max_batch, should_stop
         self.version = 0
 
@@ -222,7 +225,9 @@ class TransformersEngine:
         return out.logits[:, -1]
 
     def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """The weights are the trainer's own: only the version moves on, and the tensors are never asked for."""
+        """With weights of its own they are copied; else they are the trainer's, and the tensors are never asked for."""
+        if self.own_weights:
+            fill(self.model, named_tensors)
         self.version = version
 
     def rest(self) -> None:

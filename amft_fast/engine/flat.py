@@ -1,0 +1,260 @@
+"""What all update engines have in common: flat fp32 gradients and masters, AdamW, clipping, guards, the probe, state.
+
+Parameters that share a learning rate form a group: one flat fp32 master and one flat fp32 gradient, of the whole parameters
+(local.py) or of this rank's shard of them (deepspeed.py). The norm, the clip, the optimizer and the probe's snapshot are one
+kernel each per group, whatever the number of tensors, and the same code at every world size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from amft_fast import ops
+from amft_fast.checkpoint import Part, Tensors
+from amft_fast.config import TrainConfig
+from amft_fast.distributed import ALONE, World
+from amft_fast.model import Policy
+
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`flat[offset : offset + size]` of a group holds `parameter.view(-1)[start : start + size]`."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    start: int
+    size: int
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        return flat[self.offset : self.offset + self.size]
+
+    def saved(self, flat: torch.Tensor) -> torch.Tensor | Part:
+        """What of `flat` goes into a checkpoint: a tensor when it is all of the parameter."""
+        return self.saved_data(self.of(flat))
+
+    def saved_data(self, data: torch.Tensor) -> torch.Tensor | Part:
+        """The same for a tensor [size]."""
+        data = data.detach()
+        return data.view(self.shape) if self.size == prod(self.shape) else Part(data, self.start, self.shape)
+
+
+class Group(Protocol):
+    """Parameters that share a learning rate."""
+
+    pieces: list[Piece]
+    master: torch.Tensor
+    grad: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Named:
+    """The trainable parameters that share hyper-parameters, by the names transformers gives them."""
+
+    params: list[tuple[str, nn.Parameter]]
+    weight_decay: float
+    is_value: bool
+
+
+def split_parameters(policy: Policy, cfg: TrainConfig) -> list[Named]:
+    """Matrices with weight decay, the rest without, and the value head, which has a learning rate of its own."""
+    # The policy's own prefix goes: checkpoints and messages name parameters as transformers does.
+    trainable = [(n.removeprefix("model."), p) for n, p in policy.named_parameters() if p.requires_grad]
+    value = [x for x in trainable if x[0].startswith("value_head.")]
+    body = [x for x in trainable if not x[0].startswith("value_head.")]
+    decay = [x for x in body if x[1].dim() >= 2 and cfg.weight_decay > 0]
+    plain = [x for x in body if not (x[1].dim() >= 2 and cfg.weight_decay > 0)]
+    found = [Named(decay, cfg.weight_decay, False), Named(plain, 0.0, False), Named(value, 0.0, True)]
+    return [n for n in found if n.params]
+
+
+class FlatEngine:
+    """The mathematics of an update on flat groups; see `UpdateEngine` in interfaces.py."""
+
+    world: World = ALONE
+    cut = False  # whether the model's parameters are there in parts only, outside its forward pass
+
+    def __init__(self, policy: Policy, cfg: TrainConfig, device: torch.device) -> None:
+        self.policy, self.cfg, self.device = policy, cfg, device
+        self.groups: list[Any] = []  # of the policy
+        self.value_groups: list[Any] = []
+        self.sft_gradient: list[torch.Tensor] | None = None  # G₁ of a probed step
+        self.bad_in_row = torch.zeros((), device=device)
+        self.bad_total = torch.zeros((), device=device)
+        # Updates asked for, and those of them that were not finite: the loop tells these when it reads its figures, so that no
+        # host sync is needed here.
+        self.attempts = self.skipped = 0
+
+    @property
+    def rank(self) -> int:
+        return self.world.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.world.size
+
+    @property
+    def all_groups(self) -> list[Any]:
+        return self.groups + self.value_groups
+
+    def _make_optimizer(self, decays: list[float], value_lr: float) -> torch.optim.Optimizer:
+        groups = [{"params": [g.master], "weight_decay": d, "lr": self.cfg.lr} for g, d in zip(self.groups, decays)]
+        groups += [{"params": [g.master], "weight_decay": 0.0, "lr": value_lr} for g in self.value_groups]
+        if self.cfg.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=self.cfg.lr, fused=True)
+        return torch.optim.AdamW(groups, lr=self.cfg.lr, betas=self.cfg.adam_betas, eps=self.cfg.adam_eps, fused=True)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups[: len(self.groups)]:
+            group["lr"] = lr
+
+    def zero_grad(self) -> None:
+        for g in self.all_groups:
+            g.grad.zero_()
+
+    def take_gradient(self) -> list[torch.Tensor]:
+        """The policy's gradient so far (a copy, one flat fp32 tensor per group), then cleared."""
+        taken = [g.grad.clone() for g in self.groups]
+        self.zero_grad()
+        return taken
+
+    def end_sweep(self, name: str) -> None:
+        """After the SFT micro-batches of a probed step their gradient is copied aside; the RL sweep adds on top of it."""
+        if name == "sft":
+            self.sft_gradient = self.sft_gradient or [torch.empty_like(g.grad) for g in self.groups]
+            torch._foreach_copy_(self.sft_gradient, [g.grad for g in self.groups])
+
+    def probe(self, halves: list[list[torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sums of `multi_tensor.SUMS` over (u₁, u₂, G₁, G₂) and the clip coefficient of the step about to be taken."""
+        clip = self._clip(self._norm()).double()
+        gradients = [g.grad for g in self.groups]
+        sums = ops.multi_tensor_dot(halves, self.sft_gradient, gradients, self._adam_state(clip))
+        return self.all_reduce(sums.to(self.device)), clip
+
+    def _adam_state(self, clip: torch.Tensor) -> ops.AdamState | None:
+        """AdamW's moments before the step about to be taken (zeros before the first)."""
+        if self.cfg.optimizer != "adamw":
+            return None
+        states = [self.optimizer.state.get(g.master, {}) for g in self.groups]
+        moments = [[s.get(k, torch.zeros_like(g.master)) for s, g in zip(states, self.groups)] for k in ADAM_MOMENTS]
+        beta1, beta2 = self.cfg.adam_betas
+        return ops.AdamState(*moments, beta1, beta2, self.cfg.adam_eps, self.attempts - self.skipped + 1, clip)
+
+    def _norm(self) -> torch.Tensor:
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.grad) for g in self.all_groups]))
+
+    def _clip(self, norm: torch.Tensor) -> torch.Tensor:
+        return (self.cfg.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+
+    @torch.no_grad()
+    def step(self) -> torch.Tensor:
+        """Clips by the global norm, updates, clears the gradients; returns the norm before clipping (a device scalar).
+
+        A gradient that is not finite changes nothing: the optimizer is told so by a device flag, without a host sync.
+        """
+        norm = self._norm()
+        bad = (~torch.isfinite(norm)).float()
+        scale = self._clip(norm)
+        for g in self.all_groups:
+            g.grad.mul_(scale.to(g.grad.device))
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.to(self.all_groups[0].grad.device)
+        self.optimizer.step()
+        self.publish()
+        self.attempts += 1
+        self.bad_in_row = (self.bad_in_row + 1) * bad
+        self.bad_total = self.bad_total + bad
+        self.zero_grad()
+        return norm
+
+    def publish(self) -> None:
+        """After a step: the parameters of the forward pass follow their masters."""
+        raise NotImplementedError
+
+    def named_full_params(self, max_bytes: int = 1 << 30) -> Iterator[tuple[str, torch.Tensor]]:
+        """(HF name, tensor) of the whole model in layer order; nothing is copied here, so `max_bytes` does not bind."""
+        for name, p in self._named_model():
+            yield name, p.detach()
+
+    def _named_model(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's parameters by the names transformers gives them, a shared one once."""
+        seen: set[int] = set()
+        for name, p in self.policy.model.named_parameters(remove_duplicate=False):
+            if id(p) not in seen:
+                seen.add(id(p))
+                yield name, p
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks."""
+        return self.world.sum(tensor)
+
+    # ------------------------------------------------------------------------------------------------- state
+
+    def by_name(self, flats: list[torch.Tensor]) -> Iterator[tuple[Piece, torch.Tensor]]:
+        """This rank's pieces of a gradient that `take_gradient` gave."""
+        for group, flat in zip(self.groups, flats):
+            for piece in group.pieces:
+                yield piece, piece.of(flat)
+
+    def from_names(self, state: Tensors, prefix: str) -> list[torch.Tensor]:
+        """The flat tensors that `by_name` told the pieces of, from a checkpoint."""
+        flats = [torch.zeros_like(g.grad) for g in self.groups]
+        for piece, part in self.by_name(flats):
+            part.copy_(state.part(prefix + piece.name, piece.start, piece.size))
+        return flats
+
+    def state_dict(self) -> dict[str, Any]:
+        """What to save: masters and moments by parameter name (this rank's parts of them), the guard's counters."""
+        tensors: dict[str, Any] = {}
+        for g in self.all_groups:
+            flats = {"param": g.master} | {
+                k: v for k, v in self.optimizer.state.get(g.master, {}).items() if k in ADAM_MOMENTS
+            }
+            for key, flat in flats.items():
+                tensors |= {f"{key}.{piece.name}": piece.saved(flat) for piece in g.pieces}
+        if not self.world.main:
+            return tensors
+        steps = self.optimizer.state.get(self.all_groups[0].master, {}).get("step")
+        if steps is not None:
+            tensors["optimizer.step"] = torch.as_tensor(float(steps))
+        tensors["guard.bad_in_row"], tensors["guard.bad_total"] = self.bad_in_row, self.bad_total
+        tensors["guard.attempts"] = torch.tensor(self.attempts)
+        return tensors
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave, of any engine at any world size.
+
+        Raises ValueError naming a parameter that is missing or of another shape.
+        """
+        state = Tensors.of(state)
+        for g in self.all_groups:
+            for piece in g.pieces:
+                got = state.shapes.get(f"param.{piece.name}")
+                if got != piece.shape:
+                    got = "nothing" if got is None else list(got)
+                    raise ValueError(
+                        f"checkpoint: parameter {piece.name} should have shape {list(piece.shape)}, got {got}"
+                    )
+                piece.of(g.master).copy_(state.part(f"param.{piece.name}", piece.start, piece.size))
+            if "optimizer.step" in state:
+                self.optimizer.state[g.master] = self._loaded_moments(g, state)
+        self.publish()
+        self.attempts, self.skipped = int(state["guard.attempts"]), int(state["guard.bad_total"])
+        self.bad_in_row = state["guard.bad_in_row"].to(self.device)
+        self.bad_total = state["guard.bad_total"].to(self.device)
+
+    def _loaded_moments(self, group: Any, state: Tensors) -> dict[str, torch.Tensor]:
+        moments: dict[str, torch.Tensor] = {k: torch.zeros_like(group.master) for k in ADAM_MOMENTS}
+        for key, flat in moments.items():
+            for piece in group.pieces:
+                piece.of(flat).copy_(state.part(f"{key}.{piece.name}", piece.start, piece.size))
+        # Each group counts its own steps, in a tensor of its own.
+        return {"step": state["optimizer.step"].float().clone().to(group.master.device)} | moments

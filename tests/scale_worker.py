@@ -1,0 +1,272 @@
+"""What the two processes of tests/test_scale.py run: `torchrun ... scale_worker.py FOLDER`; rank 0 writes FOLDER/found.json.
+
+Every engine is held against the local one on the same sequences, and whole runs against runs of one process.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+import torch
+from fakes import CopyTask, make_checkpoint
+from transformers import AutoModelForCausalLM
+
+from amft_fast import checkpoint, config_file, distributed, objective, run
+from amft_fast.batch import micro_batches
+from amft_fast.config import EngineConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from amft_fast.engine import deepspeed
+from amft_fast.engine.deepspeed import DeepSpeedEngine, zero_config
+from amft_fast.engine.local import LocalEngine
+from amft_fast.model import Policy, load_model
+from amft_fast.multi_tensor import mixing_slope, named_sums
+
+OBJECTIVE = ObjectiveConfig(entropy_coef=0.02, tis_cap=2.0)
+SGD = TrainConfig(lr=0.05, optimizer="sgd", max_grad_norm=0.5, weight_decay=0.1)
+ADAM = TrainConfig(lr=0.01, max_grad_norm=0.5)
+MU = 0.3
+
+
+def sequences(seed, lengths=(2, 5, 3, 7, 1), rl=False):
+    """Demonstrations, or recorded rollouts with their log-probs, weighed as in a step at mu."""
+    g = np.random.default_rng(seed)
+    out = [objective.demo_sequence([2, 5, 3], [*g.integers(5, 13, k).tolist(), 1]) for k in lengths]
+    tokens = sum(int(s.trained.sum()) for s in out)
+    if not rl:
+        return objective.weigh_sft(out, MU, tokens)
+    out = [s.with_fields(behavior_logprobs=-2.0 + 0.1 * i, advantages=(-1.0) ** i) for i, s in enumerate(out)]
+    return objective.weigh_rl(out, MU, tokens, OBJECTIVE, value_coef=0.1)
+
+
+def give_returns(policy, seqs):
+    return [s.with_fields(returns=0.5) for s in seqs] if policy.value_head is not None else seqs
+
+
+def sweep(engine, seqs):
+    world = engine.world
+    loss = torch.zeros(())
+    for b in micro_batches(seqs, 20, False, rank=world.rank, ranks=world.size):
+        loss = loss + engine.backward(b).loss.float()
+    return float(engine.all_reduce(loss))
+
+
+def steps(engine, utility):
+    """Three probed steps: losses, probes, and the gradient of the third before it is applied."""
+    losses, probes = [], []
+    for t in range(3):
+        losses.append(sweep(engine, sequences(t)))
+        engine.end_sweep("sft")
+        losses.append(sweep(engine, give_returns(engine.policy, sequences(t + 10, (4, 2, 6), rl=True))))
+        engine.end_sweep("rl")
+        sums, clip = engine.probe(utility)
+        probes.append({k: float(v) for k, v in named_sums(sums.tolist(), MU).items()} | {"clip": float(clip)})
+        norm = float(engine.step())
+        losses.append(norm)
+    return losses, probes
+
+
+def utility(engine):
+    """Two halves of u; of one no group was useful, so no batch reached the engine."""
+    sweep(engine, sequences(77, (3, 3), rl=False))
+    half = engine.take_gradient()
+    sweep(engine, sequences(78, (6,)))  # one sequence for two ranks: one of them has nothing
+    return half, engine.take_gradient()
+
+
+def whole(engine, flats):
+    """A gradient by name, put together from all ranks."""
+    mine = [(p.name, p.start, x.clone()) for p, x in engine.by_name(flats)]
+    parts = sorted(engine.world.gather(mine), key=lambda x: (x[0], x[1]))
+    names = dict.fromkeys(name for name, _, _ in parts)
+    return {n: torch.cat([x for name, _, x in parts if name == n]) for n in names}
+
+
+def signals(probe):
+    """What the controller makes of a probe, in units in which 1 is large: cosines, and the slope over its factors' lengths."""
+    n, out = probe, {"clip": probe["clip"]}
+    for v in ("v1", "v2"):
+        for g in ("sft", "rl", "d", "g2"):
+            out[f"{v}_{g}"] = n[f"{v}_{g}"] / (n[f"{v}_{v}"] * n[f"{g}_{g}"]) ** 0.5
+        for diagonal in (None, "plain", "exact"):
+            lengths = n["d_d"] if diagonal is None else n[f"{diagonal}_sft_sq"] + n[f"{diagonal}_rl_sq"]
+            slope = mixing_slope(n, v, diagonal, n["clip"])
+            out[f"{v}_{diagonal}"] = slope / (n[f"{v}_{v}"] * lengths) ** 0.5 if lengths else slope
+    return out
+
+
+def far(a, b):
+    """Largest difference over the largest value."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return max(far(a[k], b[k]) for k in a)
+    a, b = torch.as_tensor(a, dtype=torch.float64).flatten(), torch.as_tensor(b, dtype=torch.float64).flatten()
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
+
+
+def measure(engine):
+    halves = utility(engine)
+    u = [whole(engine, h) for h in halves]
+    losses, probes = steps(engine, halves)
+    weights = {n: p.clone() for n, p in engine.named_full_params(max_bytes=2000)}
+    return {"utility": u, "losses": losses, "probes": probes, "weights": weights}
+
+
+def compare(got, want):
+    return {
+        "utility": max(far(a, b) for a, b in zip(got["utility"], want["utility"])),
+        "losses": far(got["losses"], want["losses"]),
+        "probes": max(
+            abs(x - signals(b)[k]) for a, b in zip(got["probes"], want["probes"]) for k, x in signals(a).items()
+        ),
+        "weights": far(got["weights"], want["weights"]),
+    }
+
+
+CASES = {
+    **{f"sgd-{s}": (SGD, s, {}) for s in (1, 2, 3)},
+    "untied-2": (SGD, 2, {"tie": False}),
+    "untied-3": (SGD, 3, {"tie": False}),
+    **{f"adam-{s}": (ADAM, s, {"small stay whole": True}) for s in (1, 2, 3)},
+    "value-2": (SGD, 2, {"value": True}),
+    "value-3": (SGD, 3, {"value": True}),
+    "checkpointing-3": (SGD, 3, {"checkpointing": True}),
+    "offload-3": (ADAM, 3, {"offload": True}),
+    **{f"bf16-{s}": (ADAM, s, {"dtype": "bf16"}) for s in (1, 2, 3)},
+}
+
+
+def engines(folder, world):
+    """Each case against the local engine."""
+    found, wanted = {}, {}
+    for name, (cfg, stage, options) in CASES.items():
+        tie, value = options.get("tie", True), options.get("value", False)
+        model = ModelConfig(
+            path=str(folder / ("tied" if tie else "untied")),
+            dtype=options.get("dtype", "fp32"),
+            gradient_checkpointing=options.get("checkpointing", False),
+        )
+
+        def build(model=model):
+            return load_model(model, torch.device("cpu"))
+
+        key = (cfg.optimizer, tie, value, model.dtype)
+        if key not in wanted:
+            wanted[key] = measure(LocalEngine(Policy(build(), OBJECTIVE, with_value=value), cfg, 0.05))
+        # DeepSpeed keeps small parameters whole on every rank: here all of them are small, so most cases switch that off.
+        threshold = 100_000 if options.get("small stay whole") else 0
+        deepspeed.zero_config = lambda *a, t=threshold: with_threshold(zero_config(*a), t)
+        settings = EngineConfig(kind="deepspeed", zero_stage=stage, offload=options.get("offload", False))
+        policy = Policy(build(), OBJECTIVE, with_value=value)
+        engine = DeepSpeedEngine(policy, cfg, settings, world, build, 0.05)
+        found[name] = compare(measure(engine), wanted[key])
+        if name == "untied-3":
+            found["gathered at once"] = gathered_at_once(engine)
+            engine.export(folder / "export")
+            found["export"] = exported(engine, folder / "export")
+        assert all(g.master.dtype == torch.float32 for g in engine.groups)
+    deepspeed.zero_config = zero_config
+    return found
+
+
+def with_threshold(config, threshold):
+    if config["zero_optimization"]["stage"] == 3:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
+    return config
+
+
+def gathered_at_once(engine):
+    """Most bytes of whole parameters that are there at any time while they are gathered in groups of 3000 bytes."""
+    params = [p for _, p in engine._named_model()]
+    return max(sum(p.data.numel() * p.element_size() for p in params) for _ in engine.named_full_params(max_bytes=3000))
+
+
+def exported(engine, folder):
+    """Largest difference of logits between the exported folder, loaded by transformers, and the engine's own copy."""
+    ids = torch.arange(5, 13)[None]
+    with torch.no_grad():
+        a = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+        return float((a - engine.plain_copy()(ids).logits).abs().max())
+
+
+RUN = [
+    *("--train.steps", "4", "--train.warmup_steps", "1", "--train.lr", "0.01", "--train.method", "amft"),
+    *("--train.prompts_per_step", "3", "--train.demos_per_step", "3", "--rollout.num_generations", "3"),
+    *("--rollout.max_new_tokens", "4", "--log.tensorboard", "false", "--eval.every", "2", "--eval.num_samples", "2"),
+    *("--checkpoint.every", "1", "--checkpoint.keep_last", "9", "--log.samples_every", "1", "--run.threads", "1"),
+    *("--run.device", "cpu", "--controller.window", "2", "--meta.prompts", "2", "--meta.num_generations", "4"),
+]
+GAE = [
+    *("--train.method", "fixed", "--advantage.kind", "gae", "--train.minibatches_per_rollout", "3"),
+    *("--objective.kl_coef", "0.1", "--train.steps", "2", "--advantage.value_lr", "0.01"),
+]
+
+
+def train(folder, model, *flags, resume=False):
+    cfg = config_file.load(None, ["--run.dir", str(folder), "--model.path", str(model), *RUN, *flags])
+    assert run.train(cfg, resume=resume) == 0
+
+
+def zero(stage):
+    return ("--engine.kind", "deepspeed", "--engine.zero_stage", str(stage))
+
+
+def runs(folder, world):
+    """Whole runs at each stage, with two kinds of advantage; one resumed at the same stage, one at another."""
+    model = folder / "tied"
+    for stage in (1, 2, 3):
+        train(folder / f"zero{stage}", model, *zero(stage))
+    train(folder / "gae3", model, *zero(3), *GAE)
+    for name, stage in (("again", 3), ("from3to2", 2)):
+        train(folder / name, model, *zero(3))
+        if world.main:
+            for step in (4, 5):
+                (folder / name / "checkpoints" / f"step-{step:06d}" / "state.json").write_text("damaged")
+        world.barrier()
+        train(folder / name, model, *zero(stage), resume=True)
+    a, b = (checkpoint.load(folder / n / "checkpoints" / "step-000005")[0] for n in ("zero3", "again"))
+    return {"resumed exactly": a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)}
+
+
+def long(folder, world, steps, *options):
+    """A run to be killed, and resumed."""
+    (folder / f"pid{world.rank}").write_text(str(os.getpid()))
+    flags = (
+        *zero(3),
+        "--train.method",
+        "fixed",
+        "--train.steps",
+        steps,
+        "--checkpoint.every",
+        "3",
+        "--eval.every",
+        "0",
+    )
+    train(folder / "long", folder / "tied", *flags, resume="--resume" in options)
+
+
+def main(folder, *what):
+    torch.set_num_threads(1)
+    run.make_task = lambda cfg: CopyTask()
+    world = distributed.join(torch.device("cpu"))
+    if world.main:
+        make_checkpoint(folder / "tied", tie=True)
+        make_checkpoint(folder / "untied", tie=False)
+    world.barrier()
+    if what:
+        return long(folder, world, *what[1:])
+    deepspeed.import_deepspeed(torch.device("cpu"))
+    found = {"world": world.size, "engines": engines(folder, world)}
+    if world.main:
+        (folder / "engines.json").write_text(json.dumps(found))
+    found["runs"] = runs(folder, world)
+    if world.main:
+        (folder / "found.json").write_text(json.dumps(found, indent=1))
+    world.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,183 @@
+"""Two processes, gloo, CPU: DeepSpeed ZeRO 1, 2 and 3 against one process; see scale_worker.py for what they run."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import scale_worker
+import torch
+from fakes import CopyTask
+from test_train import lines, without_times
+
+from amft_fast import checkpoint, run
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(__import__("importlib.util").util.find_spec("deepspeed") is None, reason="needs deepspeed"),
+]
+
+
+def launch(*args):
+    """torchrun with two processes of scale_worker.py."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    command += [str(Path(__file__).parent / "scale_worker.py"), *map(str, args)]
+    root = str(Path(__file__).parent.parent)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the two processes left, with runs of one process beside it."""
+    folder = tmp_path_factory.mktemp("scale")
+    process = launch(folder)
+    out, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, out[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def copy_task(monkeypatch):
+    monkeypatch.setattr(run, "make_task", lambda cfg: CopyTask())
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, h in handlers.items():
+        signal.signal(s, h)
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The same run in one process, with the local engine."""
+    real, run.make_task = run.make_task, lambda cfg: CopyTask()
+    try:
+        scale_worker.train(folder / "local", folder / "tied")
+        scale_worker.train(folder / "gae", folder / "tied", *scale_worker.GAE)
+    finally:
+        run.make_task = real
+    return folder
+
+
+@pytest.mark.parametrize("case", scale_worker.CASES)
+def test_an_engine_of_two_ranks_equals_the_local_one(found, case):
+    """Utility gradients, losses and norms, probes, and the weights after three probed steps of two sweeps."""
+    assert found["world"] == 2
+    rounding = 3e-2 if case.startswith("bf16") else 1e-6
+    for what, error in found["engines"][case].items():
+        assert error < rounding, what
+
+
+def test_whole_parameters_are_gathered_a_few_at_a_time(found):
+    """3000 bytes asked for; one parameter alone has at most 2048 in this model, all of them have 21 kB."""
+    assert 0 < found["engines"]["gathered at once"] <= 3000
+
+
+def test_the_export_gives_the_same_logits(found):
+    assert found["engines"]["export"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"), [("zero1", "local"), ("zero2", "local"), ("zero3", "local"), ("gae3", "gae")]
+)
+def test_a_run_of_two_ranks_follows_the_run_of_one(alone, name, reference):
+    """Three prompts and three demonstrations for two ranks; every figure, the controller's and the evaluations' too."""
+    want, got = (without_times(lines(alone / f)) for f in (reference, name))
+    assert len(got) == len(want) and all(a.keys() == b.keys() for a, b in zip(got, want))
+    for a, b in zip(got, want):
+        for key, value in b.items():
+            if isinstance(value, float):
+                # A signal-to-noise ratio divides by a difference, which magnifies rounding.
+                assert a[key] == pytest.approx(value, rel=1e-2 if "snr" in key or "gate" in key else 1e-4, abs=1e-5), (
+                    key
+                )
+            else:
+                assert a[key] == value, key
+    assert any("controller/mu_next" in r for r in want) == (reference == "local")
+    evals = [without_times(lines(alone / f, "evals.jsonl")) for f in (reference, name)]
+    assert len(evals[0]) == len(evals[1])
+    for a, b in zip(*evals):
+        assert a["train"] == pytest.approx(b["train"]) if "train" in a else a["val"] == pytest.approx(b["val"])
+    samples = [lines(alone / f, "samples.jsonl") for f in (reference, name)]
+    assert samples[0] == samples[1]
+
+
+def test_a_resumed_run_of_the_same_shape_goes_on_bit_for_bit(folder, found):
+    assert found["runs"]["resumed exactly"]
+    assert without_times(lines(folder / "again")) == without_times(lines(folder / "zero3"))
+
+
+def close_to(folder, name, other="zero3"):
+    a, b = (checkpoint.load(folder / n / "checkpoints" / "step-000005")[0] for n in (name, other))
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(
+            a[key].float(), b[key].float(), rtol=1e-3, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
+def test_a_run_is_resumed_at_another_stage(folder):
+    close_to(folder, "from3to2")
+
+
+def test_a_run_of_two_ranks_is_resumed_by_one(folder):
+    """From a checkpoint of ZeRO-3 in two parts to the local engine, in the middle of a window of the controller."""
+    import shutil
+
+    shutil.copytree(folder / "zero3", folder / "from2to1", symlinks=True)
+    for step in (3, 4, 5):
+        (folder / "from2to1" / "checkpoints" / f"step-{step:06d}" / "state.json").write_text("damaged")
+    scale_worker.train(folder / "from2to1", folder / "tied", resume=True)
+    close_to(folder, "from2to1")
+    assert [r["step"] for r in lines(folder / "from2to1")] == list(range(5))
+
+
+def test_a_checkpoint_with_one_rank_s_file_missing_or_damaged_is_passed_over(folder):
+    import shutil
+
+    path = folder / "zero2" / "checkpoints"
+    assert sorted(p.name for p in (path / "step-000005").iterdir()) == [
+        "rank-00000.safetensors", "rank-00001.safetensors", "state.json",
+    ]  # fmt: skip
+    copy = folder / "damaged"
+    shutil.copytree(path, copy, symlinks=True)
+    (copy / "step-000005" / "rank-00001.safetensors").unlink()
+    file = copy / "step-000004" / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    said = []
+    assert checkpoint.latest(copy, said.append)[0].name == "step-000003"
+    assert "rank-00001" in said[0] and "rank-00000.safetensors does not have the checksum" in said[1]
+
+
+def test_a_killed_rank_ends_the_job_with_a_sentence_and_resume_goes_on(tmp_path):
+    process = launch(tmp_path, "long", 400)
+    metrics, pid = tmp_path / "long" / "metrics.jsonl", tmp_path / "pid1"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 7):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.05)
+    os.kill(int(pid.read_text()), signal.SIGKILL)
+    killed = time.monotonic()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - killed < 60
+    assert "rank 1 of 2 (" in out and "has died in the middle of the run" in out and "--resume" in out
+    done = len(lines(tmp_path / "long"))
+    assert done >= 7
+    process = launch(tmp_path, "long", done + 3, "--resume")
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out[-4000:]
+    assert "resumed from" in out and out.count("resumed from") == 1, "rank 0 alone speaks"
+    assert [r["step"] for r in lines(tmp_path / "long")] == list(range(done + 4))
