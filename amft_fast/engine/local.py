@@ -23,6 +23,7 @@ class FlatGroup:
     """Parameters that share a learning rate, as one flat fp32 gradient and one flat fp32 master."""
 
     def __init__(self, named: list[tuple[str, nn.Parameter]]) -> None:
+        self.names = [n for n, _ in named]
         self.params = [p for _, p in named]
         self.pieces: list[Piece] = []
         size = 0
