@@ -199,7 +199,7 @@ def make_engine(cfg: Config, policy: Policy, world: World, device: torch.device)
     if policy.vision is not None and (cfg.engine.zero_stage == 3 or cfg.model.vision != "frozen"):
         # Pictures make ranks pass through different parts of the model, and each waits for the others at every part.
         raise UserError(
-            "engine.kind deepspeed trains vision-language models with --model.vision frozen and --engine.zero_stage 1 or 2 only, "
+            "engine.kind deepspeed trains vision-language models with model.vision frozen and engine.zero_stage 1 or 2 only, "
             f"got {cfg.model.vision} and {cfg.engine.zero_stage}"
         )
     from amft_fast.engine.deepspeed import DeepSpeedEngine
