@@ -168,6 +168,21 @@ def test_parquet_is_read_as_jsonl_is(tmp_path):
     assert list(stores[0]) == list(stores[1]) and len(stores[0]) == 600
 
 
+def test_a_dataset_is_streamed_by_name(tmp_path):
+    """A folder stands for the hub: datasets reads both alike."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split in ("train", "test"):
+        write(folder / f"{split}.jsonl", [{"question": f"{split} {i}?", "answer": f"{i}"} for i in range(3)])
+    for text, split, want in ((str(folder), "test", "test"), (f"{folder}@train", "test", "train")):
+        rows = list(Source(text, split).rows())
+        assert [row["question"] for _, row in rows] == [f"{want} {i}?" for i in range(3)]
+        assert rows[1][0] == f"{text}:2"
+    with pytest.raises(UserError, match="no file here, and could not be had from the hub"):
+        list(Source(f"{folder}@nosplit").rows())
+
+
 # ------------------------------------------------------------------------------------------------------------------ splits
 
 

@@ -12,7 +12,7 @@ from math_forms import AGREE, DIFFER, FOUND, HOSTILE, NOT_FOUND
 
 from amft_fast.tasks.math import choice_reward, format_reward, reward, rewards
 from amft_fast.tasks.math_answer import MAX_RESPONSE, extract
-from amft_fast.tasks.math_pool import Pool
+from amft_fast.tasks.math_pool import PATIENCE, Pool
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +89,14 @@ def test_format_reward_is_apart_from_the_answer():
 
 @needs_math_verify
 def test_hostile_answers_cost_their_own_item_alone():
-    pool = Pool(2, seconds=2.0)
+    pool = Pool(2, seconds=1.0)
     responses = [f"\\boxed{{{h}}}" for h in HOSTILE]
     mixed = [text for h in responses for text in (h, "\\boxed{1+x}")]
     golds = ["x", "x+1"] * len(HOSTILE)
     begin = time.perf_counter()
     got = rewards(mixed, golds, pool)
     assert got == [0.0, 1.0] * len(HOSTILE)
-    assert time.perf_counter() - begin < 3 * len(HOSTILE)
+    assert time.perf_counter() - begin < 120
     pool.close()
 
 
@@ -133,14 +133,35 @@ def test_a_response_of_a_megabyte_takes_no_time():
 
 def test_a_worker_that_hangs_is_killed_and_replaced():
     """Stopped by a signal, a worker is as one that hangs in a computation no signal reaches."""
-    pool = Pool(1, seconds=1.0)
-    assert pool.compare([("\\sqrt{4}x", "2x")]) in ([True], [False])
+    pool = Pool(1, seconds=0.3)
+    assert pool.compare([("d,b", "b,d")]) == [True]
     first = pool._workers[0].process
     os.kill(first.pid, signal.SIGSTOP)
     begin = time.perf_counter()
     assert pool.compare([("a,b", "b,a"), ("(a,b)", "(b,a)"), ("c,b", "b,c")]) == [False, False, True]
     assert pool.killed == 1 and first.poll() is not None
-    assert 1.0 <= time.perf_counter() - begin < 30
+    assert PATIENCE * 0.3 <= time.perf_counter() - begin < 30
+    pool.close()
+
+
+def test_a_computation_that_no_signal_reaches_ends_by_the_kernel(monkeypatch, tmp_path):
+    """A worker in whose way stands a comparison that spins with Python's signals blocked."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import signal, sys\n"
+        "from amft_fast.tasks import math_compare\n"
+        "def spin(answer, gold, real=math_compare.same):\n"
+        "    if answer == 'spin':\n"
+        "        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})\n"
+        "        while True: pass\n"
+        "    return real(answer, gold)\n"
+        "math_compare.same = spin\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    pool = Pool(1, seconds=1.0)
+    assert pool.compare([("a,b", "b,a")]) == [True]
+    first = pool._workers[0].process
+    assert pool.compare([("spin", "x"), ("c,b", "b,c")]) == [False, True]
+    assert pool.killed == 1 and first.returncode in (-signal.SIGXCPU, -signal.SIGKILL)
     pool.close()
 
 
@@ -157,7 +178,7 @@ def test_a_worker_killed_from_outside_costs_nothing():
 
 def test_workers_end_with_their_parent():
     code = (
-        "from amft_fast.tasks.math_pool import Pool; p = Pool(1); p.compare([('a,b', 'b,a')]);"
+        "from amft_fast.tasks.math_pool import PATIENCE, Pool; p = Pool(1); p.compare([('a,b', 'b,a')]);"
         "print(p._workers[0].process.pid, flush=True); import os; os._exit(1)"
     )
     pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ from pathlib import Path
 START_SECONDS = 120
 """A worker that has not loaded its libraries by then (they take one or two seconds) is given up."""
 REMEMBERED = 65536
+PATIENCE = 4.0
+"""A pair may take so many times its seconds on the clock, on a machine that is busy with other things."""
 
 
 class _Worker:
@@ -35,7 +38,7 @@ class _Worker:
         self.ready, self.job, self.deadline = False, None, time.monotonic() + START_SECONDS
 
     def give(self, job: int, pair: tuple[str, str], seconds: float) -> None:
-        self.job, self.deadline = job, time.monotonic() + seconds
+        self.job, self.deadline = job, time.monotonic() + PATIENCE * seconds
         self.process.stdin.write(json.dumps([*pair, seconds]).encode() + b"\n")
         self.process.stdin.flush()
 
@@ -50,11 +53,12 @@ class _Worker:
 class Pool:
     """Compares pairs (answer, gold) on `workers` processes, started at first use and kept.
 
-    `seconds` bounds each pair: past it the worker is killed and the pair is False. A worker that dies by itself is replaced and
-    its pair tried once more. Verdicts are remembered, for a policy gives the same answer again and again.
+    `seconds` bounds the processor time of each pair, and PATIENCE times that its time on the clock: past it the pair is False,
+    if need be with its worker's end. A worker that dies by itself is replaced and its pair tried once more. Verdicts are
+    remembered, for a policy gives the same answer again and again.
     """
 
-    def __init__(self, workers: int, seconds: float = 5.0) -> None:
+    def __init__(self, workers: int, seconds: float = 4.0) -> None:
         if workers < 1 or seconds <= 0:
             raise ValueError(f"need workers >= 1 and seconds > 0, got {workers} and {seconds}")
         self.size, self.seconds = workers, seconds
@@ -98,6 +102,7 @@ class Pool:
                     continue
                 self._workers.remove(worker)
                 worker.kill()
+                late = late or worker.process.returncode == -signal.SIGXCPU
                 deaths += not worker.ready
                 if deaths > 3:
                     raise RuntimeError(

@@ -51,14 +51,17 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from: a file, or a dataset `name`, `name:config`, `name@split`, `name:config@split`."""
+    """Where rows come from: a file, or a dataset `name`, `name:config`, `name@split`, `name:config@split`.
+
+    The name may be a folder: datasets reads those as it does the hub's.
+    """
 
     text: str
     split: str = "train"
 
     @property
     def is_file(self) -> bool:
-        return self.text.endswith(FILE_ENDINGS) or Path(self.text).exists()
+        return self.text.endswith(FILE_ENDINGS) or Path(self.text).is_file()
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
         """(place, row) pairs; the place is `file:line`, for Parquet and datasets `name:row`, counted from 1.

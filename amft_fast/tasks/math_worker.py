@@ -1,8 +1,9 @@
 """The process that compares answers: `python -m amft_fast.tasks.math_worker`, driven by math_pool.py through its pipes.
 
-It reads one JSON line `[answer, gold, seconds]` and writes one JSON line, true or false. Its address space is bounded, and so
-is the processor time of each item, by the kernel: an item that hangs where no signal reaches, in one big multiplication, ends
-the process even when its parent is gone.
+It reads one JSON line `[answer, gold, seconds]` and writes one JSON line, true or false. An item that takes more processor time
+than `seconds` is false; time on the clock would make rewards depend on what else the machine does. An item that hangs where
+Python's signals do not reach, in one big multiplication, is ended by the kernel, with the process, even when its parent is gone.
+The address space is bounded too.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def _time_up(number: int, frame: object) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    signal.signal(signal.SIGALRM, _time_up)
+    signal.signal(signal.SIGPROF, _time_up)
     # Whatever a library prints must not get between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -48,15 +49,15 @@ def main() -> None:
     answers.write("ready\n")
     for line in sys.stdin:
         answer, gold, seconds = json.loads(line)
-        _limit("RLIMIT_CPU", int(time.process_time() + seconds) + 2)
+        _limit("RLIMIT_CPU", int(time.process_time() + seconds) + 1)
         verdict = False
         try:
-            signal.setitimer(signal.ITIMER_REAL, 0.8 * seconds)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
             verdict = bool(same(answer, gold))
         except (_TimeUp, Exception):
             verdict = False
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write("true\n" if verdict else "false\n")
 
 
