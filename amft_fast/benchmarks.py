@@ -285,7 +285,7 @@ def write_results(out: Path, settings: Settings, results: dict[str, dict[str, An
 class _Weights:
     """A model that is not trained, as the rollout engines ask for their weights."""
 
-    rank, world_size = 0, 1
+    rank, world_size, cut = 0, 1, False
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -2,7 +2,7 @@
 
 It reads one JSON line `[answer, gold, seconds]` and writes one JSON line, true or false. An item that takes more processor time
 than `seconds` is false; time on the clock would make rewards depend on what else the machine does. An item that hangs where
-Python's signals do not reach, in one big multiplication, is ended by the kernel, with the process, even when its parent is gone.
+Python's signals do not reach, in one big multiplication, is ended by the kernel, with the process, even if its parent is gone.
 The address space is bounded too.
 """
 
