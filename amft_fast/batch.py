@@ -5,13 +5,14 @@ Legend: B rows, L columns of a micro-batch, N tokens with a loss in it.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+
+from amft_fast import packing
 
 # Per-token numbers that a sequence may carry, with the value of a token that has none.
 FIELDS = {
@@ -55,8 +56,8 @@ class Batch:
     """One micro-batch.
 
     `input_ids` [B, L] int64; `position_ids` [B, L] int64 when packed (they restart at each sequence), else None:
-    right-padding needs no mask under causal attention. `rows` [N] are the flat positions whose hidden state predicts a
-    trained token, `targets` [N] those tokens. `fields` are [N] floats; one that no sequence carries is absent.
+    right-padding needs no mask under causal attention. `layout` says who attends to whom in a packed
+    row (packing.py). `rows` [N] are the flat positions whose hidden state predicts a trained token, `targets` [N] those tokens. `fields` are [N] floats; one that no sequence carries is absent.
     `members` lists the sequences in order and `counts` how many of the N rows each has. Where one has images, `texts` holds
     the ids and images of all: the policy makes pixels of them.
     """
@@ -69,6 +70,7 @@ class Batch:
     members: list[int]
     counts: list[int]
     texts: list[tuple[np.ndarray, tuple[Any, ...]]] = field(default_factory=list)
+    layout: packing.Layout | None = None
 
     def get(self, name: str) -> torch.Tensor | None:
         return self.fields.get(name)
@@ -88,43 +90,30 @@ class Batch:
             rows=move(self.rows),
             targets=move(self.targets),
             fields={k: move(v) for k, v in self.fields.items()},
+            layout=None if self.layout is None else self.layout.map(move),
         )
 
 
-def plan(lengths: list[int], max_tokens: int, packed: bool) -> list[list[int]]:
-    """Groups sequences into micro-batches of at most `max_tokens` tokens, padding included; a longer one rides alone.
-
-    Padded: neighbours in length share a micro-batch, longest first. Packed: first-fit decreasing. Both are deterministic.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+def plan(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Padded rows: neighbours in length share a micro-batch of at most `max_tokens` tokens, padding included, longest first; a
+    longer sequence rides alone."""
     groups: list[list[int]] = []
-    if not packed:
-        for i in order:
-            if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
-                groups[-1].append(i)
-            else:
-                groups.append([i])
-        return groups
-    room: list[int] = []
-    for i in order:
-        slot = next((g for g, free in enumerate(room) if free >= lengths[i]), None)
-        if slot is None:
-            groups.append([])
-            room.append(max(max_tokens, lengths[i]))
-            slot = len(groups) - 1
-        groups[slot].append(i)
-        room[slot] -= lengths[i]
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
     return groups
 
 
-def deal(lengths: list[int], max_tokens: int, packed: bool, ranks: int) -> list[list[list[int]]]:
-    """Micro-batches for each of several ranks: equally many, at most `max_tokens` tokens each, balanced by tokens.
+def deal(lengths: list[int], max_tokens: int, ranks: int) -> list[list[list[int]]]:
+    """Padded micro-batches for each of several ranks: equally many, of at most `max_tokens` tokens, balanced by tokens.
 
     The k-th micro-batches of all ranks run at the same time and are neighbours in size. A list may be empty.
     """
-    groups = plan(lengths, max_tokens, packed)
+    groups = plan(lengths, max_tokens)
     rounds = -(-len(groups) // ranks)
-    groups = _level(lengths, max_tokens, rounds * ranks) if packed else _tighten(lengths, groups, rounds * ranks)
+    groups = _tighten(lengths, groups, rounds * ranks)
     groups.sort(key=lambda g: (-sum(lengths[i] for i in g), g))
     groups += [[] for _ in range(rounds * ranks - len(groups))]
     return [groups[rank::ranks] for rank in range(ranks)]
@@ -135,7 +124,7 @@ def _tighten(lengths: list[int], groups: list[list[int]], limit: int) -> list[li
     low, high = 0, max((len(g) * lengths[g[0]] for g in groups), default=0)
     while high - low > max(high // 50, 1):
         middle = (low + high) // 2
-        tighter = plan(lengths, middle, False)
+        tighter = plan(lengths, middle)
         if len(tighter) <= limit:
             groups, high = tighter, middle
         else:
@@ -143,39 +132,34 @@ def _tighten(lengths: list[int], groups: list[list[int]], limit: int) -> list[li
     return groups
 
 
-def _level(lengths: list[int], max_tokens: int, count: int) -> list[list[int]]:
-    """`count` packed micro-batches of about equal tokens: the longest sequence left goes to the emptiest one.
+def _read(sequences: list[Sequence]) -> tuple[list[np.ndarray], list[int]]:
+    """The tokens that the model must read of each, and how many of them come before the first trained one.
 
-    First-fit needed no more than `count`; where levelling would break the bound, first-fit's plan stays.
+    None from the last trained token on: its hidden state predicts nothing. Sequences with images are read whole and share nothing,
+    since the policy lays their rows out itself.
     """
-    heap = [(0, g) for g in range(count)]
-    groups: list[list[int]] = [[] for _ in range(count)]
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        load, g = heapq.heappop(heap)
-        if load and load + lengths[i] > max_tokens:
-            return plan(lengths, max_tokens, True)
-        groups[g].append(i)
-        heapq.heappush(heap, (load + lengths[i], g))
-    return [g for g in groups if g]
+    if any(s.images for s in sequences):
+        return [s.ids for s in sequences], [0] * len(sequences)
+    ends = [len(s.ids) - int(s.trained[::-1].argmax()) - 1 for s in sequences]
+    return [s.ids[:n] for s, n in zip(sequences, ends)], [int(s.trained.argmax()) for s in sequences]
 
 
 def collate(sequences: list[Sequence], members: list[int], packed: bool, dtype: torch.dtype = torch.float32) -> Batch:
-    """One micro-batch of the sequences at `members`; float fields in `dtype`."""
+    """One micro-batch of the sequences at `members`, each of which has a trained token; float fields in `dtype`."""
     chosen = [sequences[i] for i in members]
-    lengths = [len(s.ids) for s in chosen]
-    if packed:
-        input_ids = np.concatenate([s.ids for s in chosen])[None]
-        position_ids = np.concatenate([np.arange(n) for n in lengths])[None]
-        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    else:
-        width = max(lengths)
-        input_ids = np.zeros((len(chosen), width), np.int64)
-        for row, s in enumerate(chosen):
-            input_ids[row, : len(s.ids)] = s.ids
-        position_ids = None
-        starts = np.arange(len(chosen)) * width
+    ids, prefixes = _read(chosen)
     where = [np.flatnonzero(s.trained) for s in chosen]
-    rows = np.concatenate([start + w - 1 for start, w in zip(starts, where)])
+    position_ids = layout = None
+    if packed:
+        row = packing.pack(ids, prefixes)
+        input_ids, position_ids, layout = row.input_ids[None], row.position_ids[None], row.layout
+        rows = np.concatenate([row.where(i, w - 1) for i, w in enumerate(where)])
+    else:
+        width = max(len(x) for x in ids)
+        input_ids = np.zeros((len(chosen), width), np.int64)
+        for place, x in enumerate(ids):
+            input_ids[place, : len(x)] = x
+        rows = np.concatenate([place * width + w - 1 for place, w in enumerate(where)])
     targets = np.concatenate([s.ids[w] for s, w in zip(chosen, where)])
     names = [n for n in FIELDS if any(n in s.fields for s in chosen)]
     fields = {
@@ -193,6 +177,7 @@ def collate(sequences: list[Sequence], members: list[int], packed: bool, dtype: 
         members=list(members),
         counts=[len(w) for w in where],
         texts=[(s.ids, s.images) for s in chosen] if any(s.images for s in chosen) else [],
+        layout=layout,
     )
 
 
@@ -210,8 +195,11 @@ def micro_batches(
     have no members. Every rank must call it with the same sequences.
     """
     used = [i for i, s in enumerate(sequences) if s.trained.any()]
-    lengths = [len(sequences[i].ids) for i in used]
-    groups = plan(lengths, max_tokens, packed) if ranks == 1 else deal(lengths, max_tokens, packed, ranks)[rank]
+    ids, prefixes = _read([sequences[i] for i in used])
+    if packed:
+        groups = packing.deal(packing.units(ids, prefixes, max_tokens), max_tokens, ranks)[rank]
+    else:
+        groups = deal([len(x) for x in ids], max_tokens, ranks)[rank] if ranks > 1 else plan([len(x) for x in ids], max_tokens)
     return [
         collate(sequences, [used[i] for i in group], packed, dtype)
         if group

@@ -183,8 +183,6 @@ class ModelConfig(Section):
     then from the config file's folder."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the parameters in the forward pass; auto: bf16 on CUDA (with fp32 master weights), fp32 on CPU."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
-    """Attention implementation given to transformers."""
     rope_theta: float | None = Field(None, gt=0)
     """Base of the rotary position embedding, instead of the checkpoint's (40000 stretches Qwen2.5-Math to 16 k tokens)."""
     max_position_embeddings: int | None = Field(None, ge=1)
@@ -194,6 +192,8 @@ class ModelConfig(Section):
     but not the tower; frozen: neither."""
     max_pixels: int | None = Field(None, ge=1)
     """Images with more pixels are made smaller (models with image tokens by size: Qwen-VL); default: the checkpoint's."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4"] = "auto"
+    """Attention in training; auto: the first that is there of FlashAttention 4, 3, 2, torch's varlen, SDPA (attention.py)."""
     gradient_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass."""
 
@@ -229,7 +229,7 @@ class TrainConfig(Section):
     micro_batch_tokens: int = Field(16384, ge=1)
     """Bound on the tokens (padding included) of one forward pass; changes memory and speed, never the result."""
     packing: bool | None = None
-    """Pack sequences into rows without padding; default: where the attention backend makes it pay (flash attention)."""
+    """Pack sequences into rows without padding, a prompt's answers sharing its tokens; default: where attention allows it."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """The optimizer of the policy."""
     adam_betas: tuple[float, float] = (0.9, 0.95)

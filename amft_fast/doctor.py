@@ -30,7 +30,7 @@ FEATURES = (
     ("Triton kernels on a GPU", ("triton",), "triton", ""),
     ("vLLM rollouts", ("vllm",), "vllm", "rollout.engine=vllm"),
     ("sharded training (ZeRO)", ("deepspeed",), "deepspeed", "engine.kind=deepspeed"),
-    ("FlashAttention and packed sequences", ("flash-attn",), "flash", "model.attention=flash_attention_2"),
+    ("FlashAttention", ("flash-attn",), "flash", "model.attention=flash_attention_2"),
     ("mathematics tasks", ("math-verify", "datasets"), "math", "task.name=math"),
     ("benchmarks against other kernels", ("liger-kernel", "cut-cross-entropy", "trl"), "bench", ""),
     ("tests and lint", ("pytest", "hypothesis", "ruff"), "dev", ""),
@@ -288,16 +288,13 @@ def _explained(device: str) -> Iterator[tuple[str, ...]]:
 
 
 def attention(device: str) -> tuple[str, str]:
-    """What `model.attention auto` gives, and what else there is."""
-    flash = version("flash-attn")
-    if device != "cuda":
-        return "sdpa", "transformers' default; flash attention needs a CUDA GPU"
-    if flash is None:
-        return "sdpa", "transformers' default; flash-attn is not installed"
-    return (
-        "sdpa",
-        f"transformers' default; model.attention flash_attention_2 takes flash-attn {flash} and packs sequences",
-    )
+    """What `model.attention auto` gives training, and why."""
+    import torch
+
+    from amft_fast.attention import backend
+
+    name, _, why = backend(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    return name, why
 
 
 def compilers(torch: ModuleType | None, notes: list[str]) -> Iterator[tuple[str, ...]]:

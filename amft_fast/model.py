@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from amft_fast import ops
+from amft_fast import attention, ops
 from amft_fast.batch import Batch
 from amft_fast.config import ModelConfig, ObjectiveConfig
 from amft_fast.interfaces import UserError
@@ -103,12 +103,17 @@ class Policy(nn.Module):
     def hidden_rows(self, batch: Batch, model: nn.Module | None = None) -> torch.Tensor:
         """Hidden states [N, H] at the positions that predict a trained token."""
         backbone = self.backbone if model is None else getattr(model, model.base_model_prefix)
-        if self.vision is None or not batch.texts:
-            ids = batch.input_ids if self.vision is None else self.vision.readable(batch.input_ids)
-            hidden_BLH = backbone(input_ids=ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
-        else:
-            hidden_BLH = self._seeing(backbone, batch)
-        return hidden_BLH.flatten(0, 1).index_select(0, batch.rows)
+        if self.vision is not None and batch.texts:
+            return self._seeing(backbone, batch).flatten(0, 1).index_select(0, batch.rows)
+        ids = batch.input_ids if self.vision is None else self.vision.readable(batch.input_ids)
+        config = (model or self.model).config
+        packed = {} if batch.layout is None else attention.inputs(config, batch.layout, self.head.weight)
+        out = backbone(input_ids=ids, position_ids=batch.position_ids, use_cache=False, **packed)
+        if "amft_layout" in packed and not batch.layout.calls:
+            raise UserError(
+                f"train.packing: {type(self.model).__name__} does not hand packed rows on to its attention; set it to false"
+            )
+        return out.last_hidden_state.flatten(0, 1).index_select(0, batch.rows)
 
     def _seeing(self, backbone: nn.Module, batch: Batch) -> torch.Tensor:
         """Hidden states [B, L, H] of a batch with images."""
@@ -250,12 +255,12 @@ def load_model(cfg: ModelConfig, device: torch.device) -> nn.Module:
     _check_path(cfg.path)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    attention = {} if cfg.attention == "auto" else {"attn_implementation": cfg.attention}
+    dtype = pick_dtype(cfg, device)
     try:
-        attention |= _changed_config(cfg)
-        sees = is_vision_language(AutoConfig.from_pretrained(cfg.path).model_type)
-        auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        model = auto.from_pretrained(cfg.path, dtype=pick_dtype(cfg, device), **attention)
+        config = AutoConfig.from_pretrained(cfg.path)
+        kernel = attention.choose(cfg.attention, config, device, dtype)
+        auto = AutoModelForImageTextToText if is_vision_language(config.model_type) else AutoModelForCausalLM
+        model = auto.from_pretrained(cfg.path, dtype=dtype, attn_implementation=kernel, **_changed_config(cfg))
     except (OSError, ValueError, ImportError) as e:
         raise UserError(f"model.path: {cfg.path!r} could not be loaded: {str(e).splitlines()[0]}") from None
     for name in ("logit_scale", "logits_scaling"):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from amft_fast import checkpoint, controller, objective, run_state
+from amft_fast import attention, checkpoint, controller, objective, run_state
 from amft_fast.batch import Batch, Sequence, micro_batches, scatter
 from amft_fast.config import Config
 from amft_fast.evaluate import check_splits, choose, evaluate
@@ -362,10 +362,9 @@ class Trainer:
 
     @property
     def packed(self) -> bool:
-        """Packing pays where attention skips the other sequences of a row; SDPA with a dense mask does not."""
-        if self.cfg.train.packing is not None:
-            return self.cfg.train.packing
-        return "flash" in str(getattr(self.policy.model.config, "_attn_implementation", ""))
+        """As the config says, else where the attention takes packed rows without a dense mask."""
+        packing = self.cfg.train.packing
+        return attention.packs(self.policy.model.config) if packing is None else packing
 
     def update(self, sft: list[Sequence], rl: list[Sequence], mu: float, probed: bool = False):
         """One optimizer update on L = μ L_SFT + (1−μ) L_RL.
