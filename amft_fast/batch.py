@@ -56,10 +56,10 @@ class Batch:
     """One micro-batch.
 
     `input_ids` [B, L] int64; `position_ids` [B, L] int64 when packed (they restart at each sequence), else None:
-    right-padding needs no mask under causal attention. `layout` says who attends to whom in a packed
-    row (packing.py). `rows` [N] are the flat positions whose hidden state predicts a trained token, `targets` [N] those tokens. `fields` are [N] floats; one that no sequence carries is absent.
-    `members` lists the sequences in order and `counts` how many of the N rows each has. Where one has images, `texts` holds
-    the ids and images of all: the policy makes pixels of them.
+    right-padding needs no mask under causal attention. `layout` says who attends to whom in a packed row (packing.py).
+    `rows` [N] are the flat positions whose hidden state predicts a trained token, `targets` [N] those tokens. `fields` are
+    [N] floats; one that no sequence carries is absent. `members` lists the sequences in order and `counts` how many of the N
+    rows each has. Where one has images, `texts` holds the ids and images of all: the policy makes pixels of them.
     """
 
     input_ids: torch.Tensor
@@ -135,8 +135,8 @@ def _tighten(lengths: list[int], groups: list[list[int]], limit: int) -> list[li
 def _read(sequences: list[Sequence]) -> tuple[list[np.ndarray], list[int]]:
     """The tokens that the model must read of each, and how many of them come before the first trained one.
 
-    None from the last trained token on: its hidden state predicts nothing. Sequences with images are read whole and share nothing,
-    since the policy lays their rows out itself.
+    None from the last trained token on: its hidden state predicts nothing. Sequences with images are read whole and share
+    nothing, since the policy lays their rows out itself.
     """
     if any(s.images for s in sequences):
         return [s.ids for s in sequences], [0] * len(sequences)
