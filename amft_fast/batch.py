@@ -199,7 +199,8 @@ def micro_batches(
     if packed:
         groups = packing.deal(packing.units(ids, prefixes, max_tokens), max_tokens, ranks)[rank]
     else:
-        groups = deal([len(x) for x in ids], max_tokens, ranks)[rank] if ranks > 1 else plan([len(x) for x in ids], max_tokens)
+        lengths = [len(x) for x in ids]
+        groups = deal(lengths, max_tokens, ranks)[rank] if ranks > 1 else plan(lengths, max_tokens)
     return [
         collate(sequences, [used[i] for i in group], packed, dtype)
         if group

@@ -246,8 +246,8 @@ def plan(all_units: list[Unit], max_tokens: int, ranks: int = 1) -> list[list[in
 
 
 def deal(all_units: list[Unit], max_tokens: int, ranks: int) -> list[list[list[int]]]:
-    """The plan for each rank: equally many groups, some of them empty where there are not enough; those that run at the same time
-    are neighbours in cost."""
+    """The plan for each rank: equally many groups, some empty where there are not enough; those that run at the same time are
+    neighbours in cost."""
     groups = plan(all_units, max_tokens, ranks)
     if ranks > 1:
         groups = sorted(groups, key=_costs(all_units), reverse=True)
