@@ -140,9 +140,12 @@ def _train(args: argparse.Namespace, flags: list[str]) -> int:
 
         print("\n".join(check(cfg)), file=sys.stderr)
         return 0
+    from amft_fast.distributed import leave
     from amft_fast.run import train
 
-    return train(cfg, resume=args.resume is not None)
+    code = train(cfg, resume=args.resume is not None)
+    leave()
+    return code
 
 
 def _eval_benchmarks(args: argparse.Namespace, flags: list[str]) -> int:

@@ -105,6 +105,12 @@ class World:
 ALONE = World()
 
 
+def leave() -> None:
+    """Takes this process out of its group, after a run that all ranks have ended."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def launched_size() -> int:
     """How many processes the launcher (torchrun, deepspeed) started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))

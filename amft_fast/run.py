@@ -20,10 +20,11 @@ from amft_fast.config import Config, TaskConfig
 from amft_fast.config_file import to_toml
 from amft_fast.controller import inert
 from amft_fast.distributed import ALONE, World, join, launched_rank, launched_size
+from amft_fast.engine.deepspeed import DeepSpeedEngine, cut_while_loading
 from amft_fast.engine.local import LocalEngine
 from amft_fast.interfaces import RolloutEngine, Task, UpdateEngine, UserError
 from amft_fast.metrics import JsonLines, Phases, Progress, TensorBoard
-from amft_fast.model import Policy, load_model, load_tokenizer
+from amft_fast.model import Policy, load_model, load_tokenizer, pick_dtype
 from amft_fast.rollout.buckets import Bucketed
 from amft_fast.rollout.episodes import Encoder
 from amft_fast.rollout.transformers import TransformersEngine
@@ -144,7 +145,8 @@ def build(cfg: Config, should_stop: Callable[[], bool]) -> Parts:
         said = "\n".join(task.prepare(encoder.tokenizer))
         if world.main:
             print(said)
-    model = load_model(cfg.model, device)
+    with cut_while_loading(cfg.engine, pick_dtype(cfg.model, device), device):
+        model = load_model(cfg.model, device)
     policy = Policy(model, cfg.objective, with_value=cfg.advantage.kind == "gae", vision=encoder.vision)
     engine = make_engine(cfg, policy, world, device)
     rollouts = make_rollouts(cfg, policy.model, engine, encoder, should_stop)
@@ -202,8 +204,6 @@ def make_engine(cfg: Config, policy: Policy, world: World, device: torch.device)
             "engine.kind deepspeed trains vision-language models with model.vision frozen and engine.zero_stage 1 or 2 only, "
             f"got {cfg.model.vision} and {cfg.engine.zero_stage}"
         )
-    from amft_fast.engine.deepspeed import DeepSpeedEngine
-
     return DeepSpeedEngine(
         policy, cfg.train, cfg.engine, world, lambda: load_model(cfg.model, device), cfg.advantage.value_lr
     )

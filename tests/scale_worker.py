@@ -22,7 +22,7 @@ from amft_fast.config import EngineConfig, ModelConfig, ObjectiveConfig, TrainCo
 from amft_fast.engine import deepspeed
 from amft_fast.engine.deepspeed import DeepSpeedEngine, zero_config
 from amft_fast.engine.local import LocalEngine
-from amft_fast.model import Policy, load_model
+from amft_fast.model import Policy, load_model, pick_dtype
 from amft_fast.multi_tensor import mixing_slope, named_sums
 
 OBJECTIVE = ObjectiveConfig(entropy_coef=0.02, tis_cap=2.0)
@@ -160,7 +160,8 @@ def engines(folder, world):
         threshold = 100_000 if options.get("small stay whole") else 0
         deepspeed.zero_config = lambda *a, t=threshold: with_threshold(zero_config(*a), t)
         settings = EngineConfig(kind="deepspeed", zero_stage=stage, offload=options.get("offload", False))
-        policy = Policy(build(), OBJECTIVE, with_value=value)
+        with deepspeed.cut_while_loading(settings, pick_dtype(model, torch.device("cpu")), torch.device("cpu")):
+            policy = Policy(build(), OBJECTIVE, with_value=value)
         engine = DeepSpeedEngine(policy, cfg, settings, world, build, 0.05)
         found[name] = compare(measure(engine), wanted[key])
         if name == "untied-3":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,33 @@ def zero_config(cfg: EngineConfig, dtype: torch.dtype, device: torch.device) -> 
     if dtype == torch.bfloat16:
         config["bf16"] = {"enabled": True}
     return config
+
+
+class _Stage3:
+    """What transformers asks of its own DeepSpeed configuration object while it loads a model (that one needs accelerate)."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def is_zero3(self) -> bool:
+        return True
+
+
+@contextmanager
+def cut_while_loading(cfg: EngineConfig, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """At stage 3 models that transformers loads inside are cut as they come: no process ever holds a whole one."""
+    if cfg.kind != "deepspeed" or cfg.zero_stage < 3:
+        yield
+        return
+    import_deepspeed(device)
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    config = _Stage3(zero_config(cfg, dtype, device))
+    set_hf_deepspeed_config(config)  # a weak reference
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
 
 
 class ShardGroup:
@@ -161,11 +189,13 @@ class DeepSpeedEngine(FlatEngine):
     def _collect(self) -> None:
         """Adds the reduced gradient of the micro-batch into our fp32 shards, and clears DeepSpeed's."""
         z = self.shards
-        for (_, g), parts in zip(self.made, [z.averaged_gradients[i] for i in range(len(self.made))]):
-            offset = 0
+        for i, (_, g) in enumerate(self.made):
+            parts, offset = z.averaged_gradients[i], 0
+            if g.grad.device != parts[0].device:  # one transfer to the host, not one per parameter
+                parts = [torch.cat([part.reshape(-1) for part in parts]).to(g.grad.device)]
             for part in parts:
                 into = g.grad[offset : offset + part.numel()]
-                into.add_(part.reshape(-1).to(into.device, into.dtype))
+                into.add_(part.reshape(-1))
                 offset += part.numel()
         if self.stage == 3:
             z.grad_partitions_flat_buffer.zero_()

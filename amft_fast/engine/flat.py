@@ -70,8 +70,13 @@ def split_parameters(policy: Policy, cfg: TrainConfig) -> list[Named]:
     trainable = [(n.removeprefix("model."), p) for n, p in policy.named_parameters() if p.requires_grad]
     value = [x for x in trainable if x[0].startswith("value_head.")]
     body = [x for x in trainable if not x[0].startswith("value_head.")]
-    decay = [x for x in body if x[1].dim() >= 2 and cfg.weight_decay > 0]
-    plain = [x for x in body if not (x[1].dim() >= 2 and cfg.weight_decay > 0)]
+
+    def decays(p: nn.Parameter) -> bool:
+        # What ZeRO-3 has cut is empty here, and remembers its shape.
+        return cfg.weight_decay > 0 and len(getattr(p, "ds_shape", p.shape)) >= 2
+
+    decay = [x for x in body if decays(x[1])]
+    plain = [x for x in body if not decays(x[1])]
     found = [Named(decay, cfg.weight_decay, False), Named(plain, 0.0, False), Named(value, 0.0, True)]
     return [n for n in found if n.params]
 
