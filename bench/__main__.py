@@ -13,6 +13,8 @@ BENCHMARKS = {
     "probe": ("bench.probe", "multi_tensor_dot against torch's own ways to the same numbers"),
     "controller": ("bench.controller", "what learning mu costs: steps of amft against steps of fixed mu"),
     "compile-gate": ("bench.compile_gate", "every Triton configuration compiled for GPUs that are not here"),
+    "weight-sync": ("bench.weight_sync", "new weights into a running vLLM, in place, against a reload from disk"),
+    "rollout": ("bench.rollout", "tokens per second of vLLM against transformers"),
     "gpu": ("bench.gpu", "everything that needs a GPU, in under ten minutes: tests first, then both benchmarks"),
 }
 

@@ -53,4 +53,5 @@ class Ahead:
         self.future = None
         if state is not None:
             self.future = Future()
-            self.future.set_result([Sample(**(s | {"turns": [Turn(**t) for t in s["turns"]]})) for s in state])
+            lists = [(s, {"turns": [Turn(**t) for t in s["turns"]], "images": tuple(s["images"])}) for s in state]
+            self.future.set_result([Sample(**(s | own)) for s, own in lists])

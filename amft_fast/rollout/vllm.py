@@ -171,24 +171,27 @@ class ColocatedEngine:
     def _start(self) -> OfflineTarget:
         inside = self.setup.device.type == "cpu" and self.setup.world_size == 1
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if inside else "1"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns at each sync that rotary tables are not sent
         # Cores are the trainer's to give out; IPC handles are sent to the engine's own process alone.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         if self.setup.backend == "ipc":
             os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+        settings = self.setup.engine_settings(self.wire) | {"skip_tokenizer_init": True, "disable_log_stats": True}
+        if self.sleeps:
+            settings["enable_sleep_mode"] = True
+        set_num_threads = torch.set_num_threads
         try:
             import vllm
+            from vllm.platforms import current_platform
+
+            check_version(vllm.__version__)
+            if inside and settings["enforce_eager"]:  # else a function of its sampler is compiled, 20 s for nothing
+                current_platform.simple_compile_backend = "eager"
+            llm = vllm.LLM(**settings)
         except ImportError as e:
             raise UserError(
                 f"rollout.engine vllm: vLLM is not installed ({e}); see docs/rollouts.md, or use rollout.engine transformers"
             ) from None
-        check_version(vllm.__version__)
-        set_num_threads = torch.set_num_threads
-        settings = self.setup.engine_settings(self.wire)
-        if self.sleeps:
-            settings["enable_sleep_mode"] = True
-        try:
-            llm = vllm.LLM(**settings, skip_tokenizer_init=True, disable_log_stats=True)
         except (ValueError, RuntimeError) as e:
             raise UserError(f"rollout.engine vllm did not start: {str(e).strip().splitlines()[-1]}") from e
         finally:

@@ -295,8 +295,8 @@ class ServedEngine:
         draw.over, members = False, self._usable()
         threads = [
             threading.Thread(target=self._ask, args=(m, draw, sampling), name=f"rollout-{m.number}", daemon=True)
-            for m in members
             for _ in range(min(THREADS_PER_SERVER, len(draw.todo)))
+            for m in members  # in turn, so that a short queue is shared out too
         ]
         for t in threads:
             t.start()

@@ -192,25 +192,26 @@ class HttpTarget:
         self._local = threading.local()
         self._open: weakref.WeakSet[http.client.HTTPConnection] = weakref.WeakSet()
         self._size: int | None = None
+        self._cuts = 0  # how often `abort` was called
 
     def request(self, method: str, path: str, body: Any = None, timeout_s: float | None = None) -> Any:
         """The JSON answer. Raises EngineError when there is none in time, UserError when the server refuses the key."""
         timeout = timeout_s or self.call_timeout_s
         payload = None if body is None else json.dumps(body).encode()
-        for fresh in (False, True):
-            connection = self._connection(timeout, fresh)
+        cuts = self._cuts
+        while True:
+            connection, kept = self._connection(timeout)
             try:
                 connection.request(method, path, payload, self.headers)
                 answer = connection.getresponse()
                 data = answer.read()
                 break
-            except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError) as e:
-                self._drop()  # a kept connection that the server had closed: once more on a new one
-                if fresh:
-                    raise EngineError(f"{path}: the connection was lost ({e})") from e
             except (OSError, http.client.HTTPException) as e:
                 self._drop()
-                raise EngineError(f"{path}: {type(e).__name__} {e}".strip()) from e
+                # A kept connection may have been closed meanwhile: once more on a new one, unless it was cut on purpose.
+                closed = isinstance(e, http.client.RemoteDisconnected | ConnectionResetError | BrokenPipeError)
+                if not (kept and closed and cuts == self._cuts):
+                    raise EngineError(f"{path}: {type(e).__name__} {e}".strip()) from e
         if answer.status in (401, 403):
             raise UserError(f"rollout.vllm: {self.name} refuses the API key (set rollout.vllm.api_key_env)")
         if answer.status != 200:
@@ -222,17 +223,17 @@ class HttpTarget:
         except ValueError as e:
             raise EngineError(f"{path}: garbage: {data[:80]!r}") from e
 
-    def _connection(self, timeout: float, fresh: bool) -> http.client.HTTPConnection:
-        if fresh:
-            self._drop()
+    def _connection(self, timeout: float) -> tuple[http.client.HTTPConnection, bool]:
+        """This thread's connection, and whether it has been used before."""
         connection = getattr(self._local, "connection", None)
+        kept = connection is not None and connection.sock is not None
         if connection is None:
             connection = self._local.connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
             self._open.add(connection)
         connection.timeout = timeout
-        if connection.sock is not None:
+        if kept:
             connection.sock.settimeout(timeout)
-        return connection
+        return connection, kept
 
     def _drop(self) -> None:
         connection = getattr(self._local, "connection", None)
@@ -267,6 +268,7 @@ class HttpTarget:
 
     def abort(self) -> None:
         """Cuts all connections, so that threads which wait for an answer wait no longer."""
+        self._cuts += 1
         for connection in list(self._open):
             with contextlib.suppress(OSError, AttributeError):
                 connection.sock.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,191 @@
+"""The real vLLM as servers on a CPU: two of them, weights in place over HTTP and gloo, kills and hangs, training to the end."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import CopyTask, make_checkpoint
+from transformers import AutoModelForCausalLM
+
+pytest.importorskip("vllm", reason="needs vLLM: make test-integration has an environment with it")
+
+from test_vllm_offline import GREEDY, SAMPLED, named, requests, shake
+
+from amft_fast import config_file, run
+from amft_fast.config import VllmConfig
+from amft_fast.interfaces import UserError
+from amft_fast.rollout import vllm
+from amft_fast.rollout.transformers import TransformersEngine
+from amft_fast.rollout.vllm_targets import HttpTarget
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+SMALL = {"bucket_bytes": 4096, "kv_cache_bytes": 16 << 20, "max_num_seqs": 64}
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory):
+    """Two servers with a tied model; test_vllm_offline.py has the untied one."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("model"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    cfg = VllmConfig(
+        mode="server",
+        num_servers=2,
+        call_timeout_s=20,
+        health_every_s=0.5,
+        health_timeout_s=5,
+        generate_timeout_s=120,
+        **SMALL,
+    )
+    setup = vllm.Setup(cfg, model, str(folder), torch.device("cpu"), folder, weights=lambda: named(model))
+    engine = vllm.make(setup)
+    engine.sync(named(model), 0)
+    yield model, engine
+    engine.close()
+
+
+def check(model, engine, version, n=12):
+    got = engine.generate(requests(n), GREEDY)
+    want = TransformersEngine(model).generate(requests(n), GREEDY)
+    assert [c.token_ids for c in got] == [c.token_ids for c in want]
+    for a, b in zip(got, want):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=2e-4)
+    assert {c.weight_version for c in got} == {version}
+    assert {m.target.weight_version() for m in engine.fleet if m.trouble is None} == {str(version)}
+
+
+def test_after_each_of_several_syncs_both_servers_draw_as_the_trainer(fleet):
+    model, engine = fleet
+    for version in range(1, 4):
+        shake(model, version)
+        engine.sync(named(model), version)
+        check(model, engine, version)
+        for m in engine.fleet:  # each of them alone as well
+            group = vllm.group_requests(requests(3))[0]
+            (want,) = TransformersEngine(model).generate(requests(3)[:1], GREEDY)
+            assert m.target.generate(group, GREEDY, version)[0].token_ids == want.token_ids
+
+
+def test_a_server_samples_as_the_engine_in_the_trainers_process_would(fleet):
+    """The stream of a sample is its seed's, whichever server draws it and whatever else is drawn."""
+    _, engine = fleet
+    asked = requests(24)
+    everything = [c.token_ids for c in engine.generate(asked, SAMPLED)]
+    assert [c.token_ids for c in engine.generate(asked[8:16], SAMPLED)] == everything[8:16]
+    assert len(set(map(tuple, everything))) > 12
+
+
+def test_the_routes_are_shut_without_the_key(fleet):
+    _, engine = fleet
+    stranger = HttpTarget(engine.fleet[0].target.name, None, 5, 5)
+    assert stranger.alive(5) == "ok"
+    for call in (stranger.pause, stranger.weight_version, stranger.missing, stranger.start_weight_update):
+        with pytest.raises(UserError, match="refuses the API key"):
+            call()
+
+
+def test_an_incomplete_sync_is_refused_and_the_next_whole_one_heals(fleet):
+    model, engine = fleet
+    shake(model, 50)
+    with pytest.raises(UserError, match=r"expected model\.layers\.0\.mlp\.up_proj"):
+        engine.sync([x for x in named(model) if "layers.0.mlp.up_proj" not in x[0]], 10)
+    engine.sync(named(model), 11)
+    assert [m.restarts for m in engine.fleet] == [0, 0], "nobody had to be started again"
+    check(model, engine, 11)
+
+
+def test_killed_in_mid_sync_and_in_mid_rollout(fleet):
+    model, engine = fleet
+    shake(model, 60)
+
+    def dying():
+        for i, item in enumerate(named(model)):
+            if i == 12:
+                os.killpg(engine.fleet[1].process.process.pid, signal.SIGKILL)
+            yield item
+
+    engine.sync(dying(), 12)
+    assert [m.restarts for m in engine.fleet] == [0, 1], "the other one went on with the same process"
+    check(model, engine, 12)
+
+    victim = engine.fleet[0].process.process.pid
+    threading.Timer(0.3, lambda: os.killpg(victim, signal.SIGKILL)).start()
+    asked = [r for k in range(40) for r in requests(12, length=200)]
+    deadline = time.monotonic() + 120
+    while engine.fleet[0].trouble is None and engine.fleet[0].restarts == 0 and time.monotonic() < deadline:
+        got = engine.generate(asked, GREEDY)
+    want = TransformersEngine(model).generate(requests(12, length=200), GREEDY)
+    assert [c.token_ids for c in got] == [c.token_ids for c in want] * 40
+    check(model, engine, 12)
+    assert engine.health() == "ok" and engine.fleet[0].restarts == 1
+
+
+def test_a_stopped_server_is_found_and_replaced(fleet):
+    model, engine = fleet
+    os.killpg(engine.fleet[1].process.process.pid, signal.SIGSTOP)
+    before = engine.fleet[1].restarts
+    check(model, engine, 12, n=60)
+    check(model, engine, 12)
+    assert engine.fleet[1].restarts == before + 1 and engine.health() == "ok"
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def cfg_for(folder, model, *flags):
+    return config_file.load(
+        None,
+        [
+            *("--run.dir", str(folder), "--model.path", str(model), "--train.method", "rl", "--train.steps", "6"),
+            *(
+                "--train.lr",
+                "0.01",
+                "--train.prompts_per_step",
+                "4",
+                "--train.demos_per_step",
+                "4",
+                "--run.threads",
+                "1",
+            ),
+            *("--rollout.num_generations", "4", "--rollout.max_new_tokens", "4", "--log.tensorboard", "false"),
+            *(
+                "--eval.every",
+                "0",
+                "--eval.num_samples",
+                "2",
+                "--checkpoint.every",
+                "0",
+                "--checkpoint.keep_best",
+                "false",
+            ),
+            *("--checkpoint.export", "false", "--rollout.engine", "vllm", "--rollout.vllm.mode", "server"),
+            *("--rollout.vllm.kv_cache_bytes", str(16 << 20), "--rollout.vllm.call_timeout_s", "20"),
+            *flags,
+        ],
+    )
+
+
+def records(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def copy_task(monkeypatch):
+    monkeypatch.setattr(run, "make_task", lambda cfg: CopyTask())
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, h in handlers.items():
+        signal.signal(s, h)
+
+
+def test_rollouts_ahead_are_one_step_old_and_the_engine_agrees_with_the_trainer(tmp_path, copy_task):
+    folder = make_checkpoint(tmp_path / "model")
+    assert run.train(cfg_for(tmp_path / "run", folder, "--rollout.async_steps", "1")) == 0
+    steps = records(tmp_path / "run")
+    assert [r["staleness"] for r in steps] == [0, 1, 1, 1, 1, 1]
+    assert steps[0]["mismatch_max"] < 1e-3, "drawn with the very weights that it is trained on"
+    assert all(r["mismatch_ess"] > 0.3 for r in steps)
