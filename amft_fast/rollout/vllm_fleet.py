@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from amft_fast.distributed import World
 from amft_fast.interfaces import Completion, Request, RolloutFailure, Sampling, UserError
 from amft_fast.rollout.vllm import Copy, Setup, check_lengths
 from amft_fast.rollout.vllm_server import ServerProcess
@@ -66,9 +67,17 @@ class ServedEngine:
         self.copy = Copy() if setup.weights is None else None
         self.weight_sync = WeightSync(self.wire, setup.channel)
         self.key = self._key()
-        self.fleet = self._found() if self.cfg.urls else self._planned()
+        self.world = World(setup.rank, setup.world_size)
+        self.fleet: list[Member] = []
         atexit.register(self.close)
-        self._start([m for m in self.fleet if m.process is not None])
+        own = not self.cfg.urls and self.world.main
+        if own:
+            self.fleet = self._planned()
+            self._start(self.fleet)
+        started = [(m.target.name, m.process.api_key, m.trouble) for m in self.fleet]
+        found = [(url, self.key, None) for url in self.cfg.urls] or self.world.broadcast(started)
+        if not own:
+            self.fleet = self._found(found)
         for m in self.fleet:
             if m.trouble is not None:
                 self.close()
@@ -80,10 +89,12 @@ class ServedEngine:
             raise UserError(f"rollout.vllm.api_key_env names {name}, which is not set or empty")
         return os.environ.get(name) if name else None
 
-    def _found(self) -> list[Member]:
-        fleet = [Member(i, None, self._target(url, self.key)) for i, url in enumerate(self.cfg.urls)]
+    def _found(self, servers: list[tuple[str, str | None, str | None]]) -> list[Member]:
+        """Servers by (URL, key, trouble): those of rollout.vllm.urls, or on other ranks those that rank 0 has started."""
+        fleet = [Member(i, None, self._target(url, key), trouble) for i, (url, key, trouble) in enumerate(servers)]
         for m in fleet:
-            self._greet(m)
+            if m.trouble is None:
+                self._greet(m)
         return fleet
 
     def _planned(self) -> list[Member]:
@@ -199,6 +210,8 @@ class ServedEngine:
         if self.setup.rank != 0:
             for _ in named:
                 pass
+            for m in self.fleet:  # one that rank 0 had to leave out is found out by its version
+                m.trouble = None
             self.version = version
             return
         for m in self.fleet:
@@ -280,15 +293,23 @@ class ServedEngine:
         return out
 
     def _rejoin(self) -> None:
-        """Brings failed servers back in mid-step, with the present weights where these can be had."""
-        if self.setup.rank != 0 or self._present() is None:
-            back = []  # the servers are rank 0's to start, and its weights may need all ranks to be gathered
+        """Brings failed servers back in mid-step, with the present weights; other ranks wait for rank 0 to do so."""
+        if self.world.main:
+            if back := self._revive():
+                self._send(back, self._present()(), self.version)
         else:
-            back = self._revive()
-        if back:
-            self._send(back, self._present()(), self.version)
+            self._wait_for_rank_0()
         if not self._usable():
             raise RolloutFailure(f"no vLLM server is left: {self._troubles()}")
+
+    def _wait_for_rank_0(self) -> None:
+        deadline = time.monotonic() + self.cfg.start_timeout_s
+        while not self._usable() and time.monotonic() < deadline:
+            self._check_stop()
+            for m in self.fleet:
+                if self._greet(m):
+                    self._check_version(m)
+            time.sleep(0.2)
 
     def _round(self, draw: Draw, sampling: Sampling) -> None:
         """Draws what is to be drawn from the servers that can be asked; what fails is put back."""
@@ -345,18 +366,22 @@ class ServedEngine:
                     m.target.abort()
             next_check = time.monotonic() + self.cfg.health_every_s
 
+    def _check_version(self, member: Member) -> None:
+        """A server that holds other weights than it was given (somebody restarted it, say) is in trouble."""
+        try:
+            found = member.target.weight_version()
+            if found != str(self.version):
+                member.trouble = f"has weights of version {found} instead of {self.version}"
+        except (EngineError, UserError) as e:
+            member.trouble = f"failed: {e}"
+
     def _check_versions(self, draw: Draw, members: list[Member]) -> None:
-        """A server that holds other weights than it was given (somebody restarted it, say) has drawn nothing that counts."""
+        """What was drawn by a server that is in trouble now does not count."""
         for m in members:
             if m.trouble is None:
-                try:
-                    found = m.target.weight_version()
-                    if found != str(self.version):
-                        m.trouble = f"has weights of version {found} instead of {self.version}"
-                except (EngineError, UserError) as e:
-                    m.trouble = f"failed: {e}"
-                if m.trouble is None:
-                    continue
+                self._check_version(m)
+            if m.trouble is None:
+                continue
             # What it had returned before it failed cannot be vouched for any more.
             lost = [number for number, (by, _) in draw.done.items() if by is m]
             draw.todo.extend(lost)

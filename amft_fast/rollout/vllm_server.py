@@ -105,7 +105,7 @@ class ServerProcess:
     def start(self) -> None:
         """Starts the process and returns at once; `settings` are vLLM's engine arguments."""
         self.stop()
-        self.port = free_port(self.host)
+        self.port = self.port or free_port(self.host)  # kept over restarts: other ranks know it
         package = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH")) if p)
         environment = os.environ | {"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1", KEY_VARIABLE: self.api_key}
