@@ -77,7 +77,8 @@ def running(pid):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return AutoModelForCausalLM.from_pretrained(make_checkpoint(tmp_path_factory.mktemp("model")), dtype=torch.float32)
+    folder = make_checkpoint(tmp_path_factory.mktemp("model"))
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -92,7 +93,13 @@ def make(model, tmp_path, monkeypatch):
         }  # fmt: skip
         source = (lambda: named(model)) if weights else None
         setup = vllm.Setup(
-            VllmConfig(**cfg), model, "x", torch.device("cpu"), tmp_path, weights=source, say=lambda s: said.append(s)
+            VllmConfig(**cfg),
+            model,
+            model.name_or_path,
+            torch.device("cpu"),
+            tmp_path,
+            weights=source,
+            say=lambda s: said.append(s),
         )
         engine = vllm.make(setup)
         made.append(engine)
