@@ -138,6 +138,7 @@ def inputs(config, layout: Layout, like: torch.Tensor) -> dict[str, Any]:
     return {"attention_mask": layout.mask(like.dtype)}
 
 
+@torch.compiler.disable  # kernels and gathers by themselves: nothing to fuse, and lengths that change with each micro-batch
 def attention(
     module: nn.Module,
     query: torch.Tensor,

@@ -175,6 +175,17 @@ class TaskConfig(Section):
     math: MathConfig = MathConfig()
 
 
+class LoraConfig(Section):
+    """Training of small factors beside frozen linear layers (peft); off at rank 0."""
+
+    rank: int = Field(0, ge=0)
+    """Rank of the factors; 0 trains the weights themselves."""
+    alpha: float | None = Field(None, gt=0)
+    """The factors' product counts alpha / rank times; default: 2 rank."""
+    targets: list[str] = ["all-linear"]
+    """Names of the linear layers that get factors (q_proj, ...); all-linear: all but the output embedding."""
+
+
 class ModelConfig(Section):
     """The policy: a transformers causal language model."""
 
@@ -194,8 +205,15 @@ class ModelConfig(Section):
     """Images with more pixels are made smaller (models with image tokens by size: Qwen-VL); default: the checkpoint's."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4"] = "auto"
     """Attention in training; auto: the first that is there of FlashAttention 4, 3, 2, torch's varlen, SDPA (attention.py)."""
-    gradient_checkpointing: bool = False
-    """Recompute each layer's activations in the backward pass."""
+    gradient_checkpointing: bool | Literal["selective"] = False
+    """Recompute each layer's activations in the backward pass; selective: all but matrix products and attention."""
+    offload_activations: bool = False
+    """Keep the activations that the backward pass needs in host memory (GPU)."""
+    liger: bool | None = None
+    """Liger's kernels for norms, rotary embedding and MLP; default: on a GPU where liger-kernel is installed."""
+    compile: bool = False
+    """Compile each layer with torch.compile; rollouts run it as it is."""
+    lora: LoraConfig = LoraConfig()
 
 
 class TrainConfig(Section):
@@ -528,6 +546,15 @@ class LogConfig(Section):
     """Steps between plain progress lines."""
 
 
+class ProfileConfig(Section):
+    """Where the time and memory of a few steps went (profiling.py)."""
+
+    steps: int = Field(0, ge=0)
+    """Steps to profile; the report is printed and the traces are written to `profile/` in the run's folder."""
+    skip: int = Field(2, ge=0)
+    """Steps before the first profiled one."""
+
+
 class CheckpointConfig(Section):
     """What is saved, and what is kept."""
 
@@ -558,6 +585,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    profile: ProfileConfig = ProfileConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
@@ -575,6 +603,8 @@ class Config(Section):
             )
         if self.rollout.engine == "vllm" and self.objective.tis_cap is None:
             self.objective = self.objective.model_copy(update={"tis_cap": 2.0})
+        if self.model.lora.rank and self.engine.kind == "deepspeed":
+            raise ValueError("model.lora.rank: engine.kind deepspeed does not train adapters; use engine.kind local")
         split = self.checkpoint.metric.partition("/")[0]
         if self.checkpoint.keep_best and self.eval.every and split not in self.eval.schedule_splits:
             raise ValueError(

@@ -31,6 +31,8 @@ FEATURES = (
     ("vLLM rollouts", ("vllm",), "vllm", "rollout.engine=vllm"),
     ("sharded training (ZeRO)", ("deepspeed",), "deepspeed", "engine.kind=deepspeed"),
     ("FlashAttention", ("flash-attn",), "flash", "model.attention=flash_attention_2"),
+    ("LoRA", ("peft",), "lora", "model.lora.rank"),
+    ("Liger's layers", ("liger-kernel",), "flash", ""),
     ("mathematics tasks", ("math-verify", "datasets"), "math", "task.name=math"),
     ("benchmarks against other kernels", ("liger-kernel", "cut-cross-entropy", "trl"), "bench", ""),
     ("tests and lint", ("pytest", "hypothesis", "ruff"), "dev", ""),
@@ -167,7 +169,7 @@ def _known(setting: str) -> bool:
         if field is None:
             return False
         model = field.annotation
-    return value in get_args(model)
+    return not value or value in get_args(model)
 
 
 # ------------------------------------------------------------------------------------------------------------- devices
@@ -270,6 +272,10 @@ def backends(torch: ModuleType | None) -> Iterator[tuple[str, ...]]:
     yield "parameters", "bf16" if half else "fp32", "with fp32 masters" if half else "bf16 gains nothing on most CPUs"
     yield from _explained(device)
     yield ("attention", *attention(device))
+    from amft_fast.layers import liger
+
+    function, why = liger("qwen3", device)
+    yield "layers", "transformers" if function is None else "Liger", why
 
 
 def _explained(device: str) -> Iterator[tuple[str, ...]]:

@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from torch.profiler import record_function
 
 # The parts of a step, in order; each is timed and has an NVTX range of its name.
 PHASES = ("rollout", "advantage", "utility", "update", "sync", "eval", "checkpoint")
+
+
+RANGE = "amft."  # before a phase's name in a profiler's trace
 
 
 class Phases:
@@ -36,7 +40,8 @@ class Phases:
         if self.cuda:
             torch.cuda.nvtx.range_push(name)
         try:
-            yield
+            with record_function(RANGE + name):
+                yield
         finally:
             if self.cuda:
                 torch.cuda.nvtx.range_pop()

@@ -6,7 +6,8 @@ The head must run inside, because under ZeRO-3 `lm_head.weight` has shape (0,) o
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from amft_fast import attention, ops
+from amft_fast import attention, layers, lora, ops
 from amft_fast.batch import Batch
 from amft_fast.config import ModelConfig, ObjectiveConfig
 from amft_fast.interfaces import UserError
@@ -97,6 +98,7 @@ class Policy(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
             self.value_head.to(self.head.weight.device)
+        self.saving: Callable[[], AbstractContextManager] = nullcontext  # where a forward pass keeps its activations
         self.weight_grad: torch.Tensor | None = None  # fp32 buffer that the head's dW is added into, set by the engine
         self.reach_all = False  # set by an engine that needs a gradient of every parameter from every micro-batch
 
@@ -141,7 +143,8 @@ class Policy(nn.Module):
         """
         if scores_only:
             return self.logprobs(batch, temperature=temperature)
-        hidden_NH = self.hidden_rows(batch)
+        with self.saving():
+            hidden_NH = self.hidden_rows(batch)
         o = objective or self.objective
         old, behavior = batch.get("old_logprobs"), batch.get("behavior_logprobs")
         ref = batch.get("ref_logprobs")
@@ -270,21 +273,9 @@ def load_model(cfg: ModelConfig, device: torch.device) -> nn.Module:
                 "fold the factor into lm_head.weight first"
             )
     freeze(model, cfg.vision)
-    if cfg.gradient_checkpointing:
-        _checkpoint_layers(model)
-    return model.to(device)
-
-
-def _checkpoint_layers(model: nn.Module) -> None:
-    """Recompute layers in the backward pass. transformers does so in training mode alone, so any dropout goes first:
-    old and new log-probs must not differ by its noise."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if getattr(module, "attention_dropout", 0):
-            module.attention_dropout = 0.0
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
+    model = model.to(device)
+    layers.prepare(model, cfg, device)
+    return lora.add(model, cfg.lora) if cfg.lora.rank else model
 
 
 def _changed_config(cfg: ModelConfig) -> dict:

@@ -76,6 +76,11 @@ class Layout:
         """Query-key pairs that attention computes."""
         return sum(own * common + own * (own + 1) // 2 for _, own, _, common in self.segments)
 
+    @property
+    def cost(self) -> float:
+        """What the row costs, in tokens without attention."""
+        return sum(own for _, own, *_ in self.segments) + 2 * self.pairs / BREAK_EVEN
+
 
 @dataclass
 class PaddedCall:

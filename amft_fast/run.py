@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from amft_fast import __version__, checkpoint, run_state
+from amft_fast import __version__, checkpoint, layers, run_state
 from amft_fast.config import Config, TaskConfig
 from amft_fast.config_file import to_toml
 from amft_fast.controller import inert
@@ -148,6 +148,7 @@ def build(cfg: Config, should_stop: Callable[[], bool]) -> Parts:
     with cut_while_loading(cfg.engine, pick_dtype(cfg.model, device), device):
         model = load_model(cfg.model, device)
     policy = Policy(model, cfg.objective, with_value=cfg.advantage.kind == "gae", vision=encoder.vision)
+    policy.saving = layers.offload(model, cfg.model.offload_activations)
     engine = make_engine(cfg, policy, world, device)
     rollouts = make_rollouts(cfg, policy.model, engine, encoder, should_stop)
     return Parts(task, encoder, policy, engine, rollouts, Phases(device), should_stop)

@@ -11,6 +11,7 @@ for each step:
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from amft_fast.meta_gradient import Utility, UtilityGradient
 from amft_fast.metrics import PHASES
 from amft_fast.model import MAXES, SUMS, Scores
 from amft_fast.pictures import data_uri
+from amft_fast.profiling import StepProfiler, static_bytes
 from amft_fast.rollout import episodes
 from amft_fast.rollout.ahead import Ahead
 from amft_fast.rollout.dynamic import draw_with_spread
@@ -67,6 +69,11 @@ class Trainer:
         self.started = time.perf_counter()
         self.best: float | None = None
         self.results: dict[str, Any] = {}
+        self.profiler = None
+        if cfg.profile.steps:
+            self.profiler = StepProfiler(
+                files.folder / "profile", cfg.profile.steps, cfg.profile.skip, self.engine.device
+            )
         self._check_needs()
 
     def _make_utility(self) -> UtilityGradient:
@@ -133,7 +140,7 @@ class Trainer:
                 if self.step == self.cfg.train.warmup_steps and self.entropy_target is None:
                     self.warmup_tokens = self.tokens
                     self.after_warmup()
-                self.record(self.train_step())
+                self.profiled(self.train_step)
                 if self.sync_failure is not None:
                     raise self.sync_failure
         except InterruptedError:
@@ -142,6 +149,17 @@ class Trainer:
         except RolloutFailure as e:
             raise UserError(f"{e}; the state is saved in {run_state.save(self)}, go on with --resume") from e
         run_state.save(self)
+
+    def profiled(self, step: Callable[[], dict[str, Any]]) -> None:
+        """One step and its record, profiled where `profile.steps` asks for it."""
+        if self.profiler is not None:
+            self.profiler.begin()
+        record = step()
+        self.record(record)
+        if self.profiler is not None:
+            report = self.profiler.done(record, static_bytes(self.engine, self.utility))
+            if report is not None:
+                self.files.say(report)
 
     def train_step(self) -> dict[str, Any]:
         """One step: rollouts, advantages, `minibatches_per_rollout` updates, new weights to the rollout engine."""

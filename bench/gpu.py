@@ -2,7 +2,8 @@
 
 First the tests marked `gpu`, and nothing more if one fails. Then the loss head at the shapes of GPU_SHAPES in bf16 with 1 GiB
 and 2 GiB of workspace, its sweeps over N and V, and the probe's dot-product, each within what is left of the budget; what
-does not fit is named, not run. It needs torch, triton, numpy, pytest and matplotlib; the package itself need not be installed.
+does not fit is named, not run. Last a training step (`bench step`, `bench scaling`), which needs transformers as well. The rest
+needs torch, triton, numpy, pytest and matplotlib; the package itself need not be installed.
 
 Writes gpu.json (device, versions, commit, what ran) beside the files of the two benchmarks. Where the checkout came without
 .git, AMFT_COMMIT names its commit.
@@ -26,7 +27,7 @@ from bench.results import RESULTS, environment, write_json
 MEASURED = ("kernels", "csrc", "amft_fast/multi_tensor.py", "bench/*.py", "tests")
 CHUNK_BYTES = [1 << 30, 2 << 30]
 ROUNDS = 20
-PROBE_SECONDS, REST_SECONDS = 60, 15  # kept for the probe; for starting and writing
+PROBE_SECONDS, STEP_SECONDS, REST_SECONDS = 60, 120, 15  # kept for the probe, for the step; for starting and writing
 
 
 def gpu_test_files(folder: Path) -> list[Path]:
@@ -68,6 +69,21 @@ def run_probe(folder: Path) -> int:
     return probe.main(["--device", "cuda", "--output", str(folder / "probe_cuda.json")])
 
 
+def run_step(folder: Path, left: float) -> int:
+    """1.5 B first, since its bars count; the smaller one and the scaling where time is left."""
+    from bench import scaling, step
+
+    common = ["--device", "cuda", "--out", str(folder), "--rounds"]
+    parts = [
+        lambda: step.main(["--shape", "1.5b", *common, "5"]),
+        lambda: step.main(["--shape", "0.5b", *common, "5"]),
+        lambda: scaling.main([*common, "3"]),
+    ]
+    deadline = Deadline(left)
+    codes = [part() if deadline.left() > STEP_SECONDS / 2 else 0 for part in parts]
+    return max(codes)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """0: tests passed and every check of ours was green; 1: not so; 2: there is no CUDA device."""
     parser = argparse.ArgumentParser(prog="python -m bench gpu", description=__doc__.splitlines()[0])
@@ -93,8 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if tests["passed"]:
         steps = {
-            "loss-head": (PROBE_SECONDS, lambda left: run_loss_head(Deadline(left), arguments.out, log)),
-            "probe": (0, lambda left: run_probe(arguments.out)),
+            "loss-head": (PROBE_SECONDS + STEP_SECONDS, lambda left: run_loss_head(Deadline(left), arguments.out, log)),
+            "probe": (STEP_SECONDS, lambda left: run_probe(arguments.out)),
+            "step": (0, lambda left: run_step(arguments.out, left)),
         }
         result["parts"] = [run_part(name, *step, deadline, log) for name, step in steps.items()]
     else:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from amft_fast import ops
+from amft_fast import lora, ops
 from amft_fast.checkpoint import Part, Tensors
 from amft_fast.config import TrainConfig
 from amft_fast.distributed import ALONE, World
@@ -184,7 +184,11 @@ class FlatEngine:
         raise NotImplementedError
 
     def named_full_params(self, max_bytes: int = 1 << 30) -> Iterator[tuple[str, torch.Tensor]]:
-        """(HF name, tensor) of the whole model in layer order; nothing is copied here, so `max_bytes` does not bind."""
+        """(HF name, tensor) of the whole model in layer order, adapters merged into the weights (a copy of one at a time); else
+        nothing is copied here, so `max_bytes` does not bind."""
+        if lora.adapted(self.policy.model):
+            yield from lora.merged(self.policy.model)
+            return
         for name, p in self._named_model():
             yield name, p.detach()
 

@@ -5,12 +5,12 @@ All trainable parameters share one flat fp32 gradient (and, in bf16 training, on
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from amft_fast import lora
 from amft_fast.batch import Batch
 from amft_fast.config import ObjectiveConfig, TrainConfig
 from amft_fast.engine.flat import FlatEngine, Piece, split_parameters
@@ -100,9 +100,9 @@ class LocalEngine(FlatEngine):
             g.publish()
 
     def export(self, folder: Path) -> None:
-        """Writes the model as a plain transformers folder."""
-        self.policy.model.save_pretrained(folder)
+        """Writes the model as a plain transformers folder, adapters merged."""
+        lora.export(self.policy.model, folder)
 
     def plain_copy(self) -> nn.Module:
-        """The model as it is now, frozen."""
-        return copy.deepcopy(self.policy.model).requires_grad_(False).eval()
+        """The model as it is now, frozen; of an adapted one its adapters alone are copied."""
+        return lora.frozen_copy(self.policy.model)

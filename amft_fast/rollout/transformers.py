@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from amft_fast.interfaces import Completion, Request, Sampling
+from amft_fast.layers import eagerly
 from amft_fast.model import fill
 from amft_fast.vision import Vision
 
@@ -111,7 +112,8 @@ class TransformersEngine:
                 now, waiting = waiting, {}
                 for chosen in self._batches(order, now):
                     answer = partial(_answer_or_wait, chosen, now, waiting, reply)
-                    self._decode([now[i] for i in chosen], sampling, answer)
+                    with eagerly(self.model):
+                        self._decode([now[i] for i in chosen], sampling, answer)
         finally:
             self.model.train(was_training)
 

@@ -1,0 +1,276 @@
+"""One training step against others: the same weights, the same recorded rollouts, the same loss.
+
+`python -m bench step --device cpu`: the demo's model and rollouts drawn from it. `--device cuda --shape 1.5b`: random weights
+of Qwen2.5's shapes and rollouts of log-normal length. First every candidate's gradient is compared with that of the eager
+loop; one that is off is not timed. Then all take turns, and the best of the rounds counts, since other work on a machine only
+ever adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from amft_fast.profiling import peak_flops
+from bench.measure import with_peak
+from bench.peers import LeftOut, first_line
+from bench.results import RESULTS, environment, markdown_table, mib, write_json
+from bench.step_peers import Eager, Ours, Trl, Work, verl
+
+MEASURED = ("amft_fast", "kernels", "bench/*.py")
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+# Hidden, MLP, layers, heads, key heads, tied; vocabulary 151 936: the shapes of Qwen2.5.
+SHAPES = {
+    "0.5b": (896, 4864, 24, 14, 2, True),
+    "1.5b": (1536, 8960, 28, 12, 2, True),
+    "7b": (3584, 18944, 28, 28, 4, False),
+}
+
+
+def recorded(rollouts: int) -> tuple[Work, object]:
+    """The demo's model and its own answers to the demo's prompts, at temperature 1."""
+    from amft_fast import config_file, run
+    from amft_fast.advantages import group_advantages
+    from amft_fast.interfaces import Sampling
+    from amft_fast.rollout import episodes
+
+    cfg = config_file.load("configs/demo.toml", ["--run.device", "cpu"])
+    parts = run.build(cfg, lambda: False)
+    g = cfg.rollout.num_generations
+    items = [parts.task.prompts("train")[i] for i in range(rollouts // g)]
+    samples = episodes.run(
+        parts.rollouts,
+        parts.task,
+        items,
+        parts.encoder,
+        Sampling(temperature=1.0, stop_token_ids=parts.encoder.stop_token_ids),
+        num_generations=g,
+        max_new_tokens=cfg.rollout.max_new_tokens,
+        seed_parts=(0, "bench"),
+    )
+    advantages = group_advantages(
+        np.array([s.reward for s in samples]), np.array([s.group_id for s in samples]), "grpo"
+    )
+    model = parts.policy.model.requires_grad_(True)
+    model.set_attn_implementation("sdpa")
+    for p in model.parameters():  # the engine's views are of one flat tensor, of which copies would share the whole
+        p.data, p.grad = p.data.clone(), None
+    return Work(model, samples, advantages, cfg.train.micro_batch_tokens), parts.encoder.tokenizer
+
+
+def random_work(shape: str, rollouts: int, longest: int, max_tokens: int, seed: int = 0) -> tuple[Work, object]:
+    """Random weights and random tokens on the GPU; groups of 8 answers, log-normal lengths."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    from amft_fast.interfaces import Sample
+
+    hidden, mlp, layers, heads, kv, tied = SHAPES[shape]
+    config = Qwen2Config(
+        vocab_size=151936, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv, tie_word_embeddings=tied, max_position_embeddings=32768,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    rng = np.random.default_rng(seed)
+    samples = []
+    for i in range(rollouts):
+        if i % 8 == 0:
+            prompt = rng.integers(0, 150000, 256).tolist()
+        n = int(np.clip(rng.lognormal(np.log(longest / 3), 0.7), 16, longest - 256))
+        ids = rng.integers(0, 150000, n).tolist()
+        samples.append(Sample(prompt, ids, [1] * n, [0.0] * n, 0, "stop", str(i // 8), i // 8))
+    return Work(model, samples, rng.normal(size=rollouts), max_tokens), None
+
+
+@dataclass
+class Candidate:
+    name: str
+    make: Callable[[], object]
+    made: object = None
+    note: str = ""
+    distance: float = 0.0
+    peak: int = 0
+    seconds: list[float] = field(default_factory=list)
+
+
+def candidates(work: Work, tokenizer, rows: Sequence[int]) -> list[Candidate]:
+    out = [
+        Candidate("amft-fast", lambda: Ours(work, True)),
+        Candidate("amft-fast, padded rows", lambda: Ours(work, False)),
+    ]
+    for r in rows:
+        out.append(Candidate(f"transformers, eager loss, {r} rows", functools.partial(Eager, work, r)))
+        out.append(Candidate(f"TRL GRPOTrainer, {r} rows", functools.partial(Trl, work, r, tokenizer)))
+    return [*out, Candidate("verl", verl)]
+
+
+def flops(work: Work) -> float:
+    """Of one update without recomputation, padding or sharing: 6 per weight and token (the head's for answers alone), and 12
+    times heads · size for each pair of a token and one before it."""
+    config, model = work.model.config, work.model
+    head = work.model.get_output_embeddings().weight.numel()
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    body = sum(p.numel() for p in model.parameters()) - head - (0 if tied else head)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    lengths = [len(s.prompt_ids) + len(s.response_ids) for s in work.samples]
+    pairs = sum(n * (n + 1) / 2 for n in lengths)
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * size * pairs
+    return 6 * body * sum(lengths) + 6 * head * work.trained + attention
+
+
+def seconds(call: Callable[[], object], device: str) -> float:
+    """A CPU's are those of the process: on a busy machine the wall clock counts the others' work."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        return time.perf_counter() - begin
+    begin = time.process_time()
+    call()
+    return time.process_time() - begin
+
+
+def check(all_candidates: list[Candidate], device: str, tolerance: float, log) -> None:
+    """Makes every candidate, compares gradients with the first eager loop's, and takes the peak memory of an update."""
+    order = sorted(all_candidates, key=lambda c: "eager loss" not in c.name)
+    truth = None
+    for c in order:
+        try:
+            c.made = c.make()
+            c.made.backward()
+        except LeftOut as e:
+            c.note = str(e)
+            continue
+        except torch.cuda.OutOfMemoryError:
+            c.note, c.made = "does not fit", None
+            continue
+        except Exception as e:
+            c.note, c.made = f"failed: {first_line(e)}", None
+            continue
+        got = [g.to("cpu", torch.float32, copy=True) for g in c.made.gradients()]
+        truth = truth or got
+        length = sum(g.square().sum() for g in truth).sqrt()
+        c.distance = float(sum((a - b).square().sum() for a, b in zip(got, truth)).sqrt() / length)
+        if not c.distance < tolerance:
+            c.note, c.made = f"RED: gradient {c.distance:.1e} off, not timed", None
+            continue
+        c.made.update()
+        _, c.peak = with_peak(c.made.update, device)
+        log(f"{c.name}: gradient {c.distance:.1e} from the eager loop's")
+        if device == "cuda":  # one model at a time
+            c.made = None
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def measure(all_candidates: list[Candidate], device: str, rounds: int) -> None:
+    green = [c for c in all_candidates if not c.note]
+    if device == "cuda":
+        for c in green:
+            c.made = c.make()
+            c.made.update()
+            c.seconds = [seconds(c.made.update, device) for _ in range(rounds)]
+            c.made = None
+            gc.collect()
+            torch.cuda.empty_cache()
+        return
+    for _ in range(rounds):
+        for c in green:
+            c.seconds.append(seconds(c.made.update, device))
+
+
+def rows_of(all_candidates: list[Candidate], work: Work, peak: float) -> list[dict]:
+    out = []
+    for c in all_candidates:
+        row = {"name": c.name, "note": c.note, "gradient_distance": c.distance}
+        if c.seconds:
+            best = min(c.seconds)
+            row |= {"ms": 1e3 * best, "median_ms": 1e3 * statistics.median(c.seconds), "peak_bytes": c.peak}
+            row |= {"tokens_per_s": work.tokens / best, "mfu": flops(work) / best / peak if peak else None}
+        out.append(row)
+    return out
+
+
+def table(rows: list[dict]) -> str:
+    cells = [
+        [r["name"], *(("–",) * 5 if "ms" not in r else _cells(r)), r["note"]]
+        for r in rows
+    ]  # fmt: skip
+    return markdown_table(["update", "ms", "median", "tokens/s", "MFU", "peak memory", "note"], cells)
+
+
+def _cells(r: dict) -> tuple[str, ...]:
+    mfu = "–" if r["mfu"] is None else f"{r['mfu']:.0%}"
+    return f"{r['ms']:.0f}", f"{r['median_ms']:.0f}", f"{r['tokens_per_s']:,.0f}", mfu, mib(r["peak_bytes"])
+
+
+def times_faster(rows: list[dict], rival: str) -> float | None:
+    """The best of the rival's over ours."""
+    own = next(r.get("ms") for r in rows if r["name"] == "amft-fast")
+    theirs = [r["ms"] for r in rows if r["name"].startswith(rival) and "ms" in r]
+    return min(theirs) / own if theirs and own else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0; 1 when one of ours was red."""
+    parser = argparse.ArgumentParser(prog="python -m bench step", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="1.5b", help="on a GPU")
+    parser.add_argument("--rollouts", type=int, help="default 384 on a CPU, 64 on a GPU")
+    parser.add_argument("--longest", type=int, default=4096, help="tokens of a sequence on a GPU")
+    parser.add_argument("--micro-batch-tokens", type=int, default=16384, help="on a GPU; the demo's own on a CPU")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU (default 1)")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(args.threads)
+    if args.device == "cpu":
+        work, tokenizer = recorded(args.rollouts or 384)
+        rows, name = (96, 384), "step_cpu"
+    else:
+        work, tokenizer = random_work(args.shape, args.rollouts or 64, args.longest, args.micro_batch_tokens)
+        rows, name = (4, 8), f"step_cuda_{args.shape}"
+    load = os.getloadavg()[0]
+    everyone = candidates(work, tokenizer, rows)
+    dtype = next(work.model.parameters()).dtype
+    check(everyone, args.device, TOLERANCE[dtype], lambda text: print(text, file=sys.stderr))
+    measure(everyone, args.device, args.rounds)
+    result_rows = rows_of(everyone, work, peak_flops(torch.device(args.device)))
+    result = {
+        "benchmark": "step",
+        "environment": environment(args.device, MEASURED) | {"load_average": load},
+        "shape": "demo" if args.device == "cpu" else args.shape,
+        "rollouts": len(work.samples),
+        "tokens": work.tokens,
+        "trained_tokens": work.trained,
+        "rounds": args.rounds,
+        "rows": result_rows,
+        "times_faster": {k: times_faster(result_rows, k) for k in ("TRL", "transformers")},
+    }
+    write_json(args.out / f"{name}.json", result)
+    words = f"{len(work.samples)} rollouts, {work.tokens:,} tokens of which {work.trained:,} trained, load {load:.1f}"
+    print(f"{result['environment']['device']}, {words}\n\n{table(result_rows)}\n")
+    for rival, ratio in result["times_faster"].items():
+        print(f"{rival}: " + ("not measured" if ratio is None else f"ours is {ratio:.2f} times as fast as its best"))
+    return 1 if any("RED" in r["note"] for r in result_rows if r["name"].startswith("amft")) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

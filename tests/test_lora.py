@@ -1,0 +1,107 @@
+"""LoRA: what is trained and what it costs, merging, the reference, resuming."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from amft_fast import lora
+from amft_fast.config import LoraConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from amft_fast.engine.local import LocalEngine
+from amft_fast.interfaces import UserError
+from amft_fast.model import Policy, load_model
+from test_packing import mixed
+from amft_fast.batch import micro_batches
+
+pytest.importorskip("peft")
+CPU = torch.device("cpu")
+
+
+def make(folder, trained=True, **more):
+    """A policy with adapters; `trained`: with factors that are no longer zero."""
+    torch.manual_seed(0)
+    model = load_model(ModelConfig(path=str(folder), lora=LoraConfig(rank=4, **more)), CPU)
+    if trained:
+        for layer in lora.layers(model).values():
+            for p in lora.factors(layer).values():
+                torch.nn.init.normal_(p, std=0.1)
+    return Policy(model, ObjectiveConfig())
+
+
+def batch():
+    return micro_batches(mixed(), 10**6, True)[0]
+
+
+def test_only_factors_are_trained_and_frozen_weights_cost_no_gradient(checkpoint_folder):
+    policy = make(checkpoint_folder)
+    engine = LocalEngine(policy, TrainConfig(lr=1e-2))
+    names = [n for g in engine.groups for n in g.names]
+    assert names and all(".lora_A." in n or ".lora_B." in n for n in names)
+    assert policy.weight_grad is None  # no dW in the head
+    frozen = {n: p.detach().clone() for n, p in policy.named_parameters() if not p.requires_grad}
+    before = engine.backward(batch()).loss
+    assert all(p.grad is None for p in policy.parameters() if not p.requires_grad)
+    assert sum(g.numel() for g in engine.take_gradient()) < sum(p.numel() for p in policy.parameters()) / 2
+    for _ in range(3):
+        loss = engine.backward(batch()).loss
+        engine.step()
+    assert loss < before
+    assert all(torch.equal(p, frozen[n]) for n, p in policy.named_parameters() if n in frozen)
+
+
+def test_fresh_adapters_change_nothing(checkpoint_folder):
+    plain = Policy(load_model(ModelConfig(path=str(checkpoint_folder)), CPU), ObjectiveConfig())
+    torch.testing.assert_close(
+        make(checkpoint_folder, trained=False).logprobs(batch()).logprobs, plain.logprobs(batch()).logprobs
+    )
+
+
+def test_merged_weights_have_plain_names_and_give_the_same(checkpoint_folder, tmp_path):
+    policy = make(checkpoint_folder)
+    wanted = policy.logprobs(batch()).logprobs
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint_folder, dtype=torch.float32)
+    state = dict(LocalEngine(policy, TrainConfig()).named_full_params())
+    assert set(state) == {n for n, _ in plain.named_parameters()}
+    plain.load_state_dict(state, strict=False)
+    torch.testing.assert_close(
+        Policy(plain, ObjectiveConfig()).logprobs(batch()).logprobs, wanted, rtol=1e-4, atol=1e-5
+    )
+    LocalEngine(policy, TrainConfig()).export(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(
+        Policy(again, ObjectiveConfig()).logprobs(batch()).logprobs, wanted, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_reference_stays_while_the_policy_moves_and_costs_the_factors_alone(checkpoint_folder):
+    policy = make(checkpoint_folder)
+    engine = LocalEngine(policy, TrainConfig(lr=1e-2))
+    then, reference = policy.logprobs(batch()).logprobs, engine.plain_copy()
+    for _ in range(2):
+        engine.backward(batch())
+        engine.step()
+    torch.testing.assert_close(policy.logprobs(batch(), reference).logprobs, then)
+    now = policy.logprobs(batch()).logprobs
+    assert (now - then).abs().max() > 1e-3
+    torch.testing.assert_close(policy.logprobs(batch()).logprobs, now)  # the exchange left nothing behind
+    kept = {n: p.clone() for n, p in reference.named_parameters()}
+    assert sum(p.numel() for p in kept.values()) == sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    other = engine.plain_copy()
+    other.load_state_dict(kept)
+    torch.testing.assert_close(policy.logprobs(batch(), other).logprobs, then)
+
+
+def test_resuming_takes_the_factors_up_again(checkpoint_folder):
+    first = LocalEngine(make(checkpoint_folder), TrainConfig(lr=1e-2))
+    first.backward(batch())
+    first.step()
+    state = copy.deepcopy({n: t.clone() if torch.is_tensor(t) else t for n, t in first.state_dict().items()})
+    assert not any("base_layer" in n for n in state)
+
+
+def test_targets_that_do_not_fit_are_one_sentence(checkpoint_folder):
+    with pytest.raises(UserError, match=r"model\.lora\.targets"):
+        make(checkpoint_folder, targets=["no_such_layer"])
+    with pytest.raises(UserError, match="leave out the output embedding"):
+        make(checkpoint_folder, targets=["lm_head"])

@@ -1,0 +1,41 @@
+"""`--profile.steps`: the report of a real run, its files, and its arithmetic."""
+
+import json
+
+import torch
+from test_train import cfg_for, copy_task
+
+from amft_fast import profiling, run
+
+__all__ = ["copy_task"]  # a fixture
+
+
+def test_kinds_of_operations():
+    assert profiling.kind_of("aten::mm") == "matrix products"
+    assert profiling.kind_of("aten::_scaled_dot_product_flash_attention_for_cpu") == "attention"
+    assert profiling.kind_of("sm90_xmma_gemm_bf16") == "matrix products"
+    assert profiling.kind_of("aten::add") == "element-wise and other"
+    assert profiling.peak_flops(torch.device("cpu")) > 1e8
+
+
+def test_a_profiled_run_says_where_the_time_went(tmp_path, checkpoint_folder, capsys):
+    flags = ["--profile.steps", "2", "--profile.skip", "1", "--train.steps", "4", "--train.warmup_steps", "0"]
+    assert (
+        run.train(cfg_for(tmp_path, checkpoint_folder, *flags, "--eval.every", "0", "--checkpoint.keep_best", "false"))
+        == 0
+    )
+    text = capsys.readouterr().out
+    assert text.count("profile of 2 steps") == 1
+    for word in (
+        "update",
+        "rollout",
+        "matrix products",
+        "aten::mm",
+        "MFU",
+        "weights",
+        "gradients",
+        "optimizer moments",
+    ):
+        assert word in text, word
+    trace = json.loads((tmp_path / "profile" / "trace.json").read_text())
+    assert {"amft.update", "amft.rollout"} <= {e.get("name") for e in trace["traceEvents"]}
