@@ -70,7 +70,7 @@ def test_sequences_are_what_an_episode_would_be(tokenizer, task):
 def test_the_chat_template_writes_what_the_base_was_shown(tokenizer, task):
     encoder = Encoder(tokenizer)
     demo = task.demos("train")[0]
-    prompt, response, mask = encoder.demo(demo)
+    prompt, response, mask, _ = encoder.demo(demo)
     turns = [(USER, demo.messages[0].content, False), (ASSISTANT, demo.response, True)]
     for message, answer in demo.more:
         turns += [(USER, message.content, False), (ASSISTANT, answer, True)]

@@ -56,7 +56,7 @@ class Recipe:
     routes: int = 100
     seed: int = 0
     steps: int = 800
-    stop: int = 400
+    stop: int = 100
     batch_size: int = 48
     lr: float = 3e-3
     warmup_steps: int = 50
