@@ -218,6 +218,22 @@ def _cells(r: dict) -> tuple[str, ...]:
     return f"{r['ms']:.0f}", f"{r['median_ms']:.0f}", f"{r['tokens_per_s']:,.0f}", mfu, mib(r["peak_bytes"])
 
 
+def picture(result: dict, path: Path) -> None:
+    """Milliseconds of each candidate as bars, ours on top."""
+    from matplotlib.figure import Figure
+
+    rows = [r for r in result["rows"] if "ms" in r][::-1]
+    figure = Figure(figsize=(8, 0.45 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    colours = ["#1f6f8b" if r["name"].startswith("amft") else "#b8b8b8" for r in rows]
+    bars = axes.barh([r["name"] for r in rows], [r["ms"] for r in rows], color=colours)
+    axes.bar_label(bars, [f"{r['ms']:.0f} ms, {mib(r['peak_bytes'])}" for r in rows], padding=4)
+    axes.set_xlim(0, 1.3 * max(r["ms"] for r in rows))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(f"one update on {result['rollouts']} rollouts, {result['environment']['device']}")
+    figure.savefig(path, dpi=120)
+
+
 def times_faster(rows: list[dict], rival: str) -> float | None:
     """The best of the rival's over ours."""
     own = next(r.get("ms") for r in rows if r["name"] == "amft-fast")
@@ -265,6 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "times_faster": {k: times_faster(result_rows, k) for k in ("TRL", "transformers")},
     }
     write_json(args.out / f"{name}.json", result)
+    if any("ms" in r for r in result_rows):
+        picture(result, args.out / f"{name}.png")
     words = f"{len(work.samples)} rollouts, {work.tokens:,} tokens of which {work.trained:,} trained, load {load:.1f}"
     print(f"{result['environment']['device']}, {words}\n\n{table(result_rows)}\n")
     for rival, ratio in result["times_faster"].items():

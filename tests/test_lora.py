@@ -1,20 +1,20 @@
 """LoRA: what is trained and what it costs, merging, the reference, resuming."""
 
-import copy
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from amft_fast import lora
+from amft_fast import lora, run
 from amft_fast.config import LoraConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from amft_fast.engine.local import LocalEngine
 from amft_fast.interfaces import UserError
 from amft_fast.model import Policy, load_model
 from test_packing import mixed
+from test_train import cfg_for, copy_task
 from amft_fast.batch import micro_batches
 
 pytest.importorskip("peft")
+__all__ = ["copy_task"]  # a fixture
 CPU = torch.device("cpu")
 
 
@@ -92,16 +92,35 @@ def test_the_reference_stays_while_the_policy_moves_and_costs_the_factors_alone(
     torch.testing.assert_close(policy.logprobs(batch(), other).logprobs, then)
 
 
-def test_resuming_takes_the_factors_up_again(checkpoint_folder):
-    first = LocalEngine(make(checkpoint_folder), TrainConfig(lr=1e-2))
-    first.backward(batch())
-    first.step()
-    state = copy.deepcopy({n: t.clone() if torch.is_tensor(t) else t for n, t in first.state_dict().items()})
-    assert not any("base_layer" in n for n in state)
-
-
 def test_targets_that_do_not_fit_are_one_sentence(checkpoint_folder):
     with pytest.raises(UserError, match=r"model\.lora\.targets"):
         make(checkpoint_folder, targets=["no_such_layer"])
     with pytest.raises(UserError, match="leave out the output embedding"):
         make(checkpoint_folder, targets=["lm_head"])
+
+
+def test_a_run_with_adapters_and_a_reference_resumes_where_it_stopped(tmp_path, checkpoint_folder):
+    """Three steps at once, and two and a third after a resume: the same factors; the export is plain and loads."""
+    from transformers import AutoModelForCausalLM as Auto
+
+    flags = ["--model.lora.rank", "2", "--objective.kl_coef", "0.1", "--train.method", "amft", "--meta.prompts", "2"]
+    flags += [
+        "--eval.every",
+        "0",
+        "--checkpoint.keep_best",
+        "false",
+        "--checkpoint.every",
+        "4",
+        "--checkpoint.export",
+        "true",
+    ]
+    for name, steps in (("whole", "4"), ("cut", "2"), ("cut", "4")):
+        more = ["--train.steps", steps, "--run.overwrite", "false"]
+        assert (
+            run.train(cfg_for(tmp_path / name, checkpoint_folder, *flags, *more), resume=name == "cut" and steps == "4")
+            == 0
+        )
+    whole, cut = (dict(Auto.from_pretrained(tmp_path / n / "model").named_parameters()) for n in ("whole", "cut"))
+    base = dict(Auto.from_pretrained(checkpoint_folder).named_parameters())
+    assert any(not torch.equal(whole[n], base[n]) for n in base)
+    assert all(torch.equal(whole[n], cut[n]) for n in base)
