@@ -205,8 +205,10 @@ class UpdateEngine(Protocol):
     """
 
     world: World
+    rank: int
+    world_size: int
     device: torch.device
-    cut: bool
+    cut: bool  # parameters are there in parts only, outside the model's forward pass
 
     def backward(self, batch: Batch, objective: ObjectiveConfig | None = None) -> PolicyOutput: ...
     def logprobs(self, batch: Batch, model: nn.Module | None = None, temperature: float | None = None): ...

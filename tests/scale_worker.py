@@ -169,6 +169,7 @@ def engines(folder, world):
             engine.export(folder / "export")
             found["export"] = exported(engine, folder / "export")
         assert all(g.master.dtype == torch.float32 for g in engine.groups)
+        assert all(b.dtype == torch.float32 for b in policy.model.buffers()), "rotary frequencies must stay fp32"
     deepspeed.zero_config = zero_config
     return found
 
