@@ -35,7 +35,7 @@ test: $(READY)
 
 test-integration: $(VENV)/.ready-integration $(VLLM_READY)
 	$(BIN)/python -m pytest -q -m integration
-	$(VLLM_VENV)/bin/python -m pytest -q -m integration tests/test_vllm_offline.py tests/test_vllm_served.py
+	$(VLLM_VENV)/bin/python -m pytest -q -m integration tests/test_vllm_offline.py tests/test_vllm_served.py tests/test_vllm_train.py
 
 # vLLM pins transformers and numpy below those of the main environment, so it has one of its own. torch first, as above; the CUDA
 # builds of torchvision, torchaudio and torchcodec that come along break vLLM's import on a CPU.

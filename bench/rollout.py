@@ -25,7 +25,7 @@ from bench.weight_sync import greedy_agrees, make_model, named, setup
 
 MEASURED = ("amft_fast/rollout", "bench/rollout.py", "bench/weight_sync.py")
 # model, prompts, answers per prompt, tokens of a prompt, tokens of an answer
-CASES = [("demo", 48, 8, 12, 24), ("15M", 8, 8, 64, 64)]
+CASES = [("demo", 48, 8, 12, 24), ("15M", 8, 4, 64, 32)]
 
 
 def requests(prompts: int, group: int, prompt_len: int, length: int, vocabulary: int) -> list[Request]:

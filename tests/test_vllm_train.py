@@ -1,0 +1,61 @@
+"""Whole runs on a CPU whose rollouts come from the real vLLM: they learn as with the embedded engine."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from fakes import CopyTask, make_checkpoint
+
+pytest.importorskip("vllm", reason="needs vLLM: make test-integration has an environment with it")
+
+from amft_fast import config_file, run
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(autouse=True)
+def copy_task(monkeypatch):
+    monkeypatch.setattr(run, "make_task", lambda cfg: CopyTask())
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, h in handlers.items():
+        signal.signal(s, h)
+
+
+def train(folder, model, *flags):
+    cfg = config_file.load(
+        None,
+        [
+            *("--run.dir", str(folder), "--model.path", str(model), "--train.method", "fixed", "--train.steps", "25"),
+            *(
+                "--train.lr",
+                "0.01",
+                "--train.prompts_per_step",
+                "4",
+                "--train.demos_per_step",
+                "4",
+                "--run.threads",
+                "1",
+            ),
+            *("--rollout.num_generations", "8", "--rollout.max_new_tokens", "4", "--log.tensorboard", "false"),
+            *("--eval.every", "0", "--eval.splits", '["train"]', "--eval.num_samples", "8", "--checkpoint.every", "0"),
+            *("--checkpoint.keep_best", "false", "--checkpoint.export", "false", *flags),
+        ],
+    )
+    assert run.train(cfg) == 0
+    steps = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((Path(folder) / "summary.json").read_text())
+    return steps, summary["start"]["train"]["sampled"], summary["end"]["train"]["sampled"]
+
+
+def test_a_run_with_vllm_learns_as_one_with_the_embedded_engine(tmp_path):
+    folder = make_checkpoint(tmp_path / "model")
+    _, start, want = train(tmp_path / "embedded", folder)
+    vllm = ("--rollout.engine", "vllm", "--rollout.vllm.kv_cache_bytes", str(16 << 20))
+    steps, vllm_start, got = train(tmp_path / "vllm", folder, *vllm)
+    assert start < 0.4 and vllm_start < 0.4 and want > 0.8
+    assert got > want - 0.15
+    # Engine and trainer have the same weights at every step: what is left between their log-probs is rounding.
+    assert len(steps) == 25 and max(r["mismatch_max"] for r in steps) < 1e-3
+    assert all(r["mismatch_ess"] > 0.999 for r in steps)
