@@ -17,7 +17,8 @@ from amft_fast.cli import main
 from amft_fast.config_file import load
 from amft_fast.engine.local import LocalEngine
 from amft_fast.interfaces import Request, Sampling, UserError
-from amft_fast.model import Policy, _checkpoint_layers
+from amft_fast.layers import checkpoint_layers
+from amft_fast.model import Policy
 from amft_fast.plan import Machine
 from amft_fast.rollout.transformers import TransformersEngine
 from amft_fast.run import RunFiles, build, prepare_folder
@@ -113,7 +114,7 @@ def engine_of(config, dtype, cfg):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if cfg.model.gradient_checkpointing:
-        _checkpoint_layers(model)
+        checkpoint_layers(model)
     return LocalEngine(Policy(model, cfg.objective), cfg.train)
 
 
