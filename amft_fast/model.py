@@ -123,7 +123,8 @@ class Policy(nn.Module):
         parts, order = [], []
         for rows in self.vision.kin([len(images) for _, images in batch.texts], packed):
             inputs = self.vision.inputs([batch.texts[i] for i in rows], device, packed)
-            hidden = backbone(**(inputs or {"input_ids": batch.input_ids[rows]}), use_cache=False).last_hidden_state
+            inputs = self.vision.arguments(backbone, inputs or {"input_ids": batch.input_ids[rows]})
+            hidden = backbone(**inputs, use_cache=False).last_hidden_state
             parts.append(nn.functional.pad(hidden, (0, 0, 0, width - hidden.shape[1])))
             order += rows
         if len(parts) == 1:

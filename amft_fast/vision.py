@@ -12,6 +12,7 @@ Legend: B rows, L columns, P patches.
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -122,30 +123,48 @@ class Vision:
 
     def inputs(
         self, rows: Sequence[Row], device: torch.device, packed: bool = False, left: bool = False, pad: int = 0
-    ) -> dict[str, torch.Tensor]:
-        """The arguments of the backbone's forward for these rows; {} where no row has an image.
+    ) -> dict[str, Any]:
+        """What a forward needs for these rows, to be made arguments of; {} where no row has an image.
 
         `input_ids` [B, L] and `position_ids` ([3, B, L]; [4, 1, L] packed, text positions first), with the pixels of all
-        images. Rows are padded on the right, on the `left`, or `packed` into one.
+        different images, and `which` of them stand in the rows, where one does several times. Rows are padded on the right,
+        on the `left`, or `packed` into one.
         """
         if not any(images for _, images in rows):
             return {}
         made = self._cross(rows, left, pad) if self.family == "cross" else self._mrope(rows, packed, left, pad)
-        return {k: _to(torch.from_numpy(v), device) for k, v in made.items()}
+        return {k: v if isinstance(v, list) else _to(torch.from_numpy(v), device) for k, v in made.items()}
+
+    def arguments(self, backbone: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+        """`inputs` as the arguments of a forward. An image that several rows show goes through the tower once: a group of
+        answers costs one look at its prompt's picture."""
+        which = inputs.pop("which", None)
+        if which is None:
+            return inputs
+        pixels, grids = inputs.pop("pixel_values"), inputs.pop("image_grid_thw")
+        if "mm_encoder_outputs" not in inspect.signature(backbone.forward).parameters:  # transformers before 5.2x
+            patches = pixels.split(grids.prod(-1).tolist())
+            return inputs | {"pixel_values": torch.cat([patches[i] for i in which]), "image_grid_thw": grids[which]}
+        seen = backbone.get_image_features(pixels, grids, return_dict=True)
+        seen.pooler_output = [seen.pooler_output[i] for i in which]
+        if getattr(seen, "deepstack_features", None) is not None:
+            seen.deepstack_features = [[layer[i] for i in which] for layer in seen.deepstack_features]
+        return inputs | {"mm_encoder_outputs": {"image": seen}}
 
     @property
     def _merge(self) -> int:
         return self.config.vision_config.spatial_merge_size
 
-    def _mrope(self, rows: Sequence[Row], packed: bool, left: bool, pad: int) -> dict[str, np.ndarray]:
-        read, positions, pixels = [], [], []
+    def _mrope(self, rows: Sequence[Row], packed: bool, left: bool, pad: int) -> dict[str, Any]:
+        read, positions, pixels, which = [], [], {}, []
         for ids, images in rows:
             made = [self.pixels(image) for image in images]
+            pixels |= {id(image): m for image, m in zip(images, made)}
+            which += map(id, images)
             grids = [tuple(int(n) for n in m["image_grid_thw"][0]) for m in made]
             starts = self.places(ids, grids)
             read.append(self._without_strays(ids, starts, grids))
             positions.append(mrope_positions(len(ids), starts, grids, self._merge))
-            pixels += made
         if packed:
             text = np.concatenate([np.arange(len(ids)) for ids in read])
             joined = np.concatenate([text[None], np.concatenate(positions, 1)])
@@ -156,7 +175,10 @@ class Vision:
                 "position_ids": _pad_rows(positions, left, 0).swapaxes(0, 1),
             }
         for name in ("pixel_values", "image_grid_thw"):
-            out[name] = np.concatenate([m[name] for m in pixels])
+            out[name] = np.concatenate([m[name] for m in pixels.values()])
+        if len(pixels) < len(which):
+            places = {image: i for i, image in enumerate(pixels)}
+            out["which"] = [places[image] for image in which]
         return out
 
     def places(self, ids: np.ndarray, grids: Sequence[tuple[int, int, int]]) -> list[int]:

@@ -335,3 +335,34 @@ def test_cached_rollouts_keep_their_pictures_through_a_checkpoint(qwen):
     for old, new in zip(samples, [s for g in back.groups for s in g.samples]):
         assert [x.tobytes() for x in new.images] == [x.tobytes() for x in old.images]
         assert new.response_ids == old.response_ids and new.turns == old.turns
+
+
+def test_vllm_is_given_one_place_for_each_image(qwen):
+    """It makes their runs of tokens itself."""
+    from amft_fast.rollout.vllm_targets import group_requests, single_places
+
+    ids = qwen.prompt("a b", *PICTURES[:2])
+    (group,) = group_requests([Request(tuple(ids), 1, 4, tuple(PICTURES[:2]))])
+    short = single_places(group, IMAGE)
+    assert short.count(IMAGE) == 2 and qwen.vision.expand(short, PICTURES[:2]) == ids
+    (plain,) = group_requests([Request((5, 6), 1, 4)])
+    assert single_places(plain, IMAGE) == [5, 6]
+
+
+def test_an_image_of_several_rows_goes_through_the_tower_once(qwen):
+    seen = []
+    hook = qwen.model.model.visual.register_forward_pre_hook(
+        lambda m, args, kw: seen.append(args[0].shape[0]), with_kwargs=True
+    )
+    sequences = [
+        objective.demo_sequence(qwen.prompt("a", PICTURES[0]), [8 + i], None, (PICTURES[0],)).with_fields(
+            nll_weight=1.0
+        )
+        for i in range(4)
+    ]
+    together = qwen.policy(collate(sequences, [0, 1, 2, 3], packed=False)).logprobs
+    qwen.engine.generate([Request(tuple(sequences[0].ids[:-1]), 1, 2, (PICTURES[0],))] * 3, Sampling())
+    hook.remove()
+    assert seen == [8, 8]  # patches of one image
+    alone = [qwen.policy(collate(sequences, [i], packed=False)).logprobs for i in range(4)]
+    torch.testing.assert_close(together, torch.cat(alone))

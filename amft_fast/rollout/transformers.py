@@ -203,7 +203,8 @@ class TransformersEngine:
         if self.vision is not None:
             shown = {key: r.images for key, r in zip(keys, requests)}
             texts = [(np.asarray(key[0], np.int64), shown[key]) for key in unique]
-            seen = self.vision.inputs(texts, device, left=True, pad=self.pad)
+            backbone = getattr(self.model, self.model.base_model_prefix)
+            seen = self.vision.arguments(backbone, self.vision.inputs(texts, device, left=True, pad=self.pad))
             ids_t = self.vision.readable(ids_t)
         ids_t, positions = seen.pop("input_ids", ids_t), seen.pop("position_ids", positions)
         logits = self._forward(ids_t, mask_t if padded else None, positions, cache, seen)

@@ -52,6 +52,14 @@ def group_requests(requests: Sequence[Request]) -> list[Group]:
     return groups
 
 
+def single_places(group: Group, image_token: int | None) -> list[int]:
+    """The prompt with one token for each image, as vLLM wants it: it makes the run of tokens that an image takes by itself."""
+    ids = group.prompt_ids
+    if not group.images or image_token is None:
+        return list(ids)
+    return [t for i, t in enumerate(ids) if t != image_token or i == 0 or ids[i - 1] != image_token]
+
+
 def asked_for(group: Group, sampling: Sampling) -> int:
     """How many samples an engine is asked for: greedy ones are all the same, and vLLM refuses to draw several."""
     return 1 if sampling.temperature == 0 else len(group.members)
@@ -94,8 +102,8 @@ class OfflineTarget:
 
     name = "vllm (colocated)"
 
-    def __init__(self, llm: Any, vocabulary: int) -> None:
-        self.llm, self.vocabulary = llm, vocabulary
+    def __init__(self, llm: Any, vocabulary: int, image_token: int | None = None) -> None:
+        self.llm, self.vocabulary, self.image_token = llm, vocabulary, image_token
         self.max_model_len = llm.llm_engine.model_config.max_model_len
 
     def generate(self, groups: Sequence[Group], sampling: Sampling, version: int) -> list[list[Completion]]:
@@ -103,7 +111,7 @@ class OfflineTarget:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        prompts = [TokensPrompt(prompt_token_ids=list(g.prompt_ids)) for g in groups]
+        prompts = [TokensPrompt(prompt_token_ids=single_places(g, self.image_token)) for g in groups]
         for prompt, g in zip(prompts, groups):
             if g.images:
                 prompt["multi_modal_data"] = {"image": list(g.images)}

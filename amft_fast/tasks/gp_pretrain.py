@@ -142,7 +142,7 @@ class Examples:
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast):
         self.recipe, self.vocabulary = recipe, tokenizer.get_vocab()
         self.hands = allowed_hands(recipe)
-        self.labelled = {hand: _labelled(hand, recipe.targets) for pool in self.hands.values() for hand in pool}
+        self.labelled = {hand: labelled(hand, recipe.targets) for pool in self.hands.values() for hand in pool}
         self.hands = {rule: [hand for hand in pool if self.labelled[hand]] for rule, pool in self.hands.items()}
 
     def draw(self, rng: random.Random) -> tuple[list[int], list[bool]]:
@@ -169,7 +169,7 @@ class Examples:
         return pad_rows([self.draw(rng) for _ in range(self.recipe.batch_size)], self.vocabulary[PAD])
 
 
-def _labelled(hand: tuple[int, ...], targets: tuple[int, int]) -> list[tuple[str, int]]:
+def labelled(hand: tuple[int, ...], targets: tuple[int, int]) -> list[tuple[str, int]]:
     """Every expression over every order of the hand whose value may be a target, with that value."""
     return [
         (text, int(value))

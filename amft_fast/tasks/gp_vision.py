@@ -120,7 +120,7 @@ class GeneralPointsVision(GeneralPoints):
 
     def image(self, problem: Problem) -> Image.Image:
         """The hand on its table: the same pixels at every call, a function of the problem and the task's seed alone."""
-        key = f"{self.seed}/{problem.rule}/{problem.target}"
+        key = f"{self.seed}/{problem.rule}/{problem.target}" if self.card_margin else ""
         return table_image(problem.cards, problem.suits, self.card_size, self.card_margin, key)
 
     def picture(self, item: Item, sample: Sample) -> Image.Image:

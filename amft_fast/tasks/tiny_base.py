@@ -110,11 +110,12 @@ def tiny_model(
 def fit(
     model: Qwen3ForCausalLM,
     recipe: Training,
-    draw_batch: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    draw_batch: Callable[[], tuple[torch.Tensor | dict[str, Any], torch.Tensor]],
     report: Callable[[int, float, Qwen3ForCausalLM], None],
     stop: int | None = None,
 ) -> Qwen3ForCausalLM:
-    """Trains on `recipe.steps` batches of ids and labels; `report(step, loss, model)` after each. Loss in nats a token.
+    """Trains on `recipe.steps` batches of ids (or all arguments of the model's forward) and labels; `report(step, loss,
+    model)` after each. Loss in nats a token.
 
     `stop` ends the training early, with the learning rate still that of a run of `recipe.steps`.
     """
@@ -123,7 +124,8 @@ def fit(
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, recipe.warmup_steps, recipe.steps)
     for step in range(1, (stop or recipe.steps) + 1):
         ids, labels = draw_batch()
-        logits = model(input_ids=ids, use_cache=False).logits
+        arguments = ids if isinstance(ids, dict) else {"input_ids": ids}
+        logits = model(**arguments, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
