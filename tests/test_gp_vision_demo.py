@@ -83,7 +83,18 @@ def test_the_shipped_base_is_what_its_recipe_says():
 
 
 def test_making_a_base_is_repeatable_and_learns(tmp_path):
-    short = ["--steps", "3", "--align-steps", "5", "--pictures", "8", "--targets-each", "2", "--text-base", str(TEXT_BASE)]
+    short = [
+        "--steps",
+        "3",
+        "--align-steps",
+        "5",
+        "--pictures",
+        "8",
+        "--targets-each",
+        "2",
+        "--text-base",
+        str(TEXT_BASE),
+    ]
     for name in "ab":
         main(["--out", str(tmp_path / name), *short])
     records = [json.loads((tmp_path / name / "recipe.json").read_text()) for name in "ab"]

@@ -14,9 +14,13 @@ from amft_fast import config_file, run
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def copy_task(monkeypatch):
     monkeypatch.setattr(run, "make_task", lambda cfg: CopyTask())
+
+
+@pytest.fixture(autouse=True)
+def keeps_signals():
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
     for s, h in handlers.items():
@@ -49,7 +53,7 @@ def train(folder, model, *flags):
     return steps, summary["start"]["train"]["sampled"], summary["end"]["train"]["sampled"]
 
 
-def test_a_run_with_vllm_learns_as_one_with_the_embedded_engine(tmp_path):
+def test_a_run_with_vllm_learns_as_one_with_the_embedded_engine(tmp_path, copy_task):
     folder = make_checkpoint(tmp_path / "model")
     _, start, want = train(tmp_path / "embedded", folder)
     vllm = ("--rollout.engine", "vllm", "--rollout.vllm.kv_cache_bytes", str(16 << 20))
@@ -59,3 +63,16 @@ def test_a_run_with_vllm_learns_as_one_with_the_embedded_engine(tmp_path):
     # Engine and trainer have the same weights at every step: what is left between their log-probs is rounding.
     assert len(steps) == 25 and max(r["mismatch_max"] for r in steps) < 1e-3
     assert all(r["mismatch_ess"] > 0.999 for r in steps)
+
+
+def test_the_demo_learns_with_vllm(tmp_path):
+    """80 of its 250 steps: success on the training prompts went from 27 to 35 % in them (standard error of a mean here 1 %)."""
+    flags = "--rollout.engine vllm --train.steps 80 --eval.every 0 --eval.max_prompts 8 --log.tensorboard false --checkpoint.export false"
+    cfg = config_file.load(
+        str(Path(__file__).parents[1] / "configs" / "demo.toml"), ["--run.dir", str(tmp_path / "run"), *flags.split()]
+    )
+    assert run.train(cfg) == 0
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    success = [r["success"] for r in steps]
+    assert sum(success[60:80]) / 20 > sum(success[:20]) / 20 + 0.03
+    assert max(r["mismatch_max"] for r in steps) < 1e-3
