@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_vlm import make_vlm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from amft_fast import config_file, run
@@ -18,6 +19,14 @@ from amft_fast.tasks.virl_pretrain import Recipe, build_tokenizer
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo_virl.toml"
 SHIPPED = CONFIG.parent / "demo_virl_base"
+
+
+@pytest.fixture(autouse=True)
+def keeps_signals():
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, h in handlers.items():
+        signal.signal(s, h)
 
 
 def test_the_shipped_checkpoint_is_what_its_recipe_says():
@@ -72,12 +81,7 @@ def test_the_demo_runs_a_few_steps_and_shows_its_walks(tmp_path, monkeypatch):
         *("--eval.every", "0", "--eval.max_prompts", "4", "--eval.num_samples", "1", "--task.virl.num_train", "40"),
         *("--checkpoint.export", "false", "--log.tensorboard", "false"),
     ]
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        assert run.train(config_file.load(CONFIG, flags)) == 0
-    finally:
-        for s, h in handlers.items():
-            signal.signal(s, h)
+    assert run.train(config_file.load(CONFIG, flags)) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["end"].keys() == {"train", "val", "test", "ood"}
     assert 0 < summary["end"]["test"]["step_accuracy"] <= 1
@@ -85,3 +89,22 @@ def test_the_demo_runs_a_few_steps_and_shows_its_walks(tmp_path, monkeypatch):
     assert all(r["turns"] > 5 and r["sft_loss"] > 0 and "task/first_try" in r for r in records)
     page = (tmp_path / "report.html").read_text()
     assert len(re.findall(r'<img src="data:image/svg\+xml;base64,', page)) >= 2
+
+
+def test_a_vision_language_policy_walks_with_views_in_its_own_and_in_other_cities(tmp_path):
+    """Two steps of a tiny random Qwen3-VL, and an evaluation in distribution, under the other rule and in other looks."""
+    model = make_vlm(tmp_path / "model", "qwen3_vl")
+    flags = (
+        "--train.steps 2 --train.prompts_per_step 2 --train.demos_per_step 2 --rollout.num_generations 2 --meta.prompts 2 "
+        "--meta.num_generations 2 --rollout.max_new_tokens 4 --eval.every 0 --eval.max_prompts 2 --eval.num_samples 1 "
+        "--task.virl.views true --task.virl.view_size 16 --task.virl.num_train 4 --task.virl.num_val 2 --task.virl.num_test 2 "
+        "--task.virl.verify_turns 1 --log.tensorboard false --checkpoint.export false"
+    )
+    legs = ["--task.virl.legs", "[1, 1]"]
+    paths = ["--run.dir", str(tmp_path / "run"), "--model.path", str(model)]
+    assert run.train(config_file.load(CONFIG, [*paths, *legs, *flags.split()])) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for split in ("test", "ood", "visual_ood"):
+        assert 0 <= summary["end"][split]["step_accuracy"] <= 1
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 2 and all(r["grad_norm"] > 0 for r in steps)
