@@ -15,7 +15,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -235,27 +234,6 @@ def copy_candidate(elements: int, device: str) -> Candidate:
     return Candidate("", "copy", lambda: target.copy_(source), (), 6, error=0.0)
 
 
-def commit() -> str:
-    def git(*arguments: str) -> str:
-        root = Path(__file__).parent.parent
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno", "--", *MEASURED) else "")
-    except OSError:
-        return "unknown"
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def report(all_candidates: list[Candidate], elements: int) -> dict:
     rows = [c.row(elements) for c in all_candidates]
     timed = {row["name"]: row for row in rows if row["best_ms"] is not None}
@@ -334,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "backend": backends()[arguments.device],
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
-        "commit": commit(),
+        "commit": commit(MEASURED),
         "elements": arguments.elements,
         "tensors": arguments.tensors,
         "rounds": arguments.rounds,

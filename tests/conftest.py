@@ -3,6 +3,8 @@ import os
 # One thread: bit-for-bit comparisons must not depend on the machine, and tests share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import signal
+
 import pytest
 import torch
 from fakes import make_checkpoint
@@ -16,3 +18,12 @@ def checkpoint_folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers():
+    """A run takes SIGINT and SIGTERM for itself; the test's own are put back afterwards."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

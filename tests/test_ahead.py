@@ -53,10 +53,6 @@ class RemoteEngine:
 @pytest.fixture(autouse=True)
 def parts(monkeypatch):
     monkeypatch.setattr(run, "make_task", lambda cfg: CopyTask())
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for s, h in handlers.items():
-        signal.signal(s, h)
 
 
 def train(monkeypatch, folder, model, *flags, resume=False, **faults):

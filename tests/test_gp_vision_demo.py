@@ -104,14 +104,6 @@ def test_making_a_base_is_repeatable_and_learns(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
-@pytest.fixture
-def quiet_signals():
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for s, h in handlers.items():
-        signal.signal(s, h)
-
-
 def demo(folder, *flags):
     few = [
         *(
@@ -136,7 +128,7 @@ def figures(folder) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in UNTIMED and not k.startswith("time/")} for r in records]
 
 
-def test_the_demo_runs_resumes_and_leaves_a_model_and_pictures(tmp_path, quiet_signals):
+def test_the_demo_runs_resumes_and_leaves_a_model_and_pictures(tmp_path):
     assert run.train(demo(tmp_path / "whole")) == 0
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert list(summary["end"]) == ["train", "val", "test", "ood", "visual_ood"]
@@ -154,7 +146,7 @@ def test_the_demo_runs_resumes_and_leaves_a_model_and_pictures(tmp_path, quiet_s
     assert load_vision(trained) is not None and load_model(trained, torch.device("cpu")).num_parameters() < 1_000_000
 
 
-def test_a_frozen_tower_stays_as_it_was(tmp_path, quiet_signals):
+def test_a_frozen_tower_stays_as_it_was(tmp_path):
     few = ("--train.steps", "1", "--train.lr", "0.01", "--eval.splits", '["val"]', "--train.method", "fixed")
     assert run.train(demo(tmp_path, "--model.vision", "frozen", *few)) == 0
     before = load_model(ModelConfig(path=str(SHIPPED)), torch.device("cpu")).state_dict()

@@ -236,7 +236,6 @@ checkpoint = { every = 2, keep_last = 9, keep_best = false, export = false }
 
 def test_a_resumed_multi_turn_run_goes_on_bit_for_bit(tmp_path, checkpoint_folder, monkeypatch):
     monkeypatch.setattr(run, "make_task", lambda cfg: CopyTask(max_turns=3))
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     folders = tmp_path / "whole", tmp_path / "cut"
 
     (tmp_path / "c.toml").write_text(SHORT_RUN)
@@ -249,14 +248,10 @@ def test_a_resumed_multi_turn_run_goes_on_bit_for_bit(tmp_path, checkpoint_folde
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return [{k: v for k, v in r.items() if not k.startswith(("time/", "seconds", "tokens_per_s"))} for r in records]
 
-    try:
-        for folder in folders:
-            train(folder)
-        (folders[1] / "checkpoints" / "step-000004" / "state.json").write_text("damaged")
-        train(folders[1], resume=True)
-    finally:
-        for s, h in handlers.items():
-            signal.signal(s, h)
+    for folder in folders:
+        train(folder)
+    (folders[1] / "checkpoints" / "step-000004" / "state.json").write_text("damaged")
+    train(folders[1], resume=True)
     assert lines(folders[0]) == lines(folders[1])
     assert any(r["turns"] > 1 for r in lines(folders[0])) and "task/words" in lines(folders[0])[0]
     a, b = (checkpoint.load(f / "checkpoints" / "step-000004")[0] for f in folders)

@@ -63,10 +63,6 @@ def found(folder):
 @pytest.fixture(autouse=True)
 def copy_task(monkeypatch):
     monkeypatch.setattr(run, "make_task", lambda cfg: CopyTask())
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for s, h in handlers.items():
-        signal.signal(s, h)
 
 
 @pytest.fixture(scope="module")

@@ -35,12 +35,8 @@ def cfg_for(folder, model, *flags):
 
 @pytest.fixture(autouse=True)
 def copy_task(monkeypatch):
-    """The task of these runs; the signal handlers of a run are put back afterwards."""
+    """The task of these runs."""
     monkeypatch.setattr(run, "make_task", lambda cfg: CopyTask())
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for s, h in handlers.items():
-        signal.signal(s, h)
 
 
 def lines(folder, name="metrics.jsonl"):

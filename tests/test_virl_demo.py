@@ -21,14 +21,6 @@ CONFIG = Path(__file__).parent.parent / "configs" / "demo_virl.toml"
 SHIPPED = CONFIG.parent / "demo_virl_base"
 
 
-@pytest.fixture(autouse=True)
-def keeps_signals():
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for s, h in handlers.items():
-        signal.signal(s, h)
-
-
 def test_the_shipped_checkpoint_is_what_its_recipe_says():
     recipe = json.loads((SHIPPED / "recipe.json").read_text())
     assert recipe["model_sha256"] == sha256((SHIPPED / "model.safetensors").read_bytes()).hexdigest()

@@ -176,10 +176,6 @@ def records(folder):
 @pytest.fixture
 def copy_task(monkeypatch):
     monkeypatch.setattr(run, "make_task", lambda cfg: CopyTask())
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for s, h in handlers.items():
-        signal.signal(s, h)
 
 
 def test_rollouts_ahead_are_one_step_old_and_the_engine_agrees_with_the_trainer(tmp_path, copy_task):

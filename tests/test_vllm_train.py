@@ -19,14 +19,6 @@ def copy_task(monkeypatch):
     monkeypatch.setattr(run, "make_task", lambda cfg: CopyTask())
 
 
-@pytest.fixture(autouse=True)
-def keeps_signals():
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for s, h in handlers.items():
-        signal.signal(s, h)
-
-
 def train(folder, model, *flags):
     cfg = config_file.load(
         None,

@@ -37,7 +37,7 @@ from amft_fast.tasks.general_points import (
     feedback_text,
     prompt_text,
 )
-from amft_fast.tasks.gp_hands import ID_RULE, OOD_RULE, Problem, hands, shuffled_deal
+from amft_fast.tasks.gp_hands import ID_RULE, OOD_RULE, Problem, assign_split, hands, shuffled_deal
 from amft_fast.tasks.tiny_base import (
     ASSISTANT,
     PAD,
@@ -87,9 +87,8 @@ def allowed_hands(recipe: Recipe) -> dict[str, list[tuple[int, ...]]]:
 
     Hands without a value above 10 are allowed under both rules, as far as they are training hands.
     """
-    task = GeneralPoints(num_cards=recipe.num_cards, targets=recipe.targets, seed=recipe.seed)
-    train = [hand for hand in hands(recipe.num_cards, ID_RULE) if task.assign_split(hand) == "train"]
-    other = [hand for hand in hands(recipe.num_cards, OOD_RULE) if task.assign_split(hand) == "ood_train"]
+    train = [hand for hand in hands(recipe.num_cards, ID_RULE) if assign_split(hand, seed=recipe.seed) == "train"]
+    other = [hand for hand in hands(recipe.num_cards, OOD_RULE) if assign_split(hand, seed=recipe.seed) == "ood_train"]
     return {ID_RULE: train, OOD_RULE: train + other}
 
 
@@ -216,25 +215,11 @@ def save(model: Qwen3ForCausalLM, recipe: Recipe, losses: Sequence[float], folde
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m amft_fast.tasks.gp_pretrain", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
-    for name in ("seed", "steps", "batch_size", "lr", "hidden_size", "num_layers"):
-        default = getattr(Recipe, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"[{default}]")
-    given = vars(parser.parse_args(arguments))
+    names = ("seed", "steps", "batch_size", "lr", "hidden_size", "num_layers")
+    given = vars(command_line("gp_pretrain", __doc__, Recipe, names).parse_args(arguments))
     folder = given.pop("out")
-    recipe, losses = Recipe(**given), []
-
-    def report(step: int, loss: float, _: Qwen3ForCausalLM) -> None:
-        losses.append(loss)
-        if step % 50 == 0 or step == recipe.steps:
-            print(f"step {step}/{recipe.steps}  loss {sum(losses[-50:]) / len(losses[-50:]):.4f}", flush=True)
-
-    torch.set_num_threads(1)  # sums then come out alike whatever the number of cores; at this size more gain little
-    model = train(recipe, report)
-    folder.mkdir(parents=True, exist_ok=True)
-    save(model, recipe, losses, folder)
-    print(f"wrote {folder}", file=sys.stderr)
+    recipe = Recipe(**given)
+    make(folder, partial(train, recipe), lambda model, losses: save(model, recipe, losses, folder), recipe.steps)
 
 
 if __name__ == "__main__":

@@ -267,28 +267,19 @@ def save(model: nn.Module, recipe: Recipe, text_base: Path, losses: Sequence[flo
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m amft_fast.tasks.gp_vision_pretrain", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
+    names = ("seed", "align_steps", "steps", "pictures", "targets_each", "lr", "vision_size", "vision_layers")
+    parser = tiny_base.command_line("gp_vision_pretrain", __doc__, Recipe, names)
     parser.add_argument("--text-base", type=Path, default=Path("configs/demo_base"), help="[configs/demo_base]")
-    for name in ("seed", "align_steps", "steps", "pictures", "targets_each", "lr", "vision_size", "vision_layers"):
-        default = getattr(Recipe, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"[{default}]")
     given = vars(parser.parse_args(arguments))
     folder, text_base = given.pop("out"), given.pop("text_base")
-    recipe, losses = Recipe(**given), []
-
-    def report(step: int, loss: float, _: nn.Module) -> None:
-        losses.append(loss)
-        if step % 25 == 0 or step == recipe.steps:
-            print(f"step {step}/{recipe.steps}  loss {sum(losses[-25:]) / len(losses[-25:]):.4f}", flush=True)
-
-    torch.set_num_threads(1)  # sums then come out alike whatever the number of cores; at this size more gain little
-    model = train(recipe, text_base, report)
-    folder.mkdir(parents=True, exist_ok=True)
-    save(model, recipe, text_base, losses, folder)
-    print(f"wrote {folder}", file=sys.stderr)
+    recipe = Recipe(**given)
+    tiny_base.make(
+        folder,
+        partial(train, recipe, text_base),
+        lambda model, losses: save(model, recipe, text_base, losses, folder),
+        recipe.steps,
+        every=25,
+    )
 
 
 if __name__ == "__main__":

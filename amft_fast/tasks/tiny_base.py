@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, Protocol
 import tokenizers
 import torch
 import transformers
+from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -143,3 +146,35 @@ def made_with(folder: Path) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "model_sha256": sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
     }
+
+
+def command_line(module: str, purpose: str, recipe: type, names: Iterable[str]) -> argparse.ArgumentParser:
+    """`--out` and a flag for each of these fields of the recipe, with the recipe's defaults."""
+    parser = argparse.ArgumentParser(prog=f"python -m amft_fast.tasks.{module}", description=purpose.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
+    for name in names:
+        default = getattr(recipe, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"[{default}]")
+    return parser
+
+
+def make(
+    folder: Path,
+    train: Callable[[Callable[[int, float, nn.Module], None]], nn.Module],
+    save: Callable[[nn.Module, list[float]], None],
+    steps: int,
+    every: int = 50,
+) -> None:
+    """Trains on one thread, prints the mean loss of the last `every` steps as it goes, and saves into the folder."""
+    losses: list[float] = []
+
+    def report(step: int, loss: float, _: nn.Module) -> None:
+        losses.append(loss)
+        if step % every == 0 or step == steps:
+            print(f"step {step}/{steps}  loss {sum(losses[-every:]) / len(losses[-every:]):.4f}", flush=True)
+
+    torch.set_num_threads(1)  # sums then come out alike whatever the number of cores; at this size more gain little
+    model = train(report)
+    folder.mkdir(parents=True, exist_ok=True)
+    save(model, losses)
+    print(f"wrote {folder}", file=sys.stderr)

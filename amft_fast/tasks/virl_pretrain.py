@@ -147,27 +147,11 @@ def save(model: Qwen3ForCausalLM, recipe: Recipe, losses: Sequence[float], folde
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m amft_fast.tasks.virl_pretrain", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
-    for field in fields(Recipe):
-        flag, kind = f"--{field.name.replace('_', '-')}", type(field.default)
-        parser.add_argument(flag, type=kind, default=field.default, help=f"[{field.default}]")
-    given = vars(parser.parse_args(arguments))
+    names = [field.name for field in fields(Recipe)]
+    given = vars(command_line("virl_pretrain", __doc__, Recipe, names).parse_args(arguments))
     folder = given.pop("out")
-    recipe, losses = Recipe(**given), []
-
-    def report(step: int, loss: float, _: Qwen3ForCausalLM) -> None:
-        losses.append(loss)
-        if step % 50 == 0 or step == recipe.stop:
-            print(f"step {step}/{recipe.stop}  loss {sum(losses[-50:]) / len(losses[-50:]):.4f}", flush=True)
-
-    torch.set_num_threads(1)  # sums then come out alike whatever the number of cores; at this size more gain little
-    model = train(recipe, report)
-    folder.mkdir(parents=True, exist_ok=True)
-    save(model, recipe, losses, folder)
-    print(f"wrote {folder}", file=sys.stderr)
+    recipe = Recipe(**given)
+    make(folder, partial(train, recipe), lambda model, losses: save(model, recipe, losses, folder), recipe.stop)
 
 
 if __name__ == "__main__":
