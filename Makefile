@@ -68,9 +68,9 @@ bench-gpu:
 
 # Makes the demos' base checkpoints anew (recipe and hash in their recipe.json).
 demo-base: $(READY)
-	$(BIN)/python -m amft_fast.tasks.gp_pretrain --out configs/demo_base
-	$(BIN)/python -m amft_fast.tasks.virl_pretrain --out configs/demo_virl_base
-	$(BIN)/python -m amft_fast.tasks.gp_vision_pretrain --out configs/demo_gp_vl_base
+	$(BIN)/python -m amft_fast.tasks.general_points.pretrain --out configs/demo_base
+	$(BIN)/python -m amft_fast.tasks.virl.pretrain --out configs/demo_virl_base
+	$(BIN)/python -m amft_fast.tasks.general_points.vision_pretrain --out configs/demo_gp_vl_base
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache

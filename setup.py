@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
@@ -132,7 +132,7 @@ def library(name: str, *sources: str) -> Extension:
 
 setup(
     # `kernels/` is imported as `amft_kernels`: transformers probes the import name `kernels` for another package.
-    packages=["amft_fast", "amft_fast.engine", "amft_fast.rollout", "amft_fast.tasks", "amft_kernels"],
+    packages=["amft_kernels", *find_packages(include=["amft_fast", "amft_fast.*"])],
     package_dir={"amft_kernels": "kernels"},
     ext_modules=[
         library("amft_fast._multi_tensor_cpu", "multi_tensor_dot_cpu.cpp", "multi_tensor_dot_lanes.cpp"),

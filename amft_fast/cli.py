@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from amft_fast import __version__
-from amft_fast.interfaces import UserError
+from amft_fast.errors import UserError
 
 EPILOG = """settings: every setting of the config can be given as a flag, --section.field value (for example
 --train.method sft --train.lr 1e-4); `amft-fast train CONFIG --dry-run` prints them all."""
@@ -136,12 +136,12 @@ def _train(args: argparse.Namespace, flags: list[str]) -> int:
     cfg = config_file.load(path, flags)
     if args.dry_run:
         print(config_file.to_toml(cfg), end="", flush=True)
-        from amft_fast.preflight import check
+        from amft_fast.run.preflight import check
 
         print("\n".join(check(cfg)), file=sys.stderr)
         return 0
-    from amft_fast.distributed import leave
-    from amft_fast.run import train
+    from amft_fast.engine.world import leave
+    from amft_fast.run.build import train
 
     code = train(cfg, resume=args.resume is not None)
     leave()
@@ -149,8 +149,9 @@ def _train(args: argparse.Namespace, flags: list[str]) -> int:
 
 
 def _eval_benchmarks(args: argparse.Namespace, flags: list[str]) -> int:
-    from amft_fast import benchmarks, config_file
-    from amft_fast.tasks.math import default_benchmarks_file
+    from amft_fast import config_file
+    from amft_fast.study import benchmarks
+    from amft_fast.tasks.math.task import default_benchmarks_file
 
     for name, least in (("samples", 1), ("limit", 1), ("max_new_tokens", 1), ("temperature", 0), ("seed", 0)):
         value = getattr(args, name)
@@ -178,8 +179,8 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
     cfg = config_file.load(args.target, flags)
     if args.model:
         cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": args.model})})
-    from amft_fast.evaluate import check_splits, evaluate
-    from amft_fast.run import StopSignal, build
+    from amft_fast.run.build import StopSignal, build
+    from amft_fast.run.evaluate import check_splits, evaluate
 
     stop = StopSignal()
     parts = build(cfg, stop)
@@ -225,7 +226,7 @@ def eval_table(result: dict[str, dict[str, float]], k: int) -> str:
 
 
 def _compare(args: argparse.Namespace, flags: list[str]) -> int:
-    from amft_fast.compare import compare
+    from amft_fast.study.compare import compare
 
     for name in ("seeds", "cores"):
         if getattr(args, name) < 1:
@@ -235,7 +236,7 @@ def _compare(args: argparse.Namespace, flags: list[str]) -> int:
 
 
 def _report(args: argparse.Namespace, flags: list[str]) -> int:
-    from amft_fast.report import write_report
+    from amft_fast.report.page import write_report
 
     print(write_report(Path(args.run)))
     return 0
@@ -243,11 +244,12 @@ def _report(args: argparse.Namespace, flags: list[str]) -> int:
 
 def _doctor(args: argparse.Namespace, flags: list[str]) -> int:
     if args.plan:
-        from amft_fast import config_file, plan_report
+        from amft_fast import config_file
+        from amft_fast.doctor import plan
 
-        print(plan_report.run(config_file.load(args.plan, flags), args))
+        print(plan.run(config_file.load(args.plan, flags), args))
         return 0
-    from amft_fast.doctor import doctor
+    from amft_fast.doctor.installed import doctor
 
     print(doctor())
     return 0

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from amft_fast.config import Config
-from amft_fast.interfaces import UserError
+from amft_fast.errors import UserError
 
 
 def _fields(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -30,8 +30,8 @@ from collections.abc import Callable
 from typing import Any
 
 from amft_fast.config import LEARNED, Config
+from amft_fast.data.stream import sample_seed
 from amft_fast.multi_tensor import mixing_slope, named_sums
-from amft_fast.rollout.episodes import sample_seed
 
 # Student's t, 97.5 %, for 1, 2, ... degrees of freedom.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)

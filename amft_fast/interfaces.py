@@ -17,18 +17,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from amft_fast.batch import Batch
     from amft_fast.config import ObjectiveConfig
-    from amft_fast.distributed import World
-    from amft_fast.model import PolicyOutput
-
-
-class UserError(Exception):
-    """A mistake of the user's. Its text is one sentence that says what was wrong and what to do; shown without traceback."""
-
-
-class RolloutFailure(RuntimeError):
-    """A rollout engine that could not be brought back. Its text is one sentence; the run saves its state and stops with it."""
+    from amft_fast.data.batch import Batch
+    from amft_fast.engine.world import World
+    from amft_fast.model.policy import PolicyOutput
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks

@@ -32,12 +32,12 @@ import torch
 
 from amft_fast import objective
 from amft_fast.advantages import group_advantages
-from amft_fast.batch import Batch, Sequence
 from amft_fast.config import MetaConfig, ObjectiveConfig
+from amft_fast.data.batch import Batch, Sequence
+from amft_fast.data.pictures import PackedImages, unpack_images
 from amft_fast.interfaces import Demo, Item, Sample, Turn, UpdateEngine
-from amft_fast.model import SUMS
-from amft_fast.pictures import PackedImages, unpack_images
-from amft_fast.rollout.episodes import Encoder
+from amft_fast.model.policy import SUMS
+from amft_fast.rollout.encoder import Encoder
 
 Draw = Callable[[list[Item], int], list[Sample]]
 

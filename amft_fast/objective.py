@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from amft_fast import advantages as adv
-from amft_fast.batch import Sequence
 from amft_fast.config import AdvantageConfig, ObjectiveConfig
+from amft_fast.data.batch import Sequence
 from amft_fast.interfaces import Sample
 
 

@@ -17,23 +17,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from amft_fast import attention, checkpoint, controller, objective, run_state
-from amft_fast.batch import Batch, Sequence, micro_batches, scatter
+from amft_fast import controller, objective
 from amft_fast.config import Config
-from amft_fast.evaluate import check_splits, choose, evaluate
-from amft_fast.figures import StepFigures, read_step, rollout_figures
-from amft_fast.interfaces import Item, RolloutFailure, Sample, Sampling, UserError
-from amft_fast.loader import Loader
+from amft_fast.data.batch import Batch, Sequence, micro_batches, scatter
+from amft_fast.data.loader import Loader
+from amft_fast.data.pictures import data_uri
+from amft_fast.data.stream import Stream
+from amft_fast.errors import RolloutFailure, UserError
+from amft_fast.interfaces import Item, Sample, Sampling
 from amft_fast.meta_gradient import Utility, UtilityGradient
-from amft_fast.metrics import PHASES
-from amft_fast.model import MAXES, SUMS, Scores
-from amft_fast.pictures import data_uri
-from amft_fast.profiling import StepProfiler, static_bytes
+from amft_fast.model import attention
+from amft_fast.model.policy import MAXES, SUMS, Scores
 from amft_fast.rollout import episodes
 from amft_fast.rollout.ahead import Ahead
 from amft_fast.rollout.dynamic import draw_with_spread
-from amft_fast.run import Parts, RunFiles
-from amft_fast.stream import Stream
+from amft_fast.run import checkpoint, state
+from amft_fast.run.build import Parts, RunFiles
+from amft_fast.run.evaluate import check_splits, choose, evaluate
+from amft_fast.run.figures import StepFigures, read_step, rollout_figures
+from amft_fast.run.profiling import StepProfiler, static_bytes
+from amft_fast.run.writers import PHASES
 
 
 class Trainer:
@@ -134,7 +137,7 @@ class Trainer:
                 if self.finished:
                     break
                 if self.checkpoint_due():
-                    run_state.save(self)
+                    state.save(self)
                 if self.world.any(self.should_stop()):
                     raise InterruptedError
                 if self.step == self.cfg.train.warmup_steps and self.entropy_target is None:
@@ -144,11 +147,11 @@ class Trainer:
                 if self.sync_failure is not None:
                     raise self.sync_failure
         except InterruptedError:
-            run_state.save(self)
+            state.save(self)
             raise
         except RolloutFailure as e:
-            raise UserError(f"{e}; the state is saved in {run_state.save(self)}, go on with --resume") from e
-        run_state.save(self)
+            raise UserError(f"{e}; the state is saved in {state.save(self)}, go on with --resume") from e
+        state.save(self)
 
     def profiled(self, step: Callable[[], dict[str, Any]]) -> None:
         """One step and its record, profiled where `profile.steps` asks for it."""
@@ -474,7 +477,7 @@ class Trainer:
             f"step {self.step - 1}: the {which} was not finite, the update was skipped ({bad_in_row} in a row)"
         )
         if bad_in_row >= self.cfg.train.max_bad_steps:
-            path = run_state.save(self)
+            path = state.save(self)
             raise UserError(
                 f"stopped after {bad_in_row} updates in a row whose {which} was not finite (train.max_bad_steps); the state "
                 f"is saved in {path}. Lower train.lr or train.max_grad_norm and go on with --resume"
@@ -559,7 +562,7 @@ class Trainer:
             return
         if self.best is None or value > self.best:
             self.best = value
-            path = run_state.save(self)
+            path = state.save(self)
             if self.world.main:
                 checkpoint.mark_best(self.files.checkpoints, path)
 

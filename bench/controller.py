@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import torch
 
-from amft_fast import config_file, run
+from amft_fast import config_file
+from amft_fast.run import build as run
 from amft_fast.train import Trainer
 from bench.results import RESULTS, environment, markdown_table, write_json
 

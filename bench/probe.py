@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from amft_fast.multi_tensor import SUMS, AdamState, backends, multi_tensor_dot, multi_tensor_dot_reference
+from bench.results import commit, device_name
 
 MEASURED = ("csrc", "amft_fast/multi_tensor.py", "bench/probe.py", "setup.py")
 RESULTS = Path(__file__).parent / "results"

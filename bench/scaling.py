@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from amft_fast import packing
-from amft_fast.batch import micro_batches
+from amft_fast.data import packing
+from amft_fast.data.batch import micro_batches
 from amft_fast.interfaces import Sample
 from amft_fast.objective import rollout_sequence
 from bench.results import RESULTS, environment, markdown_table, write_json

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from amft_fast.profiling import peak_flops
+from amft_fast.run.profiling import peak_flops
 from bench.measure import with_peak
 from bench.peers import LeftOut, first_line
 from bench.results import RESULTS, environment, markdown_table, mib, write_json
@@ -41,10 +41,11 @@ SHAPES = {
 
 def recorded(rollouts: int) -> tuple[Work, object]:
     """The demo's model and its own answers to the demo's prompts, at temperature 1."""
-    from amft_fast import config_file, run
+    from amft_fast import config_file
     from amft_fast.advantages import group_advantages
     from amft_fast.interfaces import Sampling
     from amft_fast.rollout import episodes
+    from amft_fast.run import build as run
 
     cfg = config_file.load("configs/demo.toml", ["--run.device", "cpu"])
     parts = run.build(cfg, lambda: False)

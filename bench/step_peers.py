@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from amft_fast import attention, objective
-from amft_fast.batch import Sequence, micro_batches
+from amft_fast import objective
 from amft_fast.config import ObjectiveConfig, TrainConfig
+from amft_fast.data.batch import Sequence, micro_batches
 from amft_fast.engine.local import LocalEngine
 from amft_fast.interfaces import Sample
-from amft_fast.model import Policy
+from amft_fast.model import attention
+from amft_fast.model.policy import Policy
 from bench.peers import LeftOut
 
 CLIP, LR = 0.2, 1e-6

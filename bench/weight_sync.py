@@ -23,8 +23,10 @@ import torch.distributed as dist
 from amft_fast.config import VllmConfig
 from amft_fast.interfaces import Request, Sampling
 from amft_fast.rollout import vllm
-from amft_fast.rollout.channels import broadcast, gloo_group
 from amft_fast.rollout.transformers import TransformersEngine
+from amft_fast.rollout.vllm.channels import broadcast, gloo_group
+from amft_fast.rollout.vllm.colocated import ColocatedEngine
+from amft_fast.rollout.vllm.setup import Setup
 from bench.results import RESULTS, environment, markdown_table, mib, write_json
 
 MEASURED = ("amft_fast/rollout", "bench/weight_sync.py")
@@ -107,11 +109,11 @@ def from_disk(engine, model: torch.nn.Module, path: Path) -> None:
     engine.target.reset_caches()
 
 
-def setup(model: torch.nn.Module, path: str, device: str, folder: Path, mode: str, bucket: int) -> vllm.Setup:
+def setup(model: torch.nn.Module, path: str, device: str, folder: Path, mode: str, bucket: int) -> Setup:
     cfg = VllmConfig(mode=mode, bucket_bytes=bucket, sleep=False, devices=["0"] if device == "cuda" else [])
     if mode == "server" and device == "cuda":
         cfg = cfg.model_copy(update={"backend": "ipc"})  # on the trainer's own GPU
-    return vllm.Setup(cfg, model, path, torch.device(device), folder, weights=lambda: named(model))
+    return Setup(cfg, model, path, torch.device(device), folder, weights=lambda: named(model))
 
 
 def measure(name: str, device: str, mode: str, rounds: int, folder: Path) -> dict[str, object]:
@@ -166,7 +168,7 @@ def measure(name: str, device: str, mode: str, rounds: int, folder: Path) -> dic
 
 
 def sync_channel(engine):
-    return engine.sync_weights if isinstance(engine, vllm.ColocatedEngine) else engine.weight_sync
+    return engine.sync_weights if isinstance(engine, ColocatedEngine) else engine.weight_sync
 
 
 def table(results: list[dict]) -> str:

@@ -16,14 +16,17 @@ import torch
 from fakes import CopyTask, make_checkpoint
 from transformers import AutoModelForCausalLM
 
-from amft_fast import checkpoint, config_file, distributed, objective, run
-from amft_fast.batch import micro_batches
+from amft_fast import config_file, objective
 from amft_fast.config import EngineConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from amft_fast.data.batch import micro_batches
 from amft_fast.engine import deepspeed
+from amft_fast.engine import world as distributed
 from amft_fast.engine.deepspeed import DeepSpeedEngine, zero_config
 from amft_fast.engine.local import LocalEngine
-from amft_fast.model import Policy, load_model, pick_dtype
+from amft_fast.model.policy import Policy, load_model, pick_dtype
 from amft_fast.multi_tensor import mixing_slope, named_sums
+from amft_fast.run import build as run
+from amft_fast.run import checkpoint
 
 OBJECTIVE = ObjectiveConfig(entropy_coef=0.02, tis_cap=2.0)
 SGD = TrainConfig(lr=0.05, optimizer="sgd", max_grad_norm=0.5, weight_decay=0.1)

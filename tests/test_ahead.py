@@ -2,16 +2,17 @@
 
 import copy
 import json
-import signal
 from pathlib import Path
 
 import pytest
 from fakes import CopyTask
 
-from amft_fast import config_file, run
-from amft_fast.interfaces import RolloutFailure, Sample, Turn, UserError
+from amft_fast import config_file
+from amft_fast.errors import RolloutFailure, UserError
+from amft_fast.interfaces import Sample, Turn
 from amft_fast.rollout.ahead import Ahead
 from amft_fast.rollout.transformers import TransformersEngine
+from amft_fast.run import build as run
 
 TIMES = ("seconds", "tokens_per_s", "wall_s")
 

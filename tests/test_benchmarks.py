@@ -8,12 +8,15 @@ import pytest
 from fakes import make_checkpoint
 from transformers import AutoTokenizer
 
-from amft_fast import benchmarks, cli, config_file, preflight
-from amft_fast.benchmarks import Answers, Settings, aligned, evaluate, figures, table
-from amft_fast.evaluate import pass_at_k
-from amft_fast.interfaces import Completion, UserError
-from amft_fast.rollout.episodes import Encoder
-from amft_fast.tasks.math_benchmarks import Benchmark
+from amft_fast import cli, config_file
+from amft_fast.errors import UserError
+from amft_fast.interfaces import Completion
+from amft_fast.rollout.encoder import Encoder
+from amft_fast.run import preflight
+from amft_fast.run.evaluate import pass_at_k
+from amft_fast.study import benchmarks
+from amft_fast.study.benchmarks import Answers, Settings, aligned, evaluate, figures, table
+from amft_fast.tasks.math.benchmarks import Benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,7 +79,7 @@ def benchmark(tmp_path):
 @pytest.fixture
 def bare_words(monkeypatch):
     """The answer is the whole response: the test tokenizer has no box."""
-    for module in ("amft_fast.tasks.math_reward", "amft_fast.tasks.math", "amft_fast.benchmarks"):
+    for module in ("amft_fast.tasks.math.reward", "amft_fast.tasks.math.task", "amft_fast.study.benchmarks"):
         monkeypatch.setattr(f"{module}.extract", lambda text: text.strip() or None)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from amft_fast import checkpoint
+from amft_fast.run import checkpoint
 
 
 def save(folder, step, value=0.0):

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from amft_fast import cli, compare
-from amft_fast.interfaces import UserError
+from amft_fast import cli
+from amft_fast.errors import UserError
+from amft_fast.study import compare
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from amft_fast import config, config_file
-from amft_fast.interfaces import UserError
+from amft_fast.errors import UserError
 
 FOLDER = Path(__file__).parent.parent / "configs"
 CONFIGS = sorted(p for p in FOLDER.glob("*.toml") if p.name != "benchmarks.toml")

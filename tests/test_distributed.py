@@ -9,14 +9,18 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from amft_fast import checkpoint, config_file, distributed, objective, run
-from amft_fast.batch import deal, micro_batches, plan
+from amft_fast import config_file, objective
 from amft_fast.config import ObjectiveConfig, TrainConfig
-from amft_fast.distributed import World
+from amft_fast.data.batch import deal, micro_batches, plan
+from amft_fast.engine import world as distributed
 from amft_fast.engine.local import LocalEngine
-from amft_fast.interfaces import Sampling, UserError
-from amft_fast.model import Policy
+from amft_fast.engine.world import World
+from amft_fast.errors import UserError
+from amft_fast.interfaces import Sampling
+from amft_fast.model.policy import Policy
 from amft_fast.rollout import episodes
+from amft_fast.run import build as run
+from amft_fast.run import checkpoint
 
 
 @given(st.integers(0, 50), st.integers(1, 9))

@@ -2,12 +2,12 @@
 
 import json
 import re
-import signal
 from pathlib import Path
 
 import pytest
 
-from amft_fast import config_file, run
+from amft_fast import config_file
+from amft_fast.run import build as run
 
 PAGE = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text()
 SHORT_RUN = """

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from amft_fast import doctor
 from amft_fast.cli import main
+from amft_fast.doctor import installed as doctor
 
 
 @pytest.fixture

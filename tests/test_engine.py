@@ -8,10 +8,10 @@ from fakes import make_checkpoint
 from transformers import AutoModelForCausalLM
 
 from amft_fast import objective
-from amft_fast.batch import collate
 from amft_fast.config import ModelConfig, ObjectiveConfig, TrainConfig
+from amft_fast.data.batch import collate
 from amft_fast.engine.local import LocalEngine
-from amft_fast.model import Policy, load_model
+from amft_fast.model.policy import Policy, load_model
 
 CFG = TrainConfig(lr=1e-2, max_grad_norm=0.5, weight_decay=0.1, adam_betas=(0.9, 0.99))
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amft_fast.interfaces import Message
-from amft_fast.tasks.general_points import GeneralPoints, read_answer, solve, verify_formula
-from amft_fast.tasks.gp_hands import assign_split, hands
+from amft_fast.tasks.general_points.hands import assign_split, hands
+from amft_fast.tasks.general_points.task import GeneralPoints, read_answer, solve, verify_formula
 
 KINDS = {"correct": 5, "partial": 1, "no_solution": -1, "wrong_number": -2, "illegal": -3}
 

@@ -13,9 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from amft_fast.tasks.general_points import GeneralPoints, Verdict, feedback_text, verify_formula
-from amft_fast.tasks.gp_hands import RULES
-from amft_fast.tasks.gp_pretrain import Examples, Recipe, all_expressions, allowed_hands, build_tokenizer, leak, main
+from amft_fast.tasks.general_points.hands import RULES
+from amft_fast.tasks.general_points.pretrain import (
+    Examples,
+    Recipe,
+    all_expressions,
+    allowed_hands,
+    build_tokenizer,
+    leak,
+    main,
+)
+from amft_fast.tasks.general_points.task import GeneralPoints, Verdict, feedback_text, verify_formula
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "demo_base"
 

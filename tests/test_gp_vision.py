@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from amft_fast.config import TaskConfig
-from amft_fast.run import make_task
-from amft_fast.tasks.general_points import REWARDS, GeneralPoints
-from amft_fast.tasks.gp_cards import BLACK_SUITS, RANKS, RED_SUITS, SUITS, card_image, table_image
-from amft_fast.tasks.gp_hands import Problem
-from amft_fast.tasks.gp_vision import GeneralPointsVision, cards_right, read_cards
+from amft_fast.run.build import make_task
+from amft_fast.tasks.general_points.cards import BLACK_SUITS, RANKS, RED_SUITS, SUITS, card_image, table_image
+from amft_fast.tasks.general_points.hands import Problem
+from amft_fast.tasks.general_points.task import REWARDS, GeneralPoints
+from amft_fast.tasks.general_points.vision import GeneralPointsVision, cards_right, read_cards
 
 SMALL = {"num_cards": 3, "targets": (1, 40), "answer_format": "formula", "card_size": (16, 32), "card_margin": 0}
 HAND = Problem(("J", "4", "7"), (10, 4, 7), 42, "10", ("spades", "clubs", "spades"))

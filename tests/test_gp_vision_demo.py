@@ -2,7 +2,6 @@
 
 import json
 import random
-import signal
 from hashlib import sha256
 from pathlib import Path
 
@@ -10,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from amft_fast import config_file, run
+from amft_fast import config_file
 from amft_fast.config import ModelConfig
-from amft_fast.model import load_model, load_tokenizer
-from amft_fast.rollout.episodes import Encoder
-from amft_fast.tasks.gp_pretrain import leak
-from amft_fast.tasks.gp_vision import GeneralPointsVision, split_answer
-from amft_fast.tasks.gp_vision_pretrain import CARD_SIZE, Examples, Recipe, build_tokenizer, main
-from amft_fast.vision import load_vision
+from amft_fast.model.policy import load_model, load_tokenizer
+from amft_fast.model.vision import load_vision
+from amft_fast.rollout.encoder import Encoder
+from amft_fast.run import build as run
+from amft_fast.tasks.general_points.pretrain import leak
+from amft_fast.tasks.general_points.vision import GeneralPointsVision, split_answer
+from amft_fast.tasks.general_points.vision_pretrain import CARD_SIZE, Examples, Recipe, build_tokenizer, main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHIPPED, TEXT_BASE = CONFIGS / "demo_gp_vl_base", CONFIGS / "demo_base"

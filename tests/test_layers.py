@@ -7,11 +7,11 @@ import pytest
 import torch
 from test_packing import assert_same, mixed
 
-from amft_fast import layers
-from amft_fast.batch import micro_batches
 from amft_fast.config import ModelConfig, ObjectiveConfig
-from amft_fast.interfaces import UserError
-from amft_fast.model import Policy, load_model
+from amft_fast.data.batch import micro_batches
+from amft_fast.errors import UserError
+from amft_fast.model import layers
+from amft_fast.model.policy import Policy, load_model
 
 CPU = torch.device("cpu")
 

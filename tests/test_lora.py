@@ -6,12 +6,13 @@ from test_packing import mixed
 from test_train import cfg_for, copy_task
 from transformers import AutoModelForCausalLM
 
-from amft_fast import lora, run
-from amft_fast.batch import micro_batches
 from amft_fast.config import LoraConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from amft_fast.data.batch import micro_batches
 from amft_fast.engine.local import LocalEngine
-from amft_fast.interfaces import UserError
-from amft_fast.model import Policy, load_model
+from amft_fast.errors import UserError
+from amft_fast.model import lora
+from amft_fast.model.policy import Policy, load_model
+from amft_fast.run import build as run
 
 pytest.importorskip("peft")
 __all__ = ["copy_task"]  # a fixture

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from amft_fast.interfaces import UserError
-from amft_fast.tasks.math import BenchmarkTask, MathTask, Prompting
-from amft_fast.tasks.math_benchmarks import Benchmark, pick, read_benchmarks
-from amft_fast.tasks.math_data import Limits, Store, load
-from amft_fast.tasks.math_sources import BadRow, Fingerprints, Source, problem_key, read_row, recognise
+from amft_fast.errors import UserError
+from amft_fast.tasks.math.benchmarks import Benchmark, pick, read_benchmarks
+from amft_fast.tasks.math.data import Limits, Store, load
+from amft_fast.tasks.math.sources import BadRow, Fingerprints, Source, problem_key, read_row, recognise
+from amft_fast.tasks.math.task import BenchmarkTask, MathTask, Prompting
 
 CHAT = [{"role": "system", "content": "Think."}, {"role": "user", "content": "What is 6 times 7?"}]
 CHOICES = "What is it?\n\nA) one\nB) two"
@@ -328,7 +328,7 @@ def test_everything_of_the_task_imports_without_the_extras():
     code = (
         "import sys\nfor m in ('math_verify', 'datasets', 'pyarrow', 'sympy', 'torch'): sys.modules[m] = None\n"
         "from amft_fast.tasks import math, math_benchmarks, math_data, math_pool, math_worker\n"
-        "from amft_fast.tasks.math_sources import Source\nfrom amft_fast.interfaces import UserError\n"
+        "from amft_fast.tasks.math.sources import Source\nfrom amft_fast.interfaces import UserError\n"
         "for text in ('some/dataset', 'x.parquet'):\n"
         "    open('x.parquet', 'a') if False else None\n"
         "    try: next(Source(text).rows())\n"

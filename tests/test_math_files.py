@@ -5,11 +5,11 @@ import resource
 import pytest
 from math_files import FILES, FOLDER, needs_files, needs_math_verify
 
-from amft_fast.tasks.math import rewards
-from amft_fast.tasks.math_answer import extract, plain_verdict
-from amft_fast.tasks.math_data import Limits, Store, load
-from amft_fast.tasks.math_pool import Pool
-from amft_fast.tasks.math_sources import Source
+from amft_fast.tasks.math.answer import extract, plain_verdict
+from amft_fast.tasks.math.data import Limits, Store, load
+from amft_fast.tasks.math.pool import Pool
+from amft_fast.tasks.math.sources import Source
+from amft_fast.tasks.math.task import rewards
 
 pytestmark = [needs_files, needs_math_verify]
 

@@ -10,9 +10,9 @@ import pytest
 from math_files import needs_math_verify
 from math_forms import AGREE, DIFFER, FOUND, HOSTILE, NOT_FOUND
 
-from amft_fast.tasks.math import choice_reward, format_reward, reward, rewards
-from amft_fast.tasks.math_answer import MAX_RESPONSE, extract
-from amft_fast.tasks.math_pool import PATIENCE, Pool
+from amft_fast.tasks.math.answer import MAX_RESPONSE, extract
+from amft_fast.tasks.math.pool import PATIENCE, Pool
+from amft_fast.tasks.math.task import choice_reward, format_reward, reward, rewards
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_a_worker_killed_from_outside_costs_nothing():
 
 def test_workers_end_with_their_parent():
     code = (
-        "from amft_fast.tasks.math_pool import PATIENCE, Pool; p = Pool(1); p.compare([('a,b', 'b,a')]);"
+        "from amft_fast.tasks.math.pool import PATIENCE, Pool; p = Pool(1); p.compare([('a,b', 'b,a')]);"
         "print(p._workers[0].process.pid, flush=True); import os; os._exit(1)"
     )
     pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
@@ -206,7 +206,7 @@ def test_verdicts_are_remembered(pool):
 def test_without_math_verify_structure_numbers_and_texts_still_compare():
     code = (
         "import sys; sys.modules['math_verify'] = None\n"
-        "from amft_fast.tasks.math_compare import same, available\n"
+        "from amft_fast.tasks.math.compare import same, available\n"
         "assert not available()\n"
         "yes = [('1/2', '0.5'), ('2, 1', '\\\\{1,2\\\\}'), ('(1, 2]', '\\\\left(1,2\\\\right]'), ('x = 5', '5')]\n"
         "no = [('x+1', '1+x'), ('1', '2'), ('(1,2)', '(2,1)')]\n"

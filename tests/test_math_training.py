@@ -11,15 +11,16 @@ from fakes import CopyTask, ScriptedEngine, make_checkpoint
 
 from amft_fast import cli, config_file
 from amft_fast.config import ModelConfig
-from amft_fast.interfaces import Completion, Item, Request, Sample, Sampling, UserError
-from amft_fast.loader import Loader
-from amft_fast.model import load_model
+from amft_fast.data.loader import Loader
+from amft_fast.data.stream import Stream
+from amft_fast.errors import UserError
+from amft_fast.interfaces import Completion, Item, Request, Sample, Sampling
+from amft_fast.model.policy import load_model
 from amft_fast.rollout import episodes
 from amft_fast.rollout.buckets import Bucketed, buckets
 from amft_fast.rollout.dynamic import draw_with_spread
-from amft_fast.rollout.vllm import changed_positions
-from amft_fast.stream import Stream
-from amft_fast.tasks import math_tiny
+from amft_fast.rollout.vllm.setup import changed_positions
+from amft_fast.tasks.math import tiny as math_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -256,7 +257,7 @@ def test_what_ships_for_the_tiny_config_is_what_its_command_makes(tmp_path):
 
 
 def test_the_sample_shares_no_problem_between_training_and_evaluation():
-    from amft_fast.run import make_task
+    from amft_fast.run.build import make_task
 
     task = make_task(config_file.load(ROOT / "configs" / "math_tiny.toml").task)
     task.prepare()

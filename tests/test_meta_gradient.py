@@ -9,14 +9,14 @@ from fakes import CopyTask
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from amft_fast import objective
-from amft_fast.batch import micro_batches
 from amft_fast.config import MetaConfig, ObjectiveConfig, TrainConfig
+from amft_fast.data.batch import micro_batches
 from amft_fast.engine.local import LocalEngine
 from amft_fast.interfaces import Sample
 from amft_fast.meta_gradient import RolloutCache, UtilityGradient
-from amft_fast.model import Policy
+from amft_fast.model.policy import Policy
 from amft_fast.multi_tensor import mixing_slope, named_sums
-from amft_fast.rollout.episodes import Encoder
+from amft_fast.rollout.encoder import Encoder
 
 OBJECTIVE = ObjectiveConfig(entropy_coef=0.02)
 

@@ -1,7 +1,6 @@
 """Several turns: the KV cache kept between them, what carries loss, and what each turn is credited with."""
 
 import json
-import signal
 
 import numpy as np
 import pytest
@@ -9,14 +8,16 @@ import torch
 from fakes import CopyTask
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from amft_fast import checkpoint, config_file, objective, run
+from amft_fast import config_file, objective
 from amft_fast.advantages import group_advantages, turn_advantages
-from amft_fast.batch import micro_batches
 from amft_fast.config import AdvantageConfig, ObjectiveConfig
+from amft_fast.data.batch import micro_batches
 from amft_fast.interfaces import Demo, Message, Request, Sample, Sampling, Turn
-from amft_fast.model import Policy
+from amft_fast.model.policy import Policy
 from amft_fast.rollout import episodes
 from amft_fast.rollout.transformers import TransformersEngine
+from amft_fast.run import build as run
+from amft_fast.run import checkpoint
 
 STOP = (1,)
 

@@ -8,9 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # File: functions that a step runs between its first micro-batch and its last kernel.
 STEP = {
-    "amft_fast/model.py": ["Policy.hidden_rows", "Policy.forward", "Policy.logprobs", "_statistics"],
-    "amft_fast/attention.py": ["attention", "_segments", "_padded", "_rows", "_windowed", "inputs"],
-    "amft_fast/batch.py": ["Batch.to"],
+    "amft_fast/model/policy.py": ["Policy.hidden_rows", "Policy.forward", "Policy.logprobs", "_statistics"],
+    "amft_fast/model/attention.py": ["attention", "_segments", "_padded", "_rows", "_windowed", "inputs"],
+    "amft_fast/data/batch.py": ["Batch.to"],
     "amft_fast/engine/local.py": ["*"],
     "amft_fast/train.py": ["Trainer.update", "Trainer.sweep"],
     "kernels/gradients.py": ["*"],

@@ -6,10 +6,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from amft_fast import objective
-from amft_fast.batch import Sequence, collate, micro_batches, plan, scatter
 from amft_fast.config import AdvantageConfig, ObjectiveConfig
+from amft_fast.data.batch import Sequence, collate, micro_batches, plan, scatter
 from amft_fast.interfaces import Sample, Turn
-from amft_fast.model import SUMS, Policy
+from amft_fast.model.policy import SUMS, Policy
 
 MU = 0.3
 OBJECTIVE = ObjectiveConfig(entropy_coef=0.05, clip_low=0.1, clip_high=0.15, tis_cap=1.5, kl_coef=0.1, dual_clip=3.0)

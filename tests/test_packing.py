@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from amft_fast import attention, doctor, packing
-from amft_fast.batch import Sequence, collate, micro_batches
 from amft_fast.config import ModelConfig, ObjectiveConfig
-from amft_fast.interfaces import UserError
-from amft_fast.model import Policy, load_model
+from amft_fast.data import packing
+from amft_fast.data.batch import Sequence, collate, micro_batches
+from amft_fast.doctor import installed as doctor
+from amft_fast.errors import UserError
+from amft_fast.model import attention
+from amft_fast.model.policy import Policy, load_model
 
 
 def family_of(rng, prompt, answers):

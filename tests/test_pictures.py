@@ -8,10 +8,10 @@ import re
 import pytest
 from PIL import Image
 
+from amft_fast.data.pictures import MAX_CHARS, data_uri, shown_picture
 from amft_fast.interfaces import Sample
-from amft_fast.pictures import MAX_CHARS, data_uri, shown_picture
-from amft_fast.report import write_report
-from amft_fast.tasks.virl import Virl
+from amft_fast.report.page import write_report
+from amft_fast.tasks.virl.task import Virl
 
 
 def test_images_and_svg_come_back_from_their_uris():

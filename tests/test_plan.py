@@ -12,17 +12,21 @@ from live_memory import LiveMemory
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from amft_fast import objective, plan, plan_report, plan_shapes
-from amft_fast.batch import collate
+from amft_fast import objective
 from amft_fast.cli import main
 from amft_fast.config_file import load
+from amft_fast.data.batch import collate
+from amft_fast.doctor import memory as plan
+from amft_fast.doctor import plan as plan_report
+from amft_fast.doctor import shapes as plan_shapes
+from amft_fast.doctor.memory import Machine
 from amft_fast.engine.local import LocalEngine
-from amft_fast.interfaces import Request, Sampling, UserError
-from amft_fast.layers import checkpoint_layers
-from amft_fast.model import Policy
-from amft_fast.plan import Machine
+from amft_fast.errors import UserError
+from amft_fast.interfaces import Request, Sampling
+from amft_fast.model.layers import checkpoint_layers
+from amft_fast.model.policy import Policy
 from amft_fast.rollout.transformers import TransformersEngine
-from amft_fast.run import RunFiles, build, prepare_folder
+from amft_fast.run.build import RunFiles, build, prepare_folder
 from amft_fast.train import Trainer
 
 ROOT = Path(__file__).parent.parent

@@ -5,7 +5,8 @@ import json
 import torch
 from test_train import cfg_for, copy_task
 
-from amft_fast import profiling, run
+from amft_fast.run import build as run
+from amft_fast.run import profiling
 
 __all__ = ["copy_task"]  # a fixture
 

@@ -7,13 +7,15 @@ from html.parser import HTMLParser
 
 import pytest
 
-from amft_fast import charts, records, report
 from amft_fast.cli import main
 from amft_fast.config import Config
 from amft_fast.config_file import to_toml
-from amft_fast.interfaces import UserError
-from amft_fast.report_controller import controller_section
-from amft_fast.report_plots import phase_seconds, smooth, time_bars
+from amft_fast.errors import UserError
+from amft_fast.report import charts
+from amft_fast.report import page as report
+from amft_fast.report import reader as records
+from amft_fast.report.controller import controller_section
+from amft_fast.report.plots import phase_seconds, smooth, time_bars
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 

@@ -15,7 +15,8 @@ import torch
 from fakes import CopyTask
 from test_train import lines, without_times
 
-from amft_fast import checkpoint, run
+from amft_fast.run import build as run
+from amft_fast.run import checkpoint
 
 pytestmark = [
     pytest.mark.integration,

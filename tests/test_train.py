@@ -14,10 +14,12 @@ import pytest
 import torch
 from fakes import CopyTask
 
-from amft_fast import checkpoint, config, config_file, run
-from amft_fast.interfaces import UserError
+from amft_fast import config, config_file
+from amft_fast.data.stream import Stream
+from amft_fast.errors import UserError
 from amft_fast.rollout import episodes
-from amft_fast.stream import Stream
+from amft_fast.run import build as run
+from amft_fast.run import checkpoint
 
 TIMES = ("seconds", "tokens_per_s", "wall_s")
 

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from amft_fast.cli import eval_table
 from amft_fast.interfaces import Message
-from amft_fast.tasks.virl import REWARDS, Problem, Virl, judge
-from amft_fast.tasks.virl_city import build_city, draw_routes
-from amft_fast.tasks.virl_routes import (
+from amft_fast.tasks.virl.city import build_city, draw_routes
+from amft_fast.tasks.virl.routes import (
     DIRECTIONS,
     Leg,
     Route,
@@ -24,7 +23,8 @@ from amft_fast.tasks.virl_routes import (
     side_of,
     turn_of,
 )
-from amft_fast.tasks.virl_words import answer_text, observation_text, read_answer
+from amft_fast.tasks.virl.task import REWARDS, Problem, Virl, judge
+from amft_fast.tasks.virl.words import answer_text, observation_text, read_answer
 
 # From (0, 0) facing east: north for 80 m to a bakery, slightly right to the northeast, then right to the destination.
 ROUTE = Route(

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from amft_fast.interfaces import UserError
-from amft_fast.tasks.virl import Virl
-from amft_fast.tasks.virl_data import (
+from amft_fast.errors import UserError
+from amft_fast.tasks.virl.data import (
     Panoramas,
     load_mapping,
     load_routes,
@@ -22,7 +21,8 @@ from amft_fast.tasks.virl_data import (
     to_geocode,
     to_metres,
 )
-from amft_fast.tasks.virl_routes import rail, sentences
+from amft_fast.tasks.virl.routes import rail, sentences
+from amft_fast.tasks.virl.task import Virl
 
 START = (40.75, -73.98)
 MILESTONES = """

@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 from hashlib import sha256
 from pathlib import Path
 
@@ -11,11 +10,12 @@ import torch
 from tiny_vlm import make_vlm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from amft_fast import config_file, run
+from amft_fast import config_file
 from amft_fast.interfaces import Sampling
 from amft_fast.rollout import episodes
 from amft_fast.rollout.transformers import TransformersEngine
-from amft_fast.tasks.virl_pretrain import Recipe, build_tokenizer
+from amft_fast.run import build as run
+from amft_fast.tasks.virl.pretrain import Recipe, build_tokenizer
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo_virl.toml"
 SHIPPED = CONFIG.parent / "demo_virl_base"

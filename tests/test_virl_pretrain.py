@@ -8,10 +8,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from amft_fast.interfaces import Item
-from amft_fast.rollout.episodes import Encoder
+from amft_fast.rollout.encoder import Encoder
 from amft_fast.tasks.tiny_base import ASSISTANT, USER, encode_turns
-from amft_fast.tasks.virl import Problem, Virl
-from amft_fast.tasks.virl_pretrain import Examples, Recipe, base_routes, build_tokenizer, main
+from amft_fast.tasks.virl.pretrain import Examples, Recipe, base_routes, build_tokenizer, main
+from amft_fast.tasks.virl.task import Problem, Virl
 
 SMALL = Recipe(cities=2, routes=20, wrong=0.5)
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from amft_fast.interfaces import Sample
-from amft_fast.tasks.virl import HELD_IN_LOOKS, OTHER_LOOKS, Virl
-from amft_fast.tasks.virl_city import LANDMARKS
-from amft_fast.tasks.virl_routes import SIDES, Point
-from amft_fast.tasks.virl_views import LINE, LOOKS, drawn_views
+from amft_fast.tasks.virl.city import LANDMARKS
+from amft_fast.tasks.virl.routes import SIDES, Point
+from amft_fast.tasks.virl.task import HELD_IN_LOOKS, OTHER_LOOKS, Virl
+from amft_fast.tasks.virl.views import LINE, LOOKS, drawn_views
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,16 @@ from PIL import Image
 from tiny_vlm import IMAGE, KINDS, make_vlm
 
 from amft_fast import objective
-from amft_fast.batch import collate, micro_batches
 from amft_fast.config import ModelConfig, ObjectiveConfig
-from amft_fast.interfaces import Demo, Item, Message, Request, Sampling, StepResult, UserError
+from amft_fast.data.batch import collate, micro_batches
+from amft_fast.errors import UserError
+from amft_fast.interfaces import Demo, Item, Message, Request, Sampling, StepResult
 from amft_fast.meta_gradient import Group, RolloutCache
-from amft_fast.model import Policy, load_model, load_tokenizer
-from amft_fast.rollout.episodes import Encoder, run
+from amft_fast.model.policy import Policy, load_model, load_tokenizer
+from amft_fast.model.vision import load_vision, mrope_positions
+from amft_fast.rollout.encoder import Encoder
+from amft_fast.rollout.episodes import run
 from amft_fast.rollout.transformers import TransformersEngine
-from amft_fast.vision import load_vision, mrope_positions
 
 QWEN = ("qwen2_5_vl", "qwen3_vl")
 CPU = torch.device("cpu")
@@ -120,7 +122,7 @@ def test_pixels_are_made_once_and_dropped_when_there_are_too_many(qwen, monkeypa
     picture = noise(8, 8, 9)
     first = qwen.vision.pixels(picture)
     assert qwen.vision.pixels(picture) is first
-    monkeypatch.setattr("amft_fast.vision.CACHE_BYTES", 1)
+    monkeypatch.setattr("amft_fast.model.vision.CACHE_BYTES", 1)
     qwen.vision.pixels(noise(8, 8, 10))
     assert len(qwen.vision._pixels) == 1 and qwen.vision.pixels(picture) is not first
 
@@ -339,7 +341,7 @@ def test_cached_rollouts_keep_their_pictures_through_a_checkpoint(qwen):
 
 def test_vllm_is_given_one_place_for_each_image(qwen):
     """It makes their runs of tokens itself."""
-    from amft_fast.rollout.vllm_targets import group_requests, single_places
+    from amft_fast.rollout.vllm.targets import group_requests, single_places
 
     ids = qwen.prompt("a b", *PICTURES[:2])
     (group,) = group_requests([Request(tuple(ids), 1, 4, tuple(PICTURES[:2]))])

@@ -15,9 +15,14 @@ from transformers import AutoModelForCausalLM
 from vllm_server_fake import tokens
 
 from amft_fast.config import VllmConfig
-from amft_fast.interfaces import Request, RolloutFailure, Sampling, UserError
-from amft_fast.rollout import vllm, vllm_fleet, vllm_server
-from amft_fast.rollout import weight_sync as ws
+from amft_fast.errors import RolloutFailure, UserError
+from amft_fast.interfaces import Request, Sampling
+from amft_fast.rollout import vllm
+from amft_fast.rollout.vllm import fleet as vllm_fleet
+from amft_fast.rollout.vllm import server as vllm_server
+from amft_fast.rollout.vllm import weight_sync as ws
+from amft_fast.rollout.vllm.head_padding import CPU_MULTIPLE, padding_for
+from amft_fast.rollout.vllm.setup import Setup
 
 pytestmark = pytest.mark.integration
 FAKE = Path(__file__).parent / "vllm_server_fake.py"
@@ -92,7 +97,7 @@ def make(model, tmp_path, monkeypatch):
             "health_every_s": 0.2, "health_timeout_s": 1.0, "start_timeout_s": 60.0, **settings,
         }  # fmt: skip
         source = (lambda: named(model)) if weights else None
-        setup = vllm.Setup(
+        setup = Setup(
             VllmConfig(**cfg),
             model,
             model.name_or_path,
@@ -134,7 +139,7 @@ def expected(model, asked, n=3):
 
 
 def padding(model):
-    return vllm.padding_for(model.config, vllm.CPU_MULTIPLE)
+    return padding_for(model.config, CPU_MULTIPLE)
 
 
 def check(engine, model, version, groups=6):

@@ -13,6 +13,7 @@ from test_vllm_offline import GREEDY, named, requests, shake
 from amft_fast.config import VllmConfig
 from amft_fast.rollout import vllm
 from amft_fast.rollout.transformers import TransformersEngine
+from amft_fast.rollout.vllm.setup import Setup
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -47,7 +48,7 @@ def check(model, engine, version):
 
 def settings(folder, model, **cfg):
     cfg = VllmConfig(bucket_bytes=1 << 16, kv_cache_bytes=64 << 20, call_timeout_s=60, **cfg)
-    return vllm.Setup(cfg, model, str(folder), torch.device("cuda"), folder, weights=lambda: named(model))
+    return Setup(cfg, model, str(folder), torch.device("cuda"), folder, weights=lambda: named(model))
 
 
 def several_syncs(model, engine):

@@ -8,9 +8,11 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("vllm", reason="needs vLLM: make test-integration has an environment with it")
 
 from amft_fast.config import VllmConfig
-from amft_fast.interfaces import Request, RolloutFailure, Sampling, UserError
-from amft_fast.rollout import vllm as engine_module
+from amft_fast.errors import RolloutFailure, UserError
+from amft_fast.interfaces import Request, Sampling
+from amft_fast.rollout import vllm
 from amft_fast.rollout.transformers import TransformersEngine
+from amft_fast.rollout.vllm.setup import Setup
 
 pytestmark = pytest.mark.integration
 GREEDY, SAMPLED = Sampling(0.0, stop_token_ids=(1,)), Sampling(0.7, stop_token_ids=(1,))
@@ -39,8 +41,8 @@ def pair(request, tmp_path_factory):
     folder = make_checkpoint(tmp_path_factory.mktemp("model"), tie=request.param)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     cfg = VllmConfig(bucket_bytes=4096, call_timeout_s=30, kv_cache_bytes=16 << 20)
-    setup = engine_module.Setup(cfg, model, str(folder), torch.device("cpu"), folder)
-    engine = engine_module.make(setup)
+    setup = Setup(cfg, model, str(folder), torch.device("cpu"), folder)
+    engine = vllm.make(setup)
     with pytest.raises(RolloutFailure, match="no whole set of weights"):
         engine.generate(requests(3), GREEDY)
     engine.sync(named(model), 0)

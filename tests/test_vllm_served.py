@@ -16,12 +16,14 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-integration has an env
 
 from test_vllm_offline import GREEDY, SAMPLED, named, requests, shake
 
-from amft_fast import config_file, run
+from amft_fast import config_file
 from amft_fast.config import VllmConfig
-from amft_fast.interfaces import UserError
+from amft_fast.errors import UserError
 from amft_fast.rollout import vllm
 from amft_fast.rollout.transformers import TransformersEngine
-from amft_fast.rollout.vllm_targets import HttpTarget
+from amft_fast.rollout.vllm.setup import Setup
+from amft_fast.rollout.vllm.targets import HttpTarget, group_requests
+from amft_fast.run import build as run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 SMALL = {"bucket_bytes": 4096, "kv_cache_bytes": 16 << 20, "max_num_seqs": 64}
@@ -41,7 +43,7 @@ def fleet(tmp_path_factory):
         generate_timeout_s=120,
         **SMALL,
     )
-    setup = vllm.Setup(cfg, model, str(folder), torch.device("cpu"), folder, weights=lambda: named(model))
+    setup = Setup(cfg, model, str(folder), torch.device("cpu"), folder, weights=lambda: named(model))
     engine = vllm.make(setup)
     engine.sync(named(model), 0)
     yield model, engine
@@ -65,7 +67,7 @@ def test_after_each_of_several_syncs_both_servers_draw_as_the_trainer(fleet):
         engine.sync(named(model), version)
         check(model, engine, version)
         for m in engine.fleet:  # each of them alone as well
-            group = vllm.group_requests(requests(3))[0]
+            group = group_requests(requests(3))[0]
             (want,) = TransformersEngine(model).generate(requests(3)[:1], GREEDY)
             assert m.target.generate(group, GREEDY, version)[0].token_ids == want.token_ids
 

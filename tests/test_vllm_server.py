@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from amft_fast.config import VllmConfig
-from amft_fast.interfaces import Request, Sampling, UserError
-from amft_fast.rollout import vllm_server
-from amft_fast.rollout.vllm import check_lengths
-from amft_fast.rollout.vllm_targets import EngineError, HttpTarget, check, group_requests, sampling_settings
+from amft_fast.errors import UserError
+from amft_fast.interfaces import Request, Sampling
+from amft_fast.rollout.vllm import server as vllm_server
+from amft_fast.rollout.vllm.setup import check_lengths
+from amft_fast.rollout.vllm.targets import EngineError, HttpTarget, check, group_requests, sampling_settings
 
 
 def running(pid):
@@ -28,7 +29,7 @@ def test_a_child_ends_with_its_parent_also_after_a_crash():
     """A parent that is killed with no chance to clean up; its server's whole group goes with it."""
     child = (
         "import subprocess, sys, time, os\n"
-        "from amft_fast.rollout.vllm_server import watch_parent\n"
+        "from amft_fast.rollout.vllm.server import watch_parent\n"
         "watch_parent(int(sys.argv[1]), 0.05)\n"
         "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         "print(os.getpid(), p.pid, flush=True)\ntime.sleep(60)\n"

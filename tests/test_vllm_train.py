@@ -1,7 +1,6 @@
 """Whole runs on a CPU whose rollouts come from the real vLLM: they learn as with the embedded engine."""
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,8 @@ from fakes import CopyTask, make_checkpoint
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-integration has an environment with it")
 
-from amft_fast import config_file, run
+from amft_fast import config_file
+from amft_fast.run import build as run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 

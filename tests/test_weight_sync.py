@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3ForCausalLM
 
-from amft_fast.interfaces import UserError
-from amft_fast.rollout import weight_sync as ws
-from amft_fast.rollout.channels import GlooChannel, broadcast, gloo_group, meet
-from amft_fast.rollout.head_padding import HeadPadding, padding_for
-from amft_fast.rollout.vllm import Copy
+from amft_fast.errors import UserError
+from amft_fast.rollout.vllm import weight_sync as ws
+from amft_fast.rollout.vllm.channels import GlooChannel, broadcast, gloo_group, meet
+from amft_fast.rollout.vllm.head_padding import HeadPadding, padding_for
+from amft_fast.rollout.vllm.setup import Copy
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

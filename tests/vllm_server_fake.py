@@ -20,8 +20,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from amft_fast.rollout import weight_sync as ws
-from amft_fast.rollout.channels import broadcast, gloo_group, meet
+from amft_fast.rollout.vllm import weight_sync as ws
+from amft_fast.rollout.vllm.channels import broadcast, gloo_group, meet
 
 
 def tokens(prompt, seed, index, weights, length, vocabulary):

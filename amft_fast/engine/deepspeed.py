@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from amft_fast.batch import Batch
 from amft_fast.config import EngineConfig, ObjectiveConfig, TrainConfig
-from amft_fast.distributed import World
+from amft_fast.data.batch import Batch
 from amft_fast.engine.flat import FlatEngine, Piece, split_parameters
-from amft_fast.interfaces import UserError
-from amft_fast.model import Policy, PolicyOutput, fill
+from amft_fast.engine.world import World
+from amft_fast.errors import UserError
+from amft_fast.model.policy import Policy, PolicyOutput, fill
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 

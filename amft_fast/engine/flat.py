@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from amft_fast import lora, ops
-from amft_fast.checkpoint import Part, Tensors
+from amft_fast import ops
 from amft_fast.config import TrainConfig
-from amft_fast.distributed import ALONE, World
-from amft_fast.model import Policy
+from amft_fast.engine.world import ALONE, World
+from amft_fast.model import lora
+from amft_fast.model.policy import Policy
+from amft_fast.run.checkpoint import Part, Tensors
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 

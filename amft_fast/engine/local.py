@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from amft_fast import lora
-from amft_fast.batch import Batch
 from amft_fast.config import ObjectiveConfig, TrainConfig
+from amft_fast.data.batch import Batch
 from amft_fast.engine.flat import FlatEngine, Piece, split_parameters
-from amft_fast.model import Policy, PolicyOutput
+from amft_fast.model import lora
+from amft_fast.model.policy import Policy, PolicyOutput
 
 ALIGN = 64  # elements: each view starts at a 256-byte boundary, so that 128-bit loads hold everywhere
 

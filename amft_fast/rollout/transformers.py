@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from amft_fast.interfaces import Completion, Request, Sampling
-from amft_fast.layers import eagerly
-from amft_fast.model import fill
-from amft_fast.vision import Vision
+from amft_fast.model.layers import eagerly
+from amft_fast.model.policy import fill
+from amft_fast.model.vision import Vision
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

@@ -1,6 +1,6 @@
 """What the makers of tiny base checkpoints share: a tokenizer of words, a small Qwen3, sequences of turns, a training loop.
 
-`gp_pretrain` and `virl_pretrain` say what their model is shown; the demos in `configs/` start from what they write.
+`general_points.pretrain` and `virl.pretrain` say what their model is shown; the demos in `configs/` start from what they write.
 """
 
 from __future__ import annotations

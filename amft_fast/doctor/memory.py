@@ -1,0 +1,344 @@
+"""Memory per GPU and FLOPs per step of a config, from the model's shape alone; the formulas are in docs/scale.md.
+
+Everything is in bytes, FLOPs and tokens. What is exact: parameters, masters, gradients, moments, the probe's buffers, the KV
+cache. What is a formula held against measurements in tests: activations, the loss head, sampling. What is assumed and stated:
+DeepSpeed's buckets and the margin.
+
+Legend: P parameters, b bytes of a parameter in the forward pass (2 in bf16, 4 in fp32), N ranks, T tokens of a micro-batch,
+S tokens of the longest sequence, B sequences decoded at once; the sizes of a layer are plan_shapes'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from amft_fast.config import Config
+from amft_fast.doctor.shapes import Shape, Tower
+
+PROBED = ("amft", "amft_no_entropy")  # methods that take a utility gradient
+NO_RL, NO_SFT = ("sft",), ("rl", "sft_then_rl")  # sft_then_rl: its dearer half is counted
+# DeepSpeed's defaults, in elements: stage3_max_live_parameters, and reduce_bucket_size (held twice while reductions overlap).
+LIVE, BUCKET = 10**9, 5 * 10**8
+# Beside tensors: CUDA context, cuBLAS and NCCL buffers (or Python with torch on a CPU), and the allocator's holes.
+CONTEXT = {"cuda": 2e9, "cpu": 0.4e9}
+HOLES = 0.05
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the config is to run, and how long its texts are."""
+
+    gpus: int
+    memory: float  # bytes of each GPU
+    device: str = "cuda"
+    prompt_tokens: int = 512
+    response_tokens: int | None = None  # mean; None: rollout.max_new_tokens
+    image_tokens: int = 0
+    peak_flops: float = 989e12
+    mfu: float = 0.4
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share of the memory, and what it follows from."""
+
+    name: str
+    bytes: float
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """`static` is there all the time; of `phases` one at a time."""
+
+    static: list[Part]
+    phases: dict[str, list[Part]]
+    host: float  # bytes per node with CPU offload
+    context: float
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda name: total(self.phases[name]))
+
+    @property
+    def at_peak(self) -> list[Part]:
+        return self.static + self.phases[self.peak_phase]
+
+    @property
+    def margin(self) -> float:
+        return self.context + HOLES * total(self.at_peak)
+
+    @property
+    def needed(self) -> float:
+        return total(self.at_peak) + self.margin
+
+    @property
+    def largest(self) -> Part:
+        return max(self.at_peak, key=lambda part: part.bytes)
+
+
+def total(parts: list[Part]) -> float:
+    return sum(p.bytes for p in parts)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is divided by what: the config and the machine, read for the formulas."""
+
+    ranks: int
+    stage: int  # 0: nothing is sharded
+    offload: bool
+    width: int  # b
+    tokens: int  # T
+    longest: int  # S
+    rows: int  # of T with a loss
+
+    @classmethod
+    def of(cls, cfg: Config, machine: Machine) -> Layout:
+        sharded = cfg.engine.kind == "deepspeed"
+        ranks = machine.gpus if sharded else 1
+        turns = getattr(getattr(cfg.task, cfg.task.name, None), "max_turns", 1)
+        longest = machine.prompt_tokens + machine.image_tokens + turns * cfg.rollout.max_new_tokens
+        rollouts = cfg.train.prompts_per_step * cfg.rollout.num_generations
+        step = -(-max(rollouts, cfg.train.demos_per_step) // cfg.train.minibatches_per_rollout // ranks)
+        tokens = min(max(cfg.train.micro_batch_tokens, longest), step * longest)
+        prompts = tokens // longest * (machine.prompt_tokens + machine.image_tokens)
+        dtype = {"auto": "bf16" if machine.device == "cuda" else "fp32"}.get(cfg.model.dtype, cfg.model.dtype)
+        return cls(
+            ranks=ranks,
+            stage=cfg.engine.zero_stage if sharded else 0,
+            offload=sharded and cfg.engine.offload,
+            width={"bf16": 2, "fp32": 4}[dtype],
+            tokens=tokens,
+            longest=longest,
+            rows=tokens - prompts,
+        )
+
+    def share(self, count: float, stage: int) -> float:
+        """`count` when it is sharded from ZeRO `stage` on."""
+        return count / self.ranks if self.stage >= stage else count
+
+    def of_ranks(self, stage: int) -> str:
+        return f" / {self.ranks}" if self.stage >= stage and self.ranks > 1 else ""
+
+
+# -------------------------------------------------------------------------------------------------------------- formulas
+
+
+def layer_bytes(t: Tower, width: int, attention: str, length: int) -> float:
+    """What the backward pass of one layer keeps, in bytes per token, beside the layer's input.
+
+    A norm keeps its input in fp32, one number per row and the normalised input; its output feeds a product. Attention keeps
+    q, k, v, its output and one log-sum per head (eager attention its probabilities over `length` keys as well); the MLP
+    gate, activated gate, up and their product.
+    """
+    norms = t.norms * ((4 + width) * t.hidden + 4) + 2 * width * t.hidden
+    if t.qk_norm:
+        norms += (4 + width) * (t.q + t.k) + 4 * (t.heads + t.kv_heads)
+    kept = norms + width * (2 * t.q + 2 * t.k) + 4 * t.heads + 4 * width * t.intermediate
+    if attention == "eager":  # fp32 softmax and its cast; keys and values repeated for each head
+        kept += t.heads * length * (4 + width % 4) + width * 2 * (t.q - t.k) - 4 * t.heads
+    return kept
+
+
+def layers_bytes(cfg: Config, shape: Shape, at: Layout, image_tokens: int = 0) -> tuple[float, float]:
+    """(kept of the layers from the forward to the backward pass, more at the worst moment of the latter)."""
+    b, towers = at.width, [(shape.text, at.tokens)]
+    if shape.vision is not None:
+        sequences = -(-at.tokens // at.longest)
+        towers.append((shape.vision, sequences * image_tokens * shape.patches_per_token))
+    kept = worst = 0.0
+    for tower, tokens in towers:
+        layer = tokens * layer_bytes(tower, b, cfg.model.attention, at.longest)
+        entrance = tokens * b * tower.hidden
+        # In backward the MLP's product is freed, and the gradients of three tensors of its width are there.
+        work = tokens * b * (2 * tower.intermediate + tower.hidden)
+        if cfg.model.gradient_checkpointing:  # the first norm keeps its input, which in fp32 is the layer's own
+            kept, worst = kept + tower.layers * entrance, max(worst, layer - (entrance if b == 4 else 0) + work)
+        else:
+            kept, worst = kept + tower.layers * layer, max(worst, work)
+    return kept, worst
+
+
+def final_norm_bytes(shape: Shape, at: Layout) -> float:
+    """What the last norm and the position embedding keep."""
+    return at.tokens * ((4 + at.width) * shape.text.hidden + 4) + at.longest * 2 * at.width * shape.text.head_dim
+
+
+def head_bytes(shape: Shape, at: Layout, device: str) -> float:
+    """The loss head at its highest: its rows and their gradients, and the workspace of a chunk."""
+    from amft_fast.ops import chunk_bytes
+
+    hidden, logits, budget = shape.text.hidden, 4 * at.rows * shape.vocab, chunk_bytes(device)
+    rows = 2 * at.width * at.rows * hidden
+    if at.stage:  # no flat gradient to add to: dW in fp32 of its own
+        rows += 4 * shape.head
+    if device == "cuda":
+        return rows + min(logits, budget)
+    if at.width == 2:  # the CPU has no mixed products: rows go through in fp32
+        rows += 12 * at.rows * hidden
+    slabs = 2 * min(4 << 20, 4 * shape.vocab * max(at.rows, hidden))
+    return rows + min(logits, 3 * budget // 4) + 2 * min(logits, budget // 16) + slabs
+
+
+def cache_bytes(t: Tower, width: int) -> float:
+    """The KV cache of one token."""
+    return 2 * t.layers * t.k * width
+
+
+# ---------------------------------------------------------------------------------------------------------------- memory
+
+
+def memory(cfg: Config, shape: Shape, machine: Machine) -> Memory:
+    """Memory per GPU (per process on a CPU), part by part."""
+    at = Layout.of(cfg, machine)
+    static, host = _states(cfg, shape, at)
+    one_half = 0 if at.offload else at.share(4 * shape.flat, 1)
+    kept, worst = layers_bytes(cfg, shape, at, machine.image_tokens)
+    head = final_norm_bytes(shape, at) + head_bytes(shape, at, machine.device)
+    # Head and layers take turns; at the end of the backward pass one whole gradient of the largest tensor is there.
+    work = max(head, worst, at.width * shape.largest - kept)
+    checkpointed = ", checkpointed" if cfg.model.gradient_checkpointing else ""
+    sweep = [
+        Part("activations", kept, f"{at.tokens} tokens in a micro-batch{checkpointed}"),
+        Part("loss head or a layer", work, f"at its highest: the {'head' if head >= worst else 'layer'}"),
+        *_communication(cfg, shape, at),
+    ]
+    phases = {"update": sweep}
+    if cfg.rollout.engine == "vllm":
+        stays, engine = _vllm(cfg, shape, at, machine)
+        phases["rollouts"] = [] if stays else [engine]
+        static += [engine] if stays else []
+    else:
+        phases["rollouts"] = _rollouts(cfg, shape, at, machine)
+    if cfg.train.method in PROBED:
+        # Two old halves of v are in `static`; new ones are taken beside them, and once more when the cache is redrawn.
+        copies = 1 if cfg.meta.memory > 0 else 3
+        words = f"{copies} new half" if copies == 1 else f"{copies} new halves"
+        phases["utility gradient"] = [Part("v, being renewed", copies * one_half, words), *sweep]
+    return Memory(static, phases, host, CONTEXT[machine.device])
+
+
+def _states(cfg: Config, shape: Shape, at: Layout) -> tuple[list[Part], float]:
+    """What is there all the time, and the host memory of a node that offload fills."""
+    b, mixed = at.width, at.width == 2
+    count = shape.parameters if at.stage else shape.flat  # the local engine's flat buffers are aligned
+    cut = at.of_ranks(1)
+    moments = {"adamw": 8, "sgd": 0}[cfg.train.optimizer] * count
+    owned = [
+        Part("masters", at.share(4 * count, 1) if mixed else 0, f"fp32, 4 P{cut}"),
+        Part("gradients", at.share(4 * count, 1), f"fp32, 4 P{cut}"),
+        Part("optimizer moments", at.share(moments, 1), f"fp32, {moments // count} P{cut}"),
+    ]
+    if cfg.train.method in PROBED:
+        owned += [
+            Part("v, two halves", at.share(8 * count, 1), f"fp32, 8 P{cut}"),
+            Part("gradient of the SFT sweep", at.share(4 * count, 1), f"fp32, 4 P{cut}"),
+        ]
+    static = [Part("weights", at.share(b * (shape.parameters if mixed else count), 3), f"{b} P{at.of_ranks(3)}")]
+    static += [] if at.offload else [p for p in owned if p.bytes]
+    if at.stage:  # a micro-batch's gradient, reduced; ZeRO-1 keeps it whole until then
+        whole = at.stage == 1
+        transit = at.share(b * count, 1) + (b * count if whole else 0)
+        static.append(Part("gradients in transit", transit, f"DeepSpeed's, {b} P{cut}{f' + {b} P' if whole else ''}"))
+    if at.stage == 3 and cfg.rollout.engine == "transformers":
+        static.append(Part("weights for rollouts", b * shape.parameters, f"whole on each GPU, {b} P"))
+    if cfg.objective.kl_coef > 0 or cfg.log.implicit_reward:
+        static.append(Part("reference model", b * shape.parameters, f"whole on each GPU, {b} P"))
+    return static, total(owned) * min(at.ranks, 8) if at.offload else 0.0
+
+
+def _communication(cfg: Config, shape: Shape, at: Layout) -> list[Part]:
+    """DeepSpeed's buckets: two in the type of the gradients and one in the type they are summed in."""
+    if not at.stage or at.ranks == 1:
+        return []
+    summed = 4 if getattr(cfg.engine, "reduce_dtype", "fp32") == "fp32" else 0
+    buckets = (2 * at.width + summed) * min(shape.parameters, BUCKET)
+    gathered = at.width * min(shape.parameters, LIVE) if at.stage == 3 else 0
+    why = "reduce buckets" + (" and gathered parameters" if gathered else "")
+    return [Part("communication", gathered + buckets, f"{why}, DeepSpeed's default sizes")]
+
+
+def _rollouts(cfg: Config, shape: Shape, at: Layout, machine: Machine) -> list[Part]:
+    """The transformers engine: its KV cache at the longest, and the larger of the prefill and the sampling of a token."""
+    b, t, batch = at.width, shape.text, cfg.rollout.max_batch
+    token = cache_bytes(t, b)
+    prompts = batch * (machine.prompt_tokens + machine.image_tokens)
+    prefill = prompts * b * (3 * t.intermediate + 4 * t.hidden)
+    # log-probs in fp32, then twice fp64 for the inverse transform; a layer's keys, then its values, are copied to grow
+    sampling = batch * shape.vocab * (b + 4 + 8 + 8) + batch * at.longest * token / (2 * t.layers)
+    cache = batch * at.longest * token
+    work = max(sampling, prefill + prompts * token - cache)
+    return [
+        Part("KV cache", cache, f"{batch} sequences of {at.longest} tokens"),
+        Part("sampling", work, "or the prefill"),
+    ]
+
+
+def _vllm(cfg: Config, shape: Shape, at: Layout, machine: Machine) -> tuple[bool, Part]:
+    """(whether it is there while the trainer works, what a colocated vLLM takes of each GPU): its share, but at least its
+    weights and one sequence. Servers have GPUs of their own."""
+    v, token = cfg.rollout.vllm, cache_bytes(shape.text, at.width)
+    share = v.gpu_memory_utilization * machine.memory
+    needs = (at.width * shape.parameters + at.longest * token) / v.tensor_parallel_size
+    if v.mode == "server":
+        return False, Part("vLLM", 0, "on servers with GPUs of their own")
+    why = f"{v.gpu_memory_utilization:.0%} of the GPU" if share >= needs else "its weights and one sequence"
+    return not v.sleep, Part("vLLM, colocated", max(share, needs), why)
+
+
+# ----------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def forward_flops(shape: Shape, sequences: float, prompt: float, response: float, image_tokens: int = 0) -> float:
+    """One forward pass over sequences of `prompt` + `response` tokens, without the head: 2 per weight and token, and
+    4 Q per pair of a token and one before it."""
+    t, length = shape.text, prompt + response
+    per = 2 * t.layers * t.matrix * length + 4 * t.layers * t.q * length * (length + 1) / 2
+    if shape.vision is not None and image_tokens:
+        patches = image_tokens * shape.patches_per_token
+        v = shape.vision
+        per += 2 * v.layers * v.matrix * patches + 4 * v.layers * v.q * patches * patches
+    return sequences * per
+
+
+def rollout_flops(
+    shape: Shape, prompts: float, generations: float, prompt: int, response: float, image: int = 0
+) -> float:
+    """`generations` answers to each prompt, which is prefilled once; the head runs for each new token."""
+    whole = forward_flops(shape, prompts * generations, prompt, response)
+    shared = forward_flops(shape, prompts * (generations - 1), prompt, 0)
+    images = forward_flops(shape, prompts, 0, 0, image)
+    return whole - shared + images + 2 * shape.head * prompts * generations * response
+
+
+def flops(cfg: Config, shape: Shape, machine: Machine) -> dict[str, float]:
+    """FLOPs of one step on all GPUs together; evaluations are not counted."""
+    g, meta = cfg.rollout.num_generations, cfg.meta
+    image, response = machine.image_tokens, machine.response_tokens or cfg.rollout.max_new_tokens
+    prompt = machine.prompt_tokens + image
+    passes = 4 if cfg.model.gradient_checkpointing else 3
+    prompts = 0 if cfg.train.method in NO_RL else cfg.train.prompts_per_step
+    demos = 0 if cfg.train.method in NO_SFT else cfg.train.demos_per_step
+
+    def forward(sequences: float) -> float:
+        return forward_flops(shape, sequences, prompt, response, image) + 2 * shape.head * sequences * response
+
+    def both(sequences: float) -> float:
+        body = forward_flops(shape, sequences, prompt, response, image)
+        return passes * body + 6 * shape.head * sequences * response
+
+    extra = (cfg.train.minibatches_per_rollout > 1 or cfg.advantage.kind == "gae") + (cfg.objective.kl_coef > 0)
+    extra += cfg.rollout.temperature != 1
+    out = {
+        "rollouts": rollout_flops(shape, prompts, g, prompt, response, image),
+        "RL": both(prompts * g),
+        "SFT": both(demos),
+        "old and reference log-probs": extra * forward(prompts * g),
+    }
+    if cfg.train.method in PROBED:
+        fresh = meta.refresh_share * meta.prompts
+        drawn = rollout_flops(shape, fresh, meta.num_generations, prompt, response, image)
+        trained = (fresh if meta.memory > 0 else meta.prompts) * meta.num_generations
+        out["utility gradient"] = (drawn + both(trained)) / cfg.controller.window
+    return {name: value for name, value in out.items() if value}

@@ -1,0 +1,146 @@
+"""The processes of a run, and how they share work: what they decide is replicated, what they compute is split.
+
+Every rank holds all samples of a step, decides the same from them (advantages, denominators, micro-batches, μ), and samples,
+judges and trains on its share. So group statistics, token counts and the controller need no code of their own for many ranks,
+and nothing depends on how many there are. With one process every method returns its argument and nothing is waited for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed as dist
+
+from amft_fast.errors import RolloutFailure, UserError
+
+T = TypeVar("T")
+# A rank may wait this long for one that still samples; a rank that has died is noticed at once, see watch.py.
+TIMEOUT = timedelta(hours=1)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the processes of a run. Rank 0 alone writes files and prints."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, n: int) -> range:
+        """This rank's run of n things: shares differ by at most one and may be empty."""
+        return range(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """`work` on every rank; what each returned, by rank. An interruption or failure of one is raised on all of them."""
+        if self.size == 1:
+            return [work()]
+        result: Any = None
+        error: Exception | None = None
+        try:
+            result = work()
+        except (InterruptedError, RolloutFailure) as e:
+            error = e
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, (result, error))
+        for _, failed in parts:
+            if failed is not None:
+                raise failed
+        return [x for x, _ in parts]
+
+    def spread(self, n: int, work: Callable[[range], list[T]]) -> list[T]:
+        """`work` on this rank's share of n things; the results of all ranks, in order, on every rank.
+
+        An interruption or failure on one rank is raised on all of them.
+        """
+        return [x for part in self.together(lambda: work(self.share(n))) for x in part]
+
+    def gather(self, items: list[T]) -> list[T]:
+        """The items of all ranks, rank after rank, on every rank. They are pickled: tensors must lie on the CPU."""
+        if self.size == 1:
+            return items
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, items)
+        return [x for part in parts for x in part]
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, in a new tensor."""
+        return self._reduced(tensor, dist.ReduceOp.SUM)
+
+    def max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The largest over ranks, element by element, in a new tensor."""
+        return self._reduced(tensor, dist.ReduceOp.MAX)
+
+    def _reduced(self, tensor: torch.Tensor, op: Any) -> torch.Tensor:
+        if self.size == 1:
+            return tensor
+        out = tensor.clone()
+        dist.all_reduce(out, op)
+        return out
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank."""
+        return bool(self.max(torch.tensor(float(flag)))) if self.size > 1 else flag
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            self.any(False)  # over the CPU: NCCL's own barrier guesses devices
+
+
+ALONE = World()
+
+
+def leave() -> None:
+    """Takes this process out of its group, after a run that all ranks have ended."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def launched_size() -> int:
+    """How many processes the launcher (torchrun, deepspeed) started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """This process's number as the launcher gave it; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def join(device: torch.device) -> World:
+    """Joins the processes that the launcher started, by the usual variables RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+
+    Raises UserError naming the variable that is missing. Without a launcher the world is this process alone.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [n for n in names if n not in os.environ]
+    if len(missing) == len(names) or (launched_size() == 1 and missing):
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = "0"
+        missing = []
+    if missing:
+        raise UserError(
+            f"engine.kind deepspeed: {', '.join(missing)} not set; start with torchrun or the deepspeed launcher"
+        )
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if launched_size() == 1:
+            store = dist.HashStore()
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+        else:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+    return World(dist.get_rank(), dist.get_world_size())

@@ -1,0 +1,169 @@
+"""What makes the layers cheaper: Liger's kernels, recomputation of activations, activations in host memory, torch.compile.
+
+All are off unless asked for, except Liger on a GPU where it is installed. None changes the result beyond rounding.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from amft_fast.config import ModelConfig
+from amft_fast.errors import UserError
+
+PARTS = ("rope", "rms_norm", "swiglu", "geglu")
+OFFLOADED = 1 << 20  # bytes: smaller activations stay where they are
+
+
+def prepare(model: nn.Module, cfg: ModelConfig, device: torch.device) -> None:
+    """Does to the model what the config asks for. Raises UserError when it cannot be done here."""
+    apply_liger(model, cfg.liger, device)
+    if cfg.gradient_checkpointing:
+        checkpoint_layers(model, selective=cfg.gradient_checkpointing == "selective")
+    if cfg.compile:
+        compile_layers(model)
+
+
+# ---------------------------------------------------------------------------------------------------------------- Liger
+
+
+def liger(model_type: str, device_type: str) -> tuple[Callable | None, str]:
+    """(Liger's function for such a model or None, reason)."""
+    if device_type != "cuda":
+        return None, "Liger's kernels need a GPU"
+    try:
+        functions = importlib.import_module("liger_kernel.transformers")
+    except ImportError as e:
+        return None, "liger-kernel is not installed" if e.name == "liger_kernel" else f"liger-kernel does not load: {e}"
+    function = getattr(functions, f"apply_liger_kernel_to_{model_type}", None)
+    if function is None:
+        return None, f"Liger knows no models of type {model_type}"
+    return function, "norms, rotary embedding and MLP products as one kernel each"
+
+
+def apply_liger(model: nn.Module, wanted: bool | None, device: torch.device) -> str:
+    """Exchanges norms, rotary embedding and the MLP's product for Liger's, never the loss; returns what was done and why."""
+    if wanted is False:
+        return "model.liger is false"
+    function, why = liger(model.config.model_type, device.type)
+    if function is None:
+        if wanted:
+            raise UserError(f"model.liger: {why}; leave it out")
+        return why
+    known = inspect.signature(function).parameters
+    parts = {name: True for name in PARTS if name in known}
+    off = {name: False for name in known if "cross_entropy" in name}
+    function(**parts, **off, model=model)
+    return why
+
+
+# -------------------------------------------------------------------------------------------------------- recomputation
+
+
+def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Keep what is dear to recompute: matrix products and attention; recompute the rest."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    return CheckpointPolicy.MUST_SAVE if op in _dear() else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _dear() -> set:
+    aten = torch.ops.aten
+    names = ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")
+    names += (
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_flash_attention_forward",
+    )
+    return {getattr(aten, name).default for name in names if hasattr(aten, name)}
+
+
+def checkpoint_layers(model: nn.Module, selective: bool = False) -> None:
+    """Recompute layers in the backward pass. transformers does so in training mode alone, so any dropout goes first:
+    old and new log-probs must not differ by its noise."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if getattr(module, "attention_dropout", 0):
+            module.attention_dropout = 0.0
+    options: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    # Frozen input embeddings (LoRA) are no obstacle: only the reentrant form needs an input with a gradient.
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    model.train()
+
+
+# -------------------------------------------------------------------------------------------------- activations offloaded
+
+
+class Offload:
+    """Keeps what the backward pass needs in host memory: copied out on a stream of its own while the GPU computes on, and back
+    when the backward pass asks for it.
+
+    `known`: storages that stay (parameters). As a context around the forward pass.
+    """
+
+    def __init__(self, model: nn.Module, smallest: int = OFFLOADED) -> None:
+        self.smallest = smallest
+        self.known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        self.moved = 0  # bytes, of the last forward pass
+
+    def __call__(self) -> AbstractContextManager:
+        self.moved = 0
+        return torch.autograd.graph.saved_tensors_hooks(self._out, self._back)
+
+    def _out(self, t: torch.Tensor) -> Any:
+        if t.nbytes < self.smallest or t.untyped_storage().data_ptr() in self.known or t.is_sparse:
+            return t
+        self.moved += t.nbytes
+        if self.stream is None or t.device.type != "cuda":
+            return t.device, t.detach().to("cpu", copy=True), None
+        held = torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            held.copy_(t, non_blocking=True)
+            t.record_stream(self.stream)  # its memory is not given away before the copy is done
+            done = self.stream.record_event()
+        return t.device, held, done
+
+    def _back(self, packed: Any) -> torch.Tensor:
+        if torch.is_tensor(packed):
+            return packed
+        device, held, done = packed
+        if done is not None:
+            torch.cuda.current_stream().wait_event(done)
+        return held.to(device, non_blocking=True)
+
+
+def offload(model: nn.Module, wanted: bool) -> Callable[[], AbstractContextManager]:
+    """The context that the forward pass runs in."""
+    return Offload(model) if wanted else nullcontext
+
+
+# -------------------------------------------------------------------------------------------------------- torch.compile
+
+
+def compile_layers(model: nn.Module, **options: Any) -> int:
+    """Compiles each decoder layer by itself (equal layers share the code); returns how many."""
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    stack = max(stacks, key=lambda m: sum(p.numel() for p in m.parameters()), default=())
+    for layer in stack:
+        layer.compile(dynamic=True, **options)
+    return len(stack)
+
+
+def eagerly(model: nn.Module) -> AbstractContextManager:
+    """Around rollouts: a compiled layer would be compiled anew for each length of the cache."""
+    compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

@@ -1,0 +1,139 @@
+"""LoRA through peft: small trainable factors beside frozen linear layers, W x + (α / r) · B A x.
+
+peft is asked to put its layers into the model and for nothing else: the model keeps its class, so the loss head, the engines
+and the rollouts see what they always see, with fewer parameters that ask for a gradient. Frozen ones then cost no gradient, no
+moments, no dW in the head and no v in the probe.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from amft_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from amft_fast.config import LoraConfig
+
+
+def add(model: nn.Module, cfg: LoraConfig) -> nn.Module:
+    """Puts adapters into `model`, in place, and freezes everything else. Raises UserError when that cannot be done."""
+    try:
+        from peft import LoraConfig as PeftConfig
+        from peft import inject_adapter_in_model
+    except ImportError:
+        raise UserError("model.lora.rank: LoRA needs peft; pip install 'amft-fast[lora]'") from None
+    targets = cfg.targets[0] if cfg.targets == ["all-linear"] else cfg.targets
+    peft = PeftConfig(
+        r=cfg.rank, lora_alpha=cfg.alpha or 2 * cfg.rank, target_modules=targets, lora_dropout=0.0, bias="none"
+    )
+    head = model.get_output_embeddings()
+    try:
+        inject_adapter_in_model(peft, model)
+    except ValueError as e:
+        raise UserError(
+            f"model.lora.targets: {cfg.targets} does not fit this model: {str(e).splitlines()[0]}"
+        ) from None
+    if model.get_output_embeddings() is not head:
+        raise UserError(
+            "model.lora.targets must leave out the output embedding, whose product the loss head computes itself"
+        )
+    trained = {id(p) for layer in layers(model).values() for p in factors(layer).values()}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in trained)
+    return model
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers with adapters, by name."""
+    return {n: m for n, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "get_delta_weight")}
+
+
+def factors(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """A and B of one layer."""
+    return {n: p for n, p in layer.named_parameters() if n.startswith(("lora_A.", "lora_B."))}
+
+
+def adapted(model: nn.Module) -> bool:
+    return bool(layers(model))
+
+
+@torch.no_grad()
+def merged(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name as without adapters, tensor) of all parameters, the adapters' products added: what other engines and files want.
+
+    One merged weight is made at a time.
+    """
+    found = layers(model)
+    for name, p in model.named_parameters():
+        layer_name, base, rest = name.partition(".base_layer.")
+        if not base:
+            if ".lora_A." not in name and ".lora_B." not in name:
+                yield name, p.detach()
+            continue
+        weight = p.detach()
+        if rest == "weight":
+            delta = found[layer_name].get_delta_weight("default")
+            weight = (weight.float() + delta.float()).to(weight.dtype)
+        yield f"{layer_name}.{rest}", weight
+
+
+def export(model: nn.Module, folder: Path) -> None:
+    """Writes the model as a plain transformers folder, its adapters merged into the weights."""
+    model.save_pretrained(folder, **({"state_dict": dict(merged(model))} if adapted(model) else {}))
+
+
+class AdapterReference(nn.Module):
+    """The policy as its adapters were when this was made: their factors alone are kept, the rest is the policy's own.
+
+    Stands where a frozen copy of the model would stand (`Policy.logprobs(model=...)`).
+    """
+
+    base_model_prefix = "backbone"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.config = model.config
+        self._model = [model]  # in a list: the policy's modules are not this one's
+        self.kept = nn.ParameterDict(
+            {
+                f"{name}.{n}".replace(".", "/"): nn.Parameter(p.detach().clone(), requires_grad=False)
+                for name, layer in layers(model).items()
+                for n, p in factors(layer).items()
+            }
+        )
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self._model[0].get_output_embeddings()
+
+    def backbone(self, **inputs):
+        """The policy's own forward pass, its adapters exchanged for the kept ones meanwhile."""
+        with self._exchanged():
+            model = self._model[0]
+            return getattr(model, model.base_model_prefix)(**inputs)
+
+    @contextmanager
+    def _exchanged(self) -> Iterator[None]:
+        current = {}
+        for name, layer in layers(self._model[0]).items():
+            for n, p in factors(layer).items():
+                current[p] = p.data
+                p.data = self.kept[f"{name}.{n}".replace(".", "/")].data
+        try:
+            yield
+        finally:
+            for p, data in current.items():
+                p.data = data
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """The model as it is now, for log-probs without gradient: a copy, or of an adapted model a copy of its adapters."""
+    if adapted(model):
+        return AdapterReference(model)
+    return copy.deepcopy(model).requires_grad_(False).eval()

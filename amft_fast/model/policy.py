@@ -1,0 +1,332 @@
+"""The policy: a transformers causal language model whose loss head is called inside `forward`.
+
+The head must run inside, because under ZeRO-3 `lm_head.weight` has shape (0,) outside. Legend: N rows with a loss, H hidden.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from amft_fast import ops
+from amft_fast.config import ModelConfig, ObjectiveConfig
+from amft_fast.data.batch import Batch
+from amft_fast.errors import UserError
+from amft_fast.model import attention, layers, lora
+from amft_fast.model.vision import Vision, freeze, is_vision_language
+
+# Sums over the tokens of a micro-batch: they add up over micro-batches and ranks.
+SUMS = (
+    "loss",
+    "sft_tokens",
+    "sft_nll",
+    "rl_tokens",
+    "pg",
+    "kl",
+    "entropy",
+    "clipped",
+    "approx_kl",
+    "ratio",
+    "mismatch",
+    "mismatch_kl",
+    "is_weight",
+    "is_weight_sq",
+    "value_loss",
+)
+MAXES = ("ratio_max", "mismatch_max")
+
+
+class PolicyOutput(NamedTuple):
+    """What one micro-batch gives. A tuple, because DeepSpeed looks for the tensors in it.
+
+    `loss` is a scalar with a graph; the rest is detached: `logprobs`, `entropy` and `values` per row [N] (values None
+    without a value head), `sums` and `maxes` fp64 vectors in the order of SUMS and MAXES.
+    """
+
+    loss: torch.Tensor
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    values: torch.Tensor | None
+    sums: torch.Tensor
+    maxes: torch.Tensor
+
+
+@dataclass
+class Scores:
+    """What `logprobs` gave for one micro-batch, by its sequences: see `Batch` and `PolicyOutput`."""
+
+    members: list[int]
+    counts: list[int]
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    values: torch.Tensor | None
+
+    def cpu(self) -> Scores:
+        values = None if self.values is None else self.values.cpu()
+        return Scores(self.members, self.counts, self.logprobs.cpu(), self.entropy.cpu(), values)
+
+
+class Policy(nn.Module):
+    """A causal language model, with a value head on its last hidden state when `with_value`.
+
+    `vision` brings pictures into a vision-language model; without it a batch's images are not read.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: ObjectiveConfig,
+        with_value: bool = False,
+        vision: Vision | None = None,
+    ) -> None:
+        super().__init__()
+        self.vision = vision
+        self.model = model
+        self.objective = objective
+        self.backbone = getattr(model, model.base_model_prefix)
+        self.head = model.get_output_embeddings()
+        self.softcap = getattr(model.config, "final_logit_softcapping", None)
+        hidden = model.config.get_text_config().hidden_size
+        self.value_head = nn.Linear(hidden, 1) if with_value else None
+        if with_value:
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+            self.value_head.to(self.head.weight.device)
+        self.saving: Callable[[], AbstractContextManager] = nullcontext  # where a forward pass keeps its activations
+        self.weight_grad: torch.Tensor | None = None  # fp32 buffer that the head's dW is added into, set by the engine
+        self.reach_all = False  # set by an engine that needs a gradient of every parameter from every micro-batch
+
+    def hidden_rows(self, batch: Batch, model: nn.Module | None = None) -> torch.Tensor:
+        """Hidden states [N, H] at the positions that predict a trained token."""
+        backbone = self.backbone if model is None else getattr(model, model.base_model_prefix)
+        if self.vision is not None and batch.texts:
+            return self._seeing(backbone, batch).flatten(0, 1).index_select(0, batch.rows)
+        ids = batch.input_ids if self.vision is None else self.vision.readable(batch.input_ids)
+        config = (model or self.model).config
+        packed = {} if batch.layout is None else attention.inputs(config, batch.layout, self.head.weight)
+        out = backbone(input_ids=ids, position_ids=batch.position_ids, use_cache=False, **packed)
+        if "amft_layout" in packed and not batch.layout.calls:
+            raise UserError(
+                f"train.packing: {type(self.model).__name__} does not hand packed rows on to its attention; set it to false"
+            )
+        return out.last_hidden_state.flatten(0, 1).index_select(0, batch.rows)
+
+    def _seeing(self, backbone: nn.Module, batch: Batch) -> torch.Tensor:
+        """Hidden states [B, L, H] of a batch with images."""
+        device, width, packed = batch.input_ids.device, batch.input_ids.shape[1], batch.position_ids is not None
+        parts, order = [], []
+        for rows in self.vision.kin([len(images) for _, images in batch.texts], packed):
+            inputs = self.vision.inputs([batch.texts[i] for i in rows], device, packed)
+            inputs = self.vision.arguments(backbone, inputs or {"input_ids": batch.input_ids[rows]})
+            hidden = backbone(**inputs, use_cache=False).last_hidden_state
+            parts.append(nn.functional.pad(hidden, (0, 0, 0, width - hidden.shape[1])))
+            order += rows
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts)[torch.tensor(order, device=device).argsort()]
+
+    def forward(
+        self,
+        batch: Batch,
+        objective: ObjectiveConfig | None = None,
+        scores_only: bool = False,
+        temperature: float | None = None,
+    ) -> PolicyOutput:
+        """The loss of one micro-batch; `objective` stands in for the run's own (the utility gradient has another).
+
+        `scores_only`: what `logprobs` gives, for engines whose parameters are there within `forward` alone.
+        """
+        if scores_only:
+            return self.logprobs(batch, temperature=temperature)
+        with self.saving():
+            hidden_NH = self.hidden_rows(batch)
+        o = objective or self.objective
+        old, behavior = batch.get("old_logprobs"), batch.get("behavior_logprobs")
+        ref = batch.get("ref_logprobs")
+        head = ops.linear_policy_loss(
+            hidden_NH,
+            self.head.weight,
+            batch.targets,
+            nll_weight=batch.get("nll_weight"),
+            pg_weight=batch.get("pg_weight"),
+            entropy_weight=batch.get("entropy_weight"),
+            advantages=batch.get("advantages"),
+            old_logprobs=old,
+            behavior_logprobs=behavior if o.tis_cap else None,
+            tis_cap=o.tis_cap or None,
+            ref_logprobs=ref,
+            kl_coef=o.kl_coef if ref is not None else 0.0,
+            clip_low=o.clip_low,
+            clip_high=o.clip_high,
+            dual_clip=o.dual_clip,
+            temperature=1.0 if batch.get("temperature") is None else batch.get("temperature"),
+            logit_softcap=self.softcap,
+            bias=getattr(self.head, "bias", None),
+            weight_grad=self.weight_grad if torch.is_grad_enabled() else None,
+        )
+        loss, values, value_loss = head.loss, None, None
+        if self.value_head is not None:
+            values = self.value_head(hidden_NH.to(self.value_head.weight.dtype)).squeeze(-1).float()
+            if batch.get("value_weight") is not None:
+                squared = 0.5 * (values - batch.get("returns")) ** 2
+                loss = loss + (batch.get("value_weight") * squared).sum()
+                value_loss = squared.detach()
+            elif self.reach_all:
+                loss = loss + 0.0 * values.sum()
+            values = values.detach()
+        sums, maxes = _statistics(batch, head, loss.detach(), value_loss)
+        return PolicyOutput(loss, head.logprobs, head.entropy, values, sums, maxes)
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, model: nn.Module | None = None, temperature: float | None = None) -> PolicyOutput:
+        """Log-probs and entropy without a loss: for old and reference log-probs, H* and the importance weights of the cache.
+
+        `model`: another model's instead (the reference). `temperature`: instead of the batch's own.
+        """
+        hidden_NH = self.hidden_rows(batch, model)
+        head = self.head if model is None else model.get_output_embeddings()
+        own = batch.get("temperature")
+        logprobs, entropy = ops.linear_logprob(
+            hidden_NH,
+            head.weight,
+            batch.targets,
+            temperature=temperature if temperature is not None else (1.0 if own is None else own),
+            logit_softcap=self.softcap,
+            bias=getattr(head, "bias", None),
+        )
+        values = None
+        if self.value_head is not None and model is None:
+            values = self.value_head(hidden_NH.to(self.value_head.weight.dtype)).squeeze(-1).float()
+        nothing = logprobs.new_zeros(0)
+        return PolicyOutput(nothing, logprobs, entropy, values, nothing, nothing)
+
+
+@torch.no_grad()
+def _statistics(
+    batch: Batch, head: ops.PolicyLoss, loss: torch.Tensor, value_loss: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The SUMS and MAXES of a micro-batch, on its device and without a host sync."""
+    zero = torch.zeros((), dtype=torch.float64, device=loss.device)
+    nll_w, pg_w = batch.get("nll_weight"), batch.get("pg_weight")
+    s = dict.fromkeys(SUMS, zero)
+    m = dict.fromkeys(MAXES, zero)
+    s["loss"] = loss
+    if nll_w is not None:
+        sft = (nll_w != 0).to(head.logprobs.dtype)
+        s["sft_tokens"], s["sft_nll"] = sft.sum(), -(head.logprobs * sft).sum()
+    if pg_w is not None:
+        rl = (pg_w != 0).to(head.logprobs.dtype)
+        s["rl_tokens"], s["entropy"] = rl.sum(), (head.entropy * rl).sum()
+        # All rollout rows of an update share one weight: dividing it out gives the plain sum.
+        s["pg"], s["kl"] = head.pg_sum / pg_w.max().clamp_min(1e-30), head.kl_sum / pg_w.max().clamp_min(1e-30)
+        s["clipped"], s["approx_kl"], s["ratio"] = head.clipped_tokens, head.approx_kl_sum, head.ratio_sum
+        m["ratio_max"] = head.ratio_max
+        if batch.get("behavior_logprobs") is not None:
+            old = batch.get("old_logprobs")
+            delta = ((head.logprobs if old is None else old) - batch.get("behavior_logprobs")) * rl
+            weight = delta.clamp(-20, 20).exp() * rl
+            s["mismatch"], s["mismatch_kl"], m["mismatch_max"] = delta.abs().sum(), -delta.sum(), delta.abs().max()
+            s["is_weight"], s["is_weight_sq"] = weight.sum(), weight.square().sum()
+    if value_loss is not None:
+        s["value_loss"] = (value_loss * (batch.get("value_weight") != 0)).sum()
+    return (
+        torch.stack([s[k].double() for k in SUMS]),
+        torch.stack([m[k].double() for k in MAXES]),
+    )
+
+
+def pick_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
+    """The type of the parameters in the forward pass: bf16 on CUDA and fp32 on CPU unless the config says otherwise."""
+    if cfg.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
+
+
+def load_model(cfg: ModelConfig, device: torch.device) -> nn.Module:
+    """A transformers causal or vision-language model from a folder or the hub, on `device`, in training dtype.
+
+    Raises UserError when there is no such checkpoint, or its head does something that the loss head does not do.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    _check_path(cfg.path)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    dtype = pick_dtype(cfg, device)
+    try:
+        config = AutoConfig.from_pretrained(cfg.path)
+        kernel = attention.choose(cfg.attention, config, device, dtype)
+        auto = AutoModelForImageTextToText if is_vision_language(config.model_type) else AutoModelForCausalLM
+        model = auto.from_pretrained(cfg.path, dtype=dtype, attn_implementation=kernel, **_changed_config(cfg))
+    except (OSError, ValueError, ImportError) as e:
+        raise UserError(f"model.path: {cfg.path!r} could not be loaded: {str(e).splitlines()[0]}") from None
+    for name in ("logit_scale", "logits_scaling"):
+        if getattr(model.config, name, None) not in (None, 1, 1.0):
+            raise UserError(
+                f"model.path: {cfg.path!r} scales its logits ({name}), which the loss head does not do; "
+                "fold the factor into lm_head.weight first"
+            )
+    freeze(model, cfg.vision)
+    model = model.to(device)
+    layers.prepare(model, cfg, device)
+    return lora.add(model, cfg.lora) if cfg.lora.rank else model
+
+
+def _changed_config(cfg: ModelConfig) -> dict:
+    """The checkpoint's configuration with the positions that the config asks for, as an argument of from_pretrained."""
+    if cfg.rope_theta is None and cfg.max_position_embeddings is None:
+        return {}
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(cfg.path)
+    text = config.get_text_config()
+    if cfg.rope_theta is not None:
+        rope = getattr(text, "rope_parameters", None)
+        if not isinstance(rope, dict) or "rope_theta" not in rope:
+            raise UserError(f"model.rope_theta: {cfg.path!r} has no single rotary base (rope_parameters is {rope!r})")
+        text.rope_parameters = {**rope, "rope_theta": cfg.rope_theta}
+    if cfg.max_position_embeddings is not None:
+        text.max_position_embeddings = cfg.max_position_embeddings
+    return {"config": config}
+
+
+@torch.no_grad()
+def fill(model: nn.Module, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copies tensors into a model's parameters of the same names. Raises ValueError for a name it does not have."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in named:
+        if name not in own:
+            raise ValueError(f"the model has no parameter {name}")
+        own[name].copy_(tensor)
+
+
+def load_tokenizer(cfg: ModelConfig):
+    """The tokenizer of the same checkpoint; its end-of-sequence token must be known."""
+    from transformers import AutoTokenizer
+
+    _check_path(cfg.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(cfg.path)
+    except (OSError, ValueError, ImportError) as e:
+        raise UserError(
+            f"model.path: no tokenizer could be loaded from {cfg.path!r}: {str(e).splitlines()[0]}"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.path: the tokenizer of {cfg.path!r} has no eos token, so no answer could end")
+    return tokenizer
+
+
+def _check_path(path: str) -> None:
+    if not path:
+        raise UserError("model.path is not set: give a transformers checkpoint folder or a hub name")
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not (Path(path).expanduser() / "config.json").exists():
+        raise UserError(f"model.path: {path!r} is not a transformers checkpoint: it has no config.json")

@@ -1,0 +1,252 @@
+"""report.html of a run: one page without network or script, made from the run's files alone; report.png beside it.
+
+The page is a row of sections in the order of `SECTIONS`; the plots among them are in report_plots.py.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from amft_fast.data.pictures import shown_picture
+from amft_fast.errors import UserError
+from amft_fast.report import charts, templates
+from amft_fast.report.charts import number
+from amft_fast.report.controller import controller_section
+from amft_fast.report.plots import (
+    Section,
+    answers_section,
+    mix_section,
+    success_section,
+    time_section,
+    updates_section,
+)
+from amft_fast.report.reader import Record, finite, read
+
+METHODS = {
+    "amft": "AMFT, μ learned by its meta-gradient",
+    "amft_no_meta": "AMFT without its meta-gradient",
+    "amft_no_entropy": "AMFT without its entropy term",
+    "sft": "SFT, imitation alone",
+    "rl": "RL alone",
+    "sft_then_rl": "SFT, then RL",
+    "fixed": "SFT + RL with a fixed μ",
+    "linear": "SFT + RL with μ falling linearly",
+    "cosine": "SFT + RL with μ falling along a cosine",
+}
+PROMPT_CHARS, COMPLETION_CHARS = 600, 1500
+
+
+def write_report(folder: Path) -> Path:
+    """Writes report.html and report.png into the run's folder and returns the path of the page.
+
+    Raises UserError when there is no such run or its folder cannot be written.
+    """
+    from amft_fast.report.picture import write_picture
+
+    folder = Path(folder)
+    record = read(folder)
+    text = render(record)
+    path = folder / "report.html"
+    try:
+        aside = path.with_suffix(".part")
+        aside.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(aside, path)
+        write_picture(record, folder / "report.png")
+    except OSError as e:
+        raise UserError(f"the report cannot be written into {str(folder)!r}: {e.strerror}") from None
+    return path
+
+
+def render(record: Record) -> str:
+    """The page as text."""
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(templates.TEMPLATE)
+    sections = [section for make in SECTIONS if (section := make(record)) is not None]
+    return template.render(
+        name=record.folder.resolve().name,
+        style=Markup(templates.STYLE + charts.STYLE),
+        warnings=warnings(record),
+        sentence=sentence(record),
+        tiles=tiles(record),
+        sections=sections,
+        environment=record.environment,
+        config=record.config_text,
+        damaged=record.damaged,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ headline
+
+
+def duration(seconds: float | None) -> str:
+    """8.2 s, 3 min 05 s, 2 h 07 min."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, s = divmod(round(seconds), 60)
+    return f"{minutes} min {s:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def warnings(record: Record) -> list[str]:
+    """What a reader must know before the figures."""
+    out = []
+    if not record.metrics:
+        out.append("No step of this run is on record yet.")
+    elif not record.finished:
+        steps = f"{record.done} of {record.planned} steps" if record.planned else f"{record.done} steps"
+        if record.done == record.planned:
+            out.append(f"This run is not finished: all {record.done} steps are done, its last evaluation is not.")
+        else:
+            out.append(f"This run is not finished: {steps} are done, and the figures are those so far.")
+    skipped = record.last("skipped_total")
+    if skipped:
+        out.append(f"{skipped:.0f} update(s) were skipped because the loss or the gradient was not finite.")
+    return out
+
+
+def sentence(record: Record) -> str:
+    """The run in one sentence."""
+    method = str(record.summary.get("method") or record.setting("train.method", "unknown method"))
+    task = str(record.summary.get("task") or record.setting("task.name", "unknown task")).replace("_", " ").title()
+    steps = f"{record.done} steps" if record.done != 1 else "1 step"
+    if record.warmup:
+        steps += f" ({record.warmup} of them warm-up)"
+    device = str(record.environment.get("device", "an unknown device"))
+    threads = str(record.environment.get("threads", ""))
+    if threads and "cuda" not in device.lower() and not device.startswith(("NVIDIA", "AMD Instinct")):
+        device += f", {threads} threads"
+    return (
+        f"{METHODS.get(method, method)}, on {task}: {steps} in {duration(record.wall_s)} on {device}; "
+        f"{number(record.tokens)} tokens."
+    )
+
+
+def tiles(record: Record) -> list[tuple[str, str, str]]:
+    """(label, figure, detail) of what matters most: success on the held-out splits and μ."""
+    start, end, _ = record.ends()
+    out = []
+    for split in [s for s in ("test", "ood", "val", "train") if s in end][:3]:
+        after = finite(end[split].get("sampled"))
+        before = finite(start.get(split, {}).get("sampled"))
+        figure = number(after, True) if before is None else f"{number(before, True)} → {number(after, True)}"
+        out.append((f"{split}, sampled success", figure, change(start.get(split, {}), end[split], "sampled")[0]))
+    steps, mus = record.series("mu")
+    mus = [m for s, m in zip(steps, mus) if s >= record.warmup and m is not None]
+    if mus:
+        moved = f"{mus[0]:.3g} → {mus[-1]:.3g}" if mus[0] != mus[-1] or min(mus) != max(mus) else f"{mus[0]:.3g}"
+        out.append(("μ, the weight of imitation", moved, "first and last step" if "→" in moved else "held fixed"))
+    entropy, target = record.last("entropy"), record.last("entropy_target")
+    if entropy is not None:
+        out.append(("entropy at the end", number(entropy), "" if target is None else f"H* = {number(target)}"))
+    return out
+
+
+def change(before: dict[str, Any], after: dict[str, Any], name: str) -> tuple[str, str]:
+    """The change in points as text (± 1.96 standard errors where known), and its class: up, down, or "" within noise."""
+    a, b = finite(before.get(name)), finite(after.get(name))
+    if a is None or b is None or (name == "pass_at_k" and before.get("k") != after.get("k")):
+        return "", ""
+    noise, text = 0.0, f"{100 * (b - a):+.1f}".replace("-", "−")
+    if name == "sampled":
+        noise = 1.96 * math.hypot(finite(before.get("stderr")) or 0.0, finite(after.get("stderr")) or 0.0)
+        text += f" ± {100 * noise:.1f}"
+    sure = name == "sampled" and abs(b - a) > noise
+    return f"{text} points", ("up" if b > a else "down") if sure else ""
+
+
+# -------------------------------------------------------------------------------------------------------------- results
+
+
+def results_section(record: Record) -> Section | None:
+    """Success per split at the start and at the end, with the change."""
+    start, end, source = record.ends()
+    splits = list(dict.fromkeys([*start, *end]))
+    if not splits:
+        return None
+    ks = {row.get("k") for rows in (start, end) for row in rows.values()}
+    rows = []
+    for split in splits:
+        before, after = start.get(split, {}), end.get(split, {})
+        cells = []
+        for name in ("greedy", "sampled", "pass_at_k"):
+            text, kind = change(before, after, name)
+            cells.append((_cell(before, name), _cell(after, name), text.removesuffix(" points"), kind))
+        rows.append((split, after.get("prompts", before.get("prompts", "")), cells))
+    intro = "Share of problems solved, before and after; changes are in percentage points. "
+    intro += "Sampled success is the mean over k answers per problem, ± 1.96 standard errors over problems; "
+    intro += "a change of it in bold is larger than its noise."
+    if source is not None:
+        kind = "" if source.get("full") else " It is a scheduled one, with fewer problems and answers than the first."
+        intro += f" The run is not finished: “end” is the evaluation at step {source['at']}.{kind}"
+    k = f"pass@{ks.pop()}" if len(ks) == 1 else "pass@k"
+    table = Environment(autoescape=True).from_string(templates.RESULTS).render(rows=rows, k=k)
+    return Section("Start and end", Markup(table), intro)
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    value = finite(row.get(name))
+    text = number(value, True)
+    stderr = finite(row.get("stderr"))
+    return f"{text} ± {196 * stderr:.1f}" if name == "sampled" and value is not None and stderr is not None else text
+
+
+# ---------------------------------------------------------------------------------------------------------- completions
+
+
+def samples_section(record: Record) -> Section | None:
+    """Completions of the earliest and the latest step that kept any, right and wrong ones."""
+    steps = sorted({s["step"] for s in record.samples})
+    groups = []
+    for step in dict.fromkeys(steps[:1] + steps[-1:]):
+        kept = [s for s in record.samples if s["step"] == step]
+        right = [s for s in kept if s.get("success") is True]
+        wrong = [s for s in kept if s.get("success") is not True]
+        take = max(2, 4 - len(wrong))
+        shown = right[:take] + wrong[: 4 - len(right[:take])]
+        cards = [
+            {
+                "right": s.get("success") is True,
+                "reward": number(finite(s.get("reward"))),
+                "picture": shown_picture(s.get("picture")),
+                "prompt": shown_text(s.get("prompt"), PROMPT_CHARS, keep_end=True),
+                "completion": shown_text(s.get("completion"), COMPLETION_CHARS),
+            }
+            for s in shown
+        ]
+        groups.append((step, f"{len(right)} of the {len(kept)} completions kept here are correct", cards))
+    if not groups:
+        return None
+    html = Environment(autoescape=True).from_string(templates.SAMPLES).render(groups=groups)
+    return Section("Completions", Markup(html), "Answers of the policy in training, early and late.")
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def shown_text(text: Any, limit: int, keep_end: bool = False) -> str:
+    """Text of a model for the page: control characters replaced, long text cut with a word on how much is missing."""
+    text = _CONTROL.sub("\ufffd", str(text if text is not None else "").replace("\r\n", "\n"))
+    if len(text) <= limit:
+        return text
+    missing = f"[{len(text) - limit} characters left out]"
+    return f"{missing} … {text[-limit:]}" if keep_end else f"{text[:limit]} … {missing}"
+
+
+SECTIONS: tuple[Callable[[Record], Section | None], ...] = (
+    results_section,
+    success_section,
+    mix_section,
+    controller_section,
+    updates_section,
+    answers_section,
+    time_section,
+    samples_section,
+)

@@ -1,0 +1,137 @@
+"""vLLM as the rollout engine: what an engine is told at its start, and the colocated mode; vllm_fleet.py has the served one.
+
+The engine starts with no weights of its own (`load_format="dummy"`): the first sync brings them, as every later one does. It
+may not answer before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amft_fast.config import VllmConfig
+from amft_fast.errors import UserError
+from amft_fast.rollout.vllm import channels
+from amft_fast.rollout.vllm.head_padding import CPU_MULTIPLE, padding_for
+from amft_fast.rollout.vllm.targets import Group
+from amft_fast.rollout.vllm.weight_sync import (
+    Channel,
+    FanOut,
+    TensorSpec,
+    Wire,
+)
+
+Named = Iterable[tuple[str, torch.Tensor]]
+
+
+@dataclass
+class Setup:
+    """What both modes need to know. `weights` gives the present weights again, where that needs no other rank's help."""
+
+    cfg: VllmConfig
+    model: torch.nn.Module
+    path: str
+    device: torch.device
+    folder: Path
+    should_stop: Callable[[], bool] = lambda: False
+    weights: Callable[[], Named] | None = None
+    rank: int = 0
+    world_size: int = 1
+    say: Callable[[str], None] = print
+
+    @property
+    def backend(self) -> str:
+        if self.cfg.backend != "auto":
+            return self.cfg.backend
+        if self.device.type != "cuda":
+            return "gloo"
+        return "ipc" if self.cfg.mode == "colocate" else "nccl"
+
+    def wire(self) -> Wire:
+        """Raises UserError for a model that the engine cannot be given."""
+        try:
+            padding = padding_for(self.model.config, CPU_MULTIPLE) if self.device.type == "cpu" else None
+            return Wire(self.model, padding)
+        except ValueError as e:
+            raise UserError(f"rollout.engine vllm: {e}; use rollout.engine transformers") from None
+
+    def engine_settings(self, wire: Wire) -> dict[str, Any]:
+        """vLLM's engine arguments, offline and on its command line alike."""
+        cfg, cpu = self.cfg, self.device.type == "cpu"
+        text = {"tie_word_embeddings": False} | ({"head_dim": wire.padding.padded} if wire.padding else {})
+        text |= changed_positions(self.model.config, self.path)
+        nested = self.model.config.get_text_config() is not self.model.config
+        return {
+            "model": self.path,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "load_format": "dummy",
+            "hf_overrides": {"tie_word_embeddings": False, "text_config": text} if nested else text,
+            # The distribution sampled from, not the raw one; and no defaults out of generation_config.json.
+            "logprobs_mode": "processed_logprobs",
+            "generation_config": "vllm",
+            "weight_transfer_config": {"backend": self.backend},
+            "worker_extension_cls": "amft_fast.rollout.vllm.worker.Extension",
+            "max_model_len": cfg.max_model_len,
+            "max_num_seqs": cfg.max_num_seqs,
+            "tensor_parallel_size": cfg.tensor_parallel_size,
+            "enforce_eager": cpu if cfg.enforce_eager is None else cfg.enforce_eager,
+            **({} if cpu else {"gpu_memory_utilization": cfg.gpu_memory_utilization}),
+            **_kv_cache(cfg, cpu),
+        }
+
+    def channel(self, fan: FanOut, specs: list[TensorSpec]) -> Channel:
+        args = self.cfg.host, self.cfg.bucket_bytes, self.cfg.call_timeout_s
+        if self.backend == "gloo":
+            return channels.GlooChannel(fan, specs, *args)
+        return channels.VllmChannel(fan, specs, self.backend, *args)
+
+
+def changed_positions(config: Any, path: str) -> dict[str, Any]:
+    """What model.rope_theta and the like made of the checkpoint's configuration, which vLLM reads for itself."""
+    from transformers import AutoConfig
+
+    now, then = config.get_text_config(), AutoConfig.from_pretrained(path).get_text_config()
+    names = ("rope_parameters", "max_position_embeddings")
+    return {n: getattr(now, n) for n in names if getattr(now, n, None) != getattr(then, n, None)}
+
+
+def _kv_cache(cfg: VllmConfig, cpu: bool) -> dict[str, int]:
+    size = cfg.kv_cache_bytes or (256 << 20 if cpu else None)
+    return {} if size is None else {"kv_cache_memory_bytes": size}
+
+
+class Copy:
+    """The last weights sent, in host memory, for an engine that has to be given them again."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def tee(self, named: Named) -> Iterator[tuple[str, torch.Tensor]]:
+        """Passes the tensors on and keeps a copy of each; the memory is used again from transfer to transfer."""
+        for name, tensor in named:
+            kept = self.tensors.get(name)
+            if kept is None:
+                self.tensors[name] = tensor.detach().to("cpu", copy=True)
+            else:
+                kept.copy_(tensor)
+            yield name, tensor
+
+    def __call__(self) -> Named:
+        return self.tensors.items()
+
+
+def check_lengths(groups: Sequence[Group], max_model_len: int) -> list[Group]:
+    """The groups with their length bound cut to what the engine can hold. Raises UserError when a prompt leaves no room."""
+    longest = max((len(g.prompt_ids) for g in groups), default=0)
+    if longest >= max_model_len:
+        raise UserError(
+            f"rollout.vllm.max_model_len {max_model_len} leaves no room for an answer to a prompt of {longest} tokens: raise it"
+        )
+    return [
+        Group(g.prompt_ids, g.seed, min(g.max_new_tokens, max_model_len - len(g.prompt_ids)), g.images, g.members)
+        for g in groups
+    ]

@@ -1,0 +1,349 @@
+"""One vLLM engine as this project uses it: an `LLM` held by the trainer, or a server spoken to over HTTP.
+
+Both take groups (one prompt, several samples, prefilled once), return token ids with the log-probs of the distribution that was
+sampled from, and carry the calls of a weight transfer (`weight_sync.Target`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import math
+import socket
+import threading
+import time
+import urllib.parse
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from amft_fast.errors import UserError
+from amft_fast.interfaces import Completion, Request, Sampling
+
+SEED_MASK = (1 << 62) - 1  # vLLM's seeds are int64, and sample i of a group takes seed + i
+
+
+class EngineError(RuntimeError):
+    """An engine that is gone, does not answer in time, or answers nonsense. Another try may do."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Requests that continue one prompt to one length: `members` are their places in the list. Sample i draws from seed + i."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+    max_new_tokens: int
+    images: tuple[Any, ...]
+    members: tuple[int, ...]
+
+
+def group_requests(requests: Sequence[Request]) -> list[Group]:
+    """Neighbours with the same prompt and length bound, as one group each, with the seed of its first."""
+    groups: list[Group] = []
+    for i, r in enumerate(requests):
+        last = groups[-1] if groups else None
+        same = last is not None and (last.prompt_ids, last.max_new_tokens) == (r.prompt_ids, r.max_new_tokens)
+        if same and last.images == r.images:
+            groups[-1] = Group(last.prompt_ids, last.seed, last.max_new_tokens, last.images, (*last.members, i))
+        else:
+            groups.append(Group(tuple(r.prompt_ids), r.seed & SEED_MASK, r.max_new_tokens, r.images, (i,)))
+    return groups
+
+
+def single_places(group: Group, image_token: int | None) -> list[int]:
+    """The prompt with one token for each image, as vLLM wants it: it makes the run of tokens that an image takes by itself."""
+    ids = group.prompt_ids
+    if not group.images or image_token is None:
+        return list(ids)
+    return [t for i, t in enumerate(ids) if t != image_token or i == 0 or ids[i - 1] != image_token]
+
+
+def asked_for(group: Group, sampling: Sampling) -> int:
+    """How many samples an engine is asked for: greedy ones are all the same, and vLLM refuses to draw several."""
+    return 1 if sampling.temperature == 0 else len(group.members)
+
+
+def sampling_settings(group: Group, sampling: Sampling) -> dict[str, Any]:
+    """vLLM's names for how this group is sampled; the same for its offline and its HTTP interface."""
+    return {
+        "n": asked_for(group, sampling),
+        "seed": group.seed,
+        "max_tokens": group.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": True,  # stop tokens are ours alone, as with the transformers engine
+        "logprobs": 0,  # of the sampled token only
+    }
+
+
+def check(ids: Any, logprobs: Any, reason: Any, group: Group, vocabulary: int) -> tuple[list[int], list[float], str]:
+    """What an engine returned for one sample. Raises EngineError unless it is a sample that could be trained on."""
+    good_ids = isinstance(ids, list) and all(type(i) is int and 0 <= i < vocabulary for i in ids)
+    if not good_ids or not 1 <= len(ids) <= group.max_new_tokens:
+        raise EngineError(f"garbage: token ids {str(ids)[:80]}")
+    # A log-prob may come out of rounding a hair above 0.
+    good = isinstance(logprobs, list) and all(
+        type(x) in (int, float) and math.isfinite(x) and x < 1e-3 for x in logprobs
+    )
+    if not good or len(logprobs) != len(ids):
+        raise EngineError(f"garbage: log-probs {str(logprobs)[:80]} for {len(ids)} tokens")
+    if reason not in ("stop", "length"):
+        raise EngineError(f"garbage: finish reason {reason!r}")
+    return ids, [min(float(x), 0.0) for x in logprobs], reason
+
+
+class OfflineTarget:
+    """A vLLM `LLM` object that the trainer holds itself."""
+
+    name = "vllm (colocated)"
+
+    def __init__(self, llm: Any, vocabulary: int, image_token: int | None = None) -> None:
+        self.llm, self.vocabulary, self.image_token = llm, vocabulary, image_token
+        self.max_model_len = llm.llm_engine.model_config.max_model_len
+
+    def generate(self, groups: Sequence[Group], sampling: Sampling, version: int) -> list[list[Completion]]:
+        """The samples of every group, in order."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        prompts = [TokensPrompt(prompt_token_ids=single_places(g, self.image_token)) for g in groups]
+        for prompt, g in zip(prompts, groups):
+            if g.images:
+                prompt["multi_modal_data"] = {"image": list(g.images)}
+        params = [SamplingParams(**sampling_settings(g, sampling), detokenize=False) for g in groups]
+        out = []
+        for group, result in zip(groups, self.llm.generate(prompts, params, use_tqdm=False), strict=True):
+            samples = []
+            for o in sorted(result.outputs, key=lambda o: o.index):
+                ids = list(o.token_ids)
+                logprobs = [float(at[i].logprob) for i, at in zip(ids, o.logprobs)]
+                samples.append(Completion(*check(ids, logprobs, o.finish_reason, group, self.vocabulary), version))
+            if len(samples) != asked_for(group, sampling):
+                raise EngineError(f"garbage: {len(samples)} samples for a group of {len(group.members)}")
+            out.append(samples * (len(group.members) // len(samples)))
+        return out
+
+    def sleep(self) -> None:
+        """Gives the GPU's memory to the trainer, weights included: they must be sent again after `wake`."""
+        self.llm.sleep(level=2)
+
+    def wake(self) -> None:
+        self.llm.wake_up()
+
+    def world_size(self) -> int:
+        return self.llm.llm_engine.vllm_config.parallel_config.world_size_across_dp
+
+    def pause(self) -> None:
+        """Nothing runs: generate returns when all is drawn."""
+
+    def resume(self) -> None: ...
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def shutdown_weight_transfer_engine(self) -> None:
+        self.llm.shutdown_weight_transfer_engine()
+
+    def start_weight_update(self) -> None:
+        self.llm.start_weight_update()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.llm.update_weights({"update_info": update_info})
+
+    def missing(self) -> list[str]:
+        return [name for worker in self.llm.collective_rpc("amft_missing") for name in worker]
+
+    def finish_weight_update(self, version: str | None) -> None:
+        self.llm.finish_weight_update(version)
+
+    def reset_caches(self) -> None:
+        """Keys and values (and images' features) of the old weights are of no use any more."""
+        if not self.llm.reset_prefix_cache():
+            raise EngineError("the prefix cache could not be reset: requests are still running")
+        for name in ("reset_mm_cache", "reset_encoder_cache"):
+            if hasattr(self.llm.llm_engine, name):
+                getattr(self.llm.llm_engine, name)()
+
+    def weight_version(self) -> str:
+        return self.llm.get_weight_version()
+
+    def alive(self, timeout_s: float) -> str:
+        return "ok"
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self.llm.llm_engine.engine_core.shutdown()
+
+
+class HttpTarget:
+    """A vLLM server. Connections are kept, one for each thread that calls; every call has its bound of time."""
+
+    def __init__(
+        self, url: str, api_key: str | None, call_timeout_s: float, generate_timeout_s: float, images: bool = False
+    ) -> None:
+        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+        if parts.scheme != "http" or not parts.hostname:
+            raise UserError(f"rollout.vllm.urls: expected http://HOST:PORT, got {url!r}")
+        self.host, self.port = parts.hostname, parts.port or 80
+        self.name = f"http://{self.host}:{self.port}"
+        self.call_timeout_s, self.generate_timeout_s = call_timeout_s, generate_timeout_s
+        self.images = images  # whether the model takes any
+        self.headers = {"Content-Type": "application/json"}
+        if api_key:
+            self.headers["Authorization"] = f"Bearer {api_key}"
+        self.vocabulary, self.max_model_len, self.model = 1 << 31, 1 << 31, ""
+        self._local = threading.local()
+        self._open: weakref.WeakSet[http.client.HTTPConnection] = weakref.WeakSet()
+        self._size: int | None = None
+        self._cuts = 0  # how often `abort` was called
+
+    def request(self, method: str, path: str, body: Any = None, timeout_s: float | None = None) -> Any:
+        """The JSON answer. Raises EngineError when there is none in time, UserError when the server refuses the key."""
+        timeout = timeout_s or self.call_timeout_s
+        payload = None if body is None else json.dumps(body).encode()
+        cuts = self._cuts
+        while True:
+            connection, kept = self._connection(timeout)
+            try:
+                connection.request(method, path, payload, self.headers)
+                answer = connection.getresponse()
+                data = answer.read()
+                break
+            except (OSError, http.client.HTTPException) as e:
+                self._drop()
+                # A kept connection may have been closed meanwhile: once more on a new one, unless it was cut on purpose.
+                closed = isinstance(e, http.client.RemoteDisconnected | ConnectionResetError | BrokenPipeError)
+                if not (kept and closed and cuts == self._cuts):
+                    raise EngineError(f"{path}: {type(e).__name__} {e}".strip()) from e
+        if answer.status in (401, 403):
+            raise UserError(f"rollout.vllm: {self.name} refuses the API key (set rollout.vllm.api_key_env)")
+        if answer.status != 200:
+            raise (UserError if 400 <= answer.status < 500 else EngineError)(
+                f"{self.name}{path}: status {answer.status}: {data[:300].decode(errors='replace')}"
+            )
+        try:
+            return json.loads(data) if data else None
+        except ValueError as e:
+            raise EngineError(f"{path}: garbage: {data[:80]!r}") from e
+
+    def _connection(self, timeout: float) -> tuple[http.client.HTTPConnection, bool]:
+        """This thread's connection, and whether it has been used before."""
+        connection = getattr(self._local, "connection", None)
+        kept = connection is not None and connection.sock is not None
+        if connection is None:
+            connection = self._local.connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+            self._open.add(connection)
+        connection.timeout = timeout
+        if kept:
+            connection.sock.settimeout(timeout)
+        return connection, kept
+
+    def _drop(self) -> None:
+        connection = getattr(self._local, "connection", None)
+        if connection is not None:
+            connection.close()
+        self._local.connection = None
+
+    def generate(self, group: Group, sampling: Sampling, version: int) -> list[Completion]:
+        """The samples of one group."""
+        if group.images:
+            raise UserError(
+                "rollout.vllm.mode server draws text alone: its HTTP interface takes no images beside token ids; "
+                "use mode colocate"
+            )
+        body = sampling_settings(group, sampling) | {
+            "model": self.model,
+            "prompt": list(group.prompt_ids),
+            "return_token_ids": True,
+        }
+        answer = self.request("POST", "/v1/completions", body, self.generate_timeout_s)
+        try:
+            choices = sorted(answer["choices"], key=lambda c: c["index"])
+            found = [(c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"]) for c in choices]
+            indices = [c["index"] for c in choices]
+        except (TypeError, KeyError) as e:
+            raise EngineError(f"garbage: {str(answer)[:80]}") from e
+        count = asked_for(group, sampling)
+        if indices != list(range(count)):
+            raise EngineError(f"garbage: samples {indices} where {count} were asked for")
+        samples = [Completion(*check(*sample, group, self.vocabulary), version) for sample in found]
+        return samples * (len(group.members) // count)
+
+    def abort(self) -> None:
+        """Cuts all connections, so that threads which wait for an answer wait no longer."""
+        self._cuts += 1
+        for connection in list(self._open):
+            with contextlib.suppress(OSError, AttributeError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def describe(self, vocabulary: int) -> None:
+        """Asks a server that has just come up what it serves."""
+        answer = self.request("GET", "/v1/models")
+        try:
+            self.model, self.max_model_len = answer["data"][0]["id"], answer["data"][0]["max_model_len"]
+        except (TypeError, KeyError, IndexError) as e:
+            raise EngineError(f"garbage: {str(answer)[:80]}") from e
+        self.vocabulary, self._size = vocabulary, None
+
+    def alive(self, timeout_s: float) -> str:
+        """ "ok", or why not."""
+        try:
+            self.request("GET", "/health", timeout_s=timeout_s)
+            return "ok"
+        except (EngineError, UserError) as e:
+            return str(e)
+
+    def world_size(self) -> int:
+        if self._size is None:
+            self._size = int(self.request("GET", "/get_world_size")["world_size"])
+        return self._size
+
+    def pause(self) -> None:
+        self.request("POST", "/pause?mode=abort")
+
+    def resume(self) -> None:
+        self.request("POST", "/resume")
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.request("POST", "/init_weight_transfer_engine", {"init_info": init_info})
+
+    def shutdown_weight_transfer_engine(self) -> None:
+        self.request("POST", "/shutdown_weight_transfer_engine")
+
+    def start_weight_update(self) -> None:
+        self.request("POST", "/start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        if update_info.get("ipc_handles") is not None:  # CUDA handles are no JSON: vLLM takes them pickled
+            from vllm.distributed.weight_transfer.clients import _json_safe_update_info
+
+            update_info = _json_safe_update_info(update_info)
+        self.request("POST", "/update_weights", {"update_info": update_info})
+
+    def missing(self) -> list[str]:
+        answer = self.request("POST", "/collective_rpc", {"method": "amft_missing"})
+        return [name for worker in answer["results"] for name in worker]
+
+    def finish_weight_update(self, version: str | None) -> None:
+        self.request("POST", "/finish_weight_update", {"weight_version": version})
+
+    def reset_caches(self) -> None:
+        # Blocks are freed a moment after the last request has gone.
+        for pause in (0, 0.02, 0.1, 0.5):
+            time.sleep(pause)
+            if self.request("POST", "/reset_prefix_cache")["success"]:
+                break
+        else:
+            raise EngineError("the prefix cache could not be reset: requests are still running")
+        if self.images:
+            for path in ("/reset_mm_cache", "/reset_encoder_cache"):
+                self.request("POST", path)
+
+    def weight_version(self) -> str:
+        return str(self.request("GET", "/weight_info")["weight_version"])

@@ -1,0 +1,113 @@
+"""What `train CONFIG --dry-run` looks at beyond the settings: whether the model and the data of mathematics are where they say.
+
+Nothing is downloaded. What lies on the hub is asked for by name; when the hub cannot be reached, a sentence says so, and what
+could not be checked, and the dry run is no failure for that.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from amft_fast.config import Config
+from amft_fast.errors import UserError
+from amft_fast.tasks.math.benchmarks import Benchmark, pick, read_benchmarks
+from amft_fast.tasks.math.sources import BadRow, Source, read_row, recognise
+
+SECONDS = 5.0
+
+
+def check(cfg: Config) -> list[str]:
+    """One line for each thing looked at. Raises UserError for what is wrong and can be told without the hub."""
+    lines, hub = [], Hub()
+    if cfg.model.path:
+        lines.append(_model(cfg.model.path, hub))
+    if cfg.task.name == "math":
+        math = cfg.task.math
+        if not math.train:
+            raise UserError("task.math.train: name at least one file or dataset")
+        lines += [_source("training data", Source(text), math.columns, hub) for text in math.train]
+        known = read_benchmarks(math.benchmarks_file) if math.benchmarks or math.decontaminate else {}
+        for benchmark in (*pick(known, math.benchmarks), *pick(known, math.decontaminate)):
+            lines.append(_benchmark(benchmark, hub))
+    return lines + hub.lines()
+
+
+class Hub:
+    """Asks the Hugging Face hub whether it has something; after a first failure to reach it, no more."""
+
+    def __init__(self) -> None:
+        self.unreachable = ""
+        self.unchecked: list[str] = []
+
+    def has(self, kind: str, name: str) -> bool | None:
+        """True or False; None when the hub cannot be reached."""
+        if not self.unreachable:
+            try:
+                return self._ask(kind, name)
+            except Exception as e:  # no connection has many names, by the layer that notices it
+                text = str(e).strip().splitlines()
+                self.unreachable = f"{type(e).__name__}: {text[0] if text else ''}"[:200]
+        self.unchecked.append(f"{kind} {name}")
+        return None
+
+    def _ask(self, kind: str, name: str) -> bool:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+        try:
+            ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
+            ask(name, timeout=SECONDS)
+        except GatedRepoError:
+            return True
+        except RepositoryNotFoundError:
+            return False
+        return True
+
+    def lines(self) -> list[str]:
+        if not self.unreachable:
+            return []
+        return [
+            f"the Hugging Face hub cannot be reached from here ({self.unreachable}), so these were not checked: "
+            f"{', '.join(self.unchecked)}. They will be needed to train: give folders and files instead, or a machine with the "
+            "hub (or its cache, HF_HOME)"
+        ]
+
+
+def _model(path: str, hub: Hub) -> str:
+    if (Path(path).expanduser() / "config.json").is_file():
+        return f"model: {path} is there"
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise UserError(f"model.path: {path!r} is not a transformers checkpoint: it has no config.json")
+    return _on_hub("model", path, hub)
+
+
+def _on_hub(kind: str, name: str, hub: Hub) -> str:
+    found = hub.has(kind, name)
+    if found is False:
+        raise UserError(f"{kind} {name!r} is no file or folder here, and the Hugging Face hub has none of this name")
+    return f"{kind}: {name}, {'on the hub' if found else 'not checked'}"
+
+
+def _source(what: str, source: Source, columns: dict[str, str], hub: Hub, keep: dict[str, Any] | None = None) -> str:
+    if not source.is_file:
+        name = source.text.partition("@")[0].partition(":")[0]
+        return f"{what}: {_on_hub('dataset', name, hub)}"
+    trouble = ""
+    for place, row in islice(source.rows(), 1000):
+        if isinstance(row, BadRow) or any(row.get(k) != v for k, v in (keep or {}).items()):
+            trouble = trouble or (f"; the first: {place}: {row}" if isinstance(row, BadRow) else "")
+            continue
+        try:
+            read_row(row, columns)
+        except (BadRow, KeyError, TypeError, AttributeError) as e:
+            trouble = trouble or f"; the first: {place}: {e}"
+            continue
+        return f"{what}: {source.text}, layout {'by columns' if columns else recognise(row)}"
+    raise UserError(f"{what}: no usable row among the first 1000 of {source.text}{trouble}")
+
+
+def _benchmark(benchmark: Benchmark, hub: Hub) -> str:
+    what = f"benchmark {benchmark.name}"
+    return _source(what, Source(benchmark.source, "test"), benchmark.columns, hub, benchmark.keep)

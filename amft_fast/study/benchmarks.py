@@ -1,0 +1,323 @@
+"""`amft-fast eval MODEL --benchmarks ...`: answers to benchmarks, one line a sample, and the figures made from them.
+
+A folder holds `NAME.jsonl` for each benchmark, whose first line is the settings and every other one answer, and `results.json`,
+`.md` and `.html`. A benchmark that was broken off is gone on with: what is in the file is not drawn again, and since each
+sample has a random stream of its own, the result is that of one go.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from math import sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amft_fast.errors import UserError
+from amft_fast.interfaces import Item, RolloutEngine, Sample, Sampling
+from amft_fast.rollout import episodes
+from amft_fast.run.evaluate import pass_at_k
+from amft_fast.tasks.math.answer import extract
+from amft_fast.tasks.math.benchmarks import Benchmark
+from amft_fast.tasks.math.task import BenchmarkTask, Prompting
+
+if TYPE_CHECKING:
+    from amft_fast.config import Config
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the answers hang on. `samples` overrides each benchmark's own number; `limit` bounds its problems."""
+
+    model: str
+    temperature: float = 0.6
+    top_p: float = 1.0
+    max_new_tokens: int = 8192
+    seed: int = 0
+    samples: int | None = None
+    limit: int | None = None
+    rope_theta: float | None = None
+    system_prompt: str | None = None
+    keep_system: bool = False
+    thinking: bool = False
+
+
+@dataclass
+class Answers:
+    """The answers to one benchmark: `rows[problem id]` holds the lines of its samples."""
+
+    benchmark: Benchmark
+    samples: int
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+def evaluate(
+    engine: RolloutEngine,
+    encoder: episodes.Encoder,
+    benchmarks: Sequence[Benchmark],
+    settings: Settings,
+    out: Path,
+    at_once: int = 512,
+    say: Callable[[str], None] = print,
+) -> dict[str, dict[str, Any]]:
+    """Draws what is missing in `out`, writes the results there, and returns the figures of each benchmark.
+
+    `at_once`: samples asked of the engine in one call; a call's answers are on disk before the next. Raises UserError when
+    `out` holds answers drawn with other settings, InterruptedError when the engine was stopped.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {str(out)!r} cannot be written: {e.strerror}") from None
+    prompting = Prompting(settings.system_prompt, settings.keep_system, settings.thinking)
+    results = {}
+    for benchmark in benchmarks:
+        task = BenchmarkTask(benchmark, prompting, settings.limit)
+        for line in task.tally.lines():
+            say(line)
+        answers = _draw(engine, encoder, task, benchmark, settings, out / f"{benchmark.name}.jsonl", at_once, say)
+        results[benchmark.name] = figures(answers)
+        say(f"{benchmark.name}: {_percent(results[benchmark.name]['mean'])}")
+    write_results(out, settings, results)
+    return results
+
+
+def _draw(engine, encoder, task, benchmark: Benchmark, settings: Settings, path: Path, at_once: int, say) -> Answers:
+    """All answers to one benchmark, the ones in its file and new ones, which go there."""
+    n = settings.samples or benchmark.samples
+    head = {"settings": asdict(settings) | {"samples": n, "source": benchmark.source, "keep": benchmark.keep}}
+    items = list(task.prompts("test"))
+    done = _read(path, head, n)
+    answers = Answers(benchmark, n, {i.id: done[i.id] for i in items if i.id in done})
+    left = [item for item in items if item.id not in done]
+    if answers.rows and left:
+        say(f"{benchmark.name}: going on, {len(answers.rows)} of {len(items)} problems are answered in {path}")
+    sampling = Sampling(settings.temperature, settings.top_p, stop_token_ids=encoder.stop_token_ids)
+    with path.open("a", encoding="utf-8") as file:
+        for chunk in _chunks(left, max(1, at_once // n)):
+            drawn = episodes.run(
+                engine,
+                task,
+                chunk,
+                encoder,
+                sampling,
+                num_generations=n,
+                max_new_tokens=settings.max_new_tokens,
+                seed_parts=(settings.seed, "benchmark", benchmark.name),
+            )
+            for i, item in enumerate(chunk):
+                rows = [_row(item, k, sample) for k, sample in enumerate(drawn[i * n : (i + 1) * n])]
+                answers.rows[item.id] = rows
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+            say(f"{benchmark.name}: {len(answers.rows)} of {len(items)} problems")
+    return answers
+
+
+def _chunks(items: list[Item], size: int) -> Iterator[list[Item]]:
+    for i in range(0, len(items), size):
+        yield items[i : i + size]
+
+
+def _row(item: Item, k: int, sample: Sample) -> dict[str, Any]:
+    return {
+        "id": item.id,
+        "sample": k,
+        "problem": item.data.problem,
+        "gold": item.data.answer,
+        "answer": extract(sample.text),
+        "right": sample.success,
+        "tokens": sum(sample.loss_mask),
+        "truncated": sample.finish_reason == "length",
+        "response": sample.text,
+    }
+
+
+def _read(path: Path, head: dict[str, Any], n: int) -> dict[str, list[dict[str, Any]]]:
+    """The problems whose `n` answers are all in the file, which is left with those alone; it is begun when there is none."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        first = _object(lines[0]) if lines else None
+        if first is not None and first.get("settings") != head["settings"]:
+            theirs = first.get("settings") or {}
+            apart = [k for k in head["settings"] if theirs.get(k) != head["settings"][k]]
+            raise UserError(
+                f"{str(path)!r} holds answers drawn with other settings ({', '.join(apart)}): take another --out, or delete it"
+            )
+        for row in map(_object, lines[1:]):
+            if row is not None and "id" in row:
+                rows.setdefault(row["id"], []).append(row)
+    whole = {i: found for i, found in rows.items() if [row.get("sample") for row in found] == list(range(n))}
+    aside = path.with_suffix(".aside")
+    kept = [head, *(row for found in whole.values() for row in found)]
+    aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    os.replace(aside, path)
+    return whole
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    """A line as written; None for one that a crash cut off."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+# ----------------------------------------------------------------------------------------------------------------- figures
+
+
+def figures(answers: Answers) -> dict[str, Any]:
+    """What one benchmark came to; all but counts and tokens are fractions.
+
+    `mean` is avg@n: the mean over problems of the share of right answers; `stderr` its standard error over problems;
+    `pass_at` the unbiased pass@k for k = 1, 2, 4, ... n; `tokens` the mean length of an answer, `truncated` the share that hit
+    the bound, `no_answer` the share in which no answer was found.
+    """
+    n, rows = answers.samples, [row for found in answers.rows.values() for row in found]
+    right = [sum(row["right"] for row in found) for found in answers.rows.values()]
+    problems = len(right)
+    mean = sum(right) / (n * problems)
+    variance = sum((r / n - mean) ** 2 for r in right) / max(problems - 1, 1)
+    ks = sorted({k for k in (2**i for i in range(20)) if k <= n} | {n})
+    return {
+        "problems": problems,
+        "samples": n,
+        "mean": mean,
+        "stderr": sqrt(variance / problems),
+        "pass_at": {k: sum(pass_at_k(n, r, k) for r in right) / problems for k in ks},
+        "tokens": sum(row["tokens"] for row in rows) / len(rows),
+        "truncated": sum(row["truncated"] for row in rows) / len(rows),
+        "no_answer": sum(row["answer"] is None for row in rows) / len(rows),
+    }
+
+
+HEAD = ("benchmark", "problems", "n", "avg@n", "± s.e.", "pass@n", "tokens", "truncated", "no answer")
+
+
+def table(results: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """A row of cells for each benchmark, and the plain mean over them where there are several."""
+    rows = [
+        [
+            name,
+            str(f["problems"]),
+            str(f["samples"]),
+            _percent(f["mean"]),
+            _percent(f["stderr"]),
+            _percent(f["pass_at"][f["samples"]]),
+            f"{f['tokens']:,.0f}",
+            _percent(f["truncated"]),
+            _percent(f["no_answer"]),
+        ]
+        for name, f in results.items()
+    ]
+    if len(results) > 1:
+        mean = sum(f["mean"] for f in results.values()) / len(results)
+        error = sqrt(sum(f["stderr"] ** 2 for f in results.values())) / len(results)
+        rows.append(["mean", "", "", _percent(mean), _percent(error), "", "", "", ""])
+    return rows
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """The table as text for a terminal."""
+    widths = [max(len(row[i]) for row in [list(HEAD), *rows]) for i in range(len(HEAD))]
+    return "\n".join(
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
+        for row in [list(HEAD), *rows]
+    )
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{{ model }} · benchmarks</title><style>{{ style }}</style></head><body>
+<header><p class="kicker">amft-fast · benchmarks</p><h1>{{ model }}</h1><p>{{ sentence }}</p></header>
+<main>{% for title, head, rows in tables %}<section><h2>{{ title }}</h2><div class="card scroll"><table>
+<thead><tr>{% for h in head %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in rows %}<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div></section>{% endfor %}
+<p class="note">{{ note }}</p></main></body></html>"""
+NOTE = (
+    "In percent, but for counts and tokens. avg@n: the mean over problems of the share of right answers among n; its standard "
+    "error is over problems. pass@k: the unbiased estimate of at least one right among k. Truncated: the answer reached the "
+    "bound on its length."
+)
+
+
+def write_results(out: Path, settings: Settings, results: dict[str, dict[str, Any]]) -> None:
+    """results.json, results.md and results.html."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    from amft_fast.report import charts, templates
+
+    (out / "results.json").write_text(json.dumps({"settings": asdict(settings), "results": results}, indent=1))
+    rows = table(results)
+    ks = sorted({k for f in results.values() for k in f["pass_at"]})
+    curve = [
+        [name, *(_percent(f["pass_at"][k]) if k in f["pass_at"] else "" for k in ks)] for name, f in results.items()
+    ]
+    tables = [("Results", HEAD, rows), ("pass@k", ("benchmark", *(f"k = {k}" for k in ks)), curve)]
+    sentence = (
+        f"Temperature {settings.temperature:g}, top-p {settings.top_p:g}, seed {settings.seed}, at most "
+        f"{settings.max_new_tokens:,} tokens an answer."
+    )
+    parts = [f"# {settings.model}", sentence]
+    for title, head, body in tables:
+        lines = [head, ["---"] * len(head), *body]
+        parts += [f"## {title}", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
+    (out / "results.md").write_text("\n\n".join([*parts, NOTE]) + "\n")
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
+    style = Markup(templates.STYLE + charts.STYLE)
+    (out / "results.html").write_text(
+        page.render(model=settings.model, style=style, sentence=sentence, tables=tables, note=NOTE)
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- the command
+
+
+class _Weights:
+    """A model that is not trained, as the rollout engines ask for their weights."""
+
+    rank, world_size, cut = 0, 1, False
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def named_full_params(self, max_bytes: int = 1 << 30) -> Iterator[tuple[str, Any]]:
+        return self.model.named_parameters()
+
+
+def run(cfg: Config, names: Sequence[str], benchmarks_file: str, settings: Settings, out: Path) -> int:
+    """Evaluates the model of `cfg` on the benchmarks `names`; returns the exit code."""
+    import torch
+
+    from amft_fast.model.policy import load_model, load_tokenizer
+    from amft_fast.run.build import StopSignal, make_rollouts, pick_device
+    from amft_fast.tasks.math.benchmarks import pick, read_benchmarks
+
+    benchmarks = pick(read_benchmarks(benchmarks_file), names)
+    stop = StopSignal()
+    if cfg.run.threads:
+        torch.set_num_threads(cfg.run.threads)
+    encoder = episodes.Encoder(load_tokenizer(cfg.model))
+    model = load_model(cfg.model, pick_device(cfg.run.device)).eval()
+    engine = make_rollouts(cfg, model, _Weights(model), encoder, stop)
+    try:
+        results = evaluate(engine, encoder, benchmarks, settings, out, cfg.rollout.max_batch)
+    except InterruptedError:
+        print(f"stopped; the same command goes on from what is in {out}")
+        return 128 + (stop.received or 2)
+    finally:
+        engine.close()
+    print(aligned(table(results)))
+    print(f"results: {out / 'results.html'}")
+    return 0

@@ -1,0 +1,227 @@
+"""Make the demo's base checkpoint: `python -m amft_fast.tasks.general_points.pretrain --out configs/demo_base`.
+
+A Qwen3 of 0.15 M parameters with a tokenizer of its own (one token a word, a number or a sign) learns to answer General
+Points prompts in the format "formula". It is not shown solutions of problems: a random legal expression over a hand is
+labelled with its own value as the target. So it learns to write legal formulas that use the hand, and only roughly to
+hit a target, which leaves reinforcement learning something to do.
+
+Hands come from the splits `train` and `ood_train` alone, under both rules for face cards: no multiset of values that a
+task with the same seed and shares holds in `val`, `test` or `ood` occurs, in any order or with any target.
+
+Sequences, lengths in tokens: `<bos><user>` hand, rule and target (8-10) `<assistant>` formula (5-11) `= target <eos>`.
+Only answers are trained on. Some sequences have two turns, a wrong answer (not trained on) and the verifier's feedback
+coming first.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from functools import partial
+from hashlib import sha256
+from itertools import permutations, product
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from amft_fast.tasks.general_points.hands import ID_RULE, OOD_RULE, Problem, assign_split, hands, shuffled_deal
+from amft_fast.tasks.general_points.task import (
+    PROMPT_WORDS,
+    GeneralPoints,
+    Verdict,
+    answer_text,
+    feedback_text,
+    prompt_text,
+)
+from amft_fast.tasks.tiny_base import (
+    ASSISTANT,
+    PAD,
+    USER,
+    command_line,
+    encode_turns,
+    fit,
+    made_with,
+    make,
+    pad_rows,
+    tiny_model,
+    word_tokenizer,
+)
+
+SIGNS = ("+", "-", "*", "/", "(", ")", "=")
+LARGEST_NUMBER = 99
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a base checkpoint is made from. `two_turns` is the share of sequences with a wrong answer first."""
+
+    num_cards: int = 3
+    targets: tuple[int, int] = (1, 40)
+    seed: int = 0
+    steps: int = 600
+    batch_size: int = 256
+    lr: float = 3e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    two_turns: float = 0.1
+    hidden_size: int = 64
+    num_layers: int = 3
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each word of a prompt, each number to 99 and each sign."""
+    return word_tokenizer((*SIGNS, *PROMPT_WORDS, *map(str, range(LARGEST_NUMBER + 1))))
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def allowed_hands(recipe: Recipe) -> dict[str, list[tuple[int, ...]]]:
+    """For each rule, the multisets of values that pre-training may show.
+
+    Hands without a value above 10 are allowed under both rules, as far as they are training hands.
+    """
+    train = [hand for hand in hands(recipe.num_cards, ID_RULE) if assign_split(hand, seed=recipe.seed) == "train"]
+    other = [hand for hand in hands(recipe.num_cards, OOD_RULE) if assign_split(hand, seed=recipe.seed) == "ood_train"]
+    return {ID_RULE: train, OOD_RULE: train + other}
+
+
+def leak(base: str, task: object) -> str | None:
+    """A sentence when the base checkpoint in the folder `base` was pre-trained on hands that `task` holds out.
+
+    None where nothing leaks, and for a base or a task that this module knows nothing of.
+    """
+    try:
+        made = json.loads((Path(base) / "recipe.json").read_text())["arguments"]
+        recipe = Recipe(**{k: made[k] for k in ("num_cards", "targets", "seed")})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not isinstance(task, GeneralPoints) or task.num_cards != recipe.num_cards:
+        return None
+    seen = {hand for pool in allowed_hands(recipe).values() for hand in pool}
+    leaked = sorted(hand for hand in seen if task.assign_split(hand) not in ("train", "ood_train"))
+    if not leaked:
+        return None
+    return (
+        f"model.path: {base!r} was pre-trained on {len(leaked)} of the hands that task.general_points.seed {task.seed} and its "
+        f"shares hold out: success on val, test and ood says nothing then. Keep seed {recipe.seed} and the default shares, or "
+        "make a base of your own with python -m amft_fast.tasks.general_points.pretrain"
+    )
+
+
+def all_expressions(numbers: Sequence[int]) -> Iterator[tuple[str, Fraction, int]]:
+    """Every expression over the numbers in this order, without superfluous brackets: (text, value, precedence).
+
+    Precedence is 1 for a sum, 2 for a product, 3 for a number.
+    """
+    if len(numbers) == 1:
+        yield str(numbers[0]), Fraction(numbers[0]), 3
+    for cut in range(1, len(numbers)):
+        for (a, x, p), (b, y, q) in product(all_expressions(numbers[:cut]), all_expressions(numbers[cut:])):
+            yield f"{a}+{_wrap(b, q, 1)}", x + y, 1
+            yield f"{a}-{_wrap(b, q, 2)}", x - y, 1
+            yield f"{_wrap(a, p, 2)}*{_wrap(b, q, 2)}", x * y, 2
+            if y:
+                yield f"{_wrap(a, p, 2)}/{_wrap(b, q, 3)}", x / y, 2
+
+
+def _wrap(text: str, precedence: int, needed: int) -> str:
+    return text if precedence >= needed else f"({text})"
+
+
+class Examples:
+    """Draws training sequences: token ids, and for each token whether it is trained on."""
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast):
+        self.recipe, self.vocabulary = recipe, tokenizer.get_vocab()
+        self.hands = allowed_hands(recipe)
+        self.labelled = {hand: labelled(hand, recipe.targets) for pool in self.hands.values() for hand in pool}
+        self.hands = {rule: [hand for hand in pool if self.labelled[hand]] for rule, pool in self.hands.items()}
+
+    def draw(self, rng: random.Random) -> tuple[list[int], list[bool]]:
+        """One sequence: a rule, a hand of it, an expression over it, and the cards in any order."""
+        rule = rng.choice((ID_RULE, OOD_RULE))
+        hand = rng.choice(self.hands[rule])
+        formula, target = rng.choice(self.labelled[hand])
+        problem = shuffled_deal(hand, target, rule, rng)
+        turns = [(USER, prompt_text(problem, "formula"), False)]
+        if rng.random() < self.recipe.two_turns:
+            turns += self._wrong_turn(problem, rng)
+        turns.append((ASSISTANT, answer_text(problem, formula, "formula"), True))
+        return encode_turns(turns, self.vocabulary)
+
+    def _wrong_turn(self, problem: Problem, rng: random.Random) -> list[tuple[str, str, bool]]:
+        formula, value = rng.choice(self.labelled[tuple(sorted(problem.values))])
+        if value == problem.target:
+            return []
+        feedback = feedback_text(problem, Verdict("no_solution", Fraction(value)), "formula")
+        return [(ASSISTANT, answer_text(problem, formula, "formula"), False), (USER, feedback, False)]
+
+    def batch(self, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and labels, both [batch, length], padded on the right; labels are -100 where not trained on."""
+        return pad_rows([self.draw(rng) for _ in range(self.recipe.batch_size)], self.vocabulary[PAD])
+
+
+def labelled(hand: tuple[int, ...], targets: tuple[int, int]) -> list[tuple[str, int]]:
+    """Every expression over every order of the hand whose value may be a target, with that value."""
+    return [
+        (text, int(value))
+        for order in sorted(set(permutations(hand)))
+        for text, value, _ in all_expressions(order)
+        if value.denominator == 1 and targets[0] <= value <= targets[1]
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def train(recipe: Recipe, report: Callable[[int, float, Qwen3ForCausalLM], None]) -> Qwen3ForCausalLM:
+    """Train from nothing; calls `report(step, loss, model)` after each step. Loss in nats a token."""
+    torch.manual_seed(recipe.seed)
+    rng = random.Random(recipe.seed)
+    tokenizer = build_tokenizer()
+    examples = Examples(recipe, tokenizer)
+    model = tiny_model(tokenizer, recipe.hidden_size, recipe.num_layers)
+    return fit(model, recipe, lambda: examples.batch(rng), report)
+
+
+def save(model: Qwen3ForCausalLM, recipe: Recipe, losses: Sequence[float], folder: Path) -> None:
+    """Write the Hugging Face folder and `recipe.json`: how it was made, what was left out, and the weights' hash."""
+    model.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    allowed = allowed_hands(recipe)
+    listed = sorted({hand for pool in allowed.values() for hand in pool})
+    last = losses[-50:]
+    record = {
+        "command": "python -m amft_fast.tasks.general_points.pretrain",
+        "arguments": asdict(recipe),
+        "parameters": model.num_parameters(),
+        "final_loss": round(sum(last) / len(last), 4),
+        "data": {
+            "what": "random legal expressions over a hand, labelled with their own value as the target",
+            "hands": {rule: len(pool) for rule, pool in allowed.items()},
+            "hands_sha256": sha256(json.dumps(listed).encode()).hexdigest(),
+            "excluded": "every multiset of values in val, test or ood, in any order, under any rule, with any target",
+        },
+        **made_with(folder),
+    }
+    (folder / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    names = ("seed", "steps", "batch_size", "lr", "hidden_size", "num_layers")
+    given = vars(command_line("general_points.pretrain", __doc__, Recipe, names).parse_args(arguments))
+    folder = given.pop("out")
+    recipe = Recipe(**given)
+    make(folder, partial(train, recipe), lambda model, losses: save(model, recipe, losses, folder), recipe.steps)
+
+
+if __name__ == "__main__":
+    main()

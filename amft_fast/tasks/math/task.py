@@ -1,0 +1,225 @@
+"""Mathematical reasoning: problems with a gold answer, demonstrations, and a reward for the right final answer.
+
+Data come from files or the hub in the layouts of math_sources.py, rewards from math_reward.py. Splits are `train`, `val` and
+`test`, told apart by a hash of the problem's text, and one for each benchmark of configs/benchmarks.toml that is asked for.
+Training problems that stand in a benchmark, or share 13 words in a row with one of its problems, are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from amft_fast.interfaces import Demo, Item, Message, StepResult
+from amft_fast.tasks.math.answer import extract
+from amft_fast.tasks.math.benchmarks import Benchmark, load_benchmark, pick, read_benchmarks
+from amft_fast.tasks.math.data import CountTokens, Limits, Problem, Store, Tally, View, load
+from amft_fast.tasks.math.reward import choice_reward, format_reward, reward, rewards
+from amft_fast.tasks.math.sources import Fingerprints, Source
+
+__all__ = ["SYSTEM_PROMPT", "MathEpisode", "MathTask", "choice_reward", "format_reward", "reward", "rewards"]
+
+SYSTEM_PROMPT = (
+    "Solve the problem. Reason step by step and check your work. Write the final answer once, at the end, inside \\boxed{}; "
+    "if the problem offers choices, write only the letter of the right one there."
+)
+THINKING_PROMPT = (
+    "First think the problem through, trying ideas and checking them, between <think> and </think>. Then write down the "
+    "solution. Write the final answer once, at its end, inside \\boxed{}; if the problem offers choices, write only the letter "
+    "of the right one there."
+)
+
+
+class MathTask:
+    """The task: `amft_fast.interfaces.Task` over problems with a gold answer. One turn.
+
+    train           files or dataset names (see math_sources.Source)
+    benchmarks      names in `benchmarks_file`: each is a split of its own, and is kept out of training
+    decontaminate   further benchmarks, files or datasets whose problems are kept out of training
+    columns         column map of `train`; empty: the layouts known
+    system_prompt   None: ours; "": none
+    keep_system     take the system prompt that comes with a row, where one does
+    thinking        ours asks for <think> ... </think>, and the format reward looks for it
+    format_weight   weight of the format reward, added to 1 for a right answer and 0 for a wrong one
+    val_share, test_share   shares of the training problems held out, by a hash of their text
+    max_train       problems kept of the split train, the first ones read
+    max_prompt_tokens, max_demo_tokens   longer problems and demonstrations are left out; in tokens of the tokenizer that
+                    `prepare` is given, without one in thirds of characters
+
+    Raises ValueError naming an argument that is out of range. Data are read by `prepare`, or at the first look at a split;
+    then UserError is raised for what cannot be read or used.
+    """
+
+    max_turns = 1
+
+    def __init__(
+        self,
+        *,
+        train: Sequence[str] = (),
+        benchmarks: Sequence[str] = (),
+        benchmarks_file: str = "",
+        decontaminate: Sequence[str] = (),
+        columns: dict[str, str] | None = None,
+        system_prompt: str | None = None,
+        keep_system: bool = False,
+        thinking: bool = False,
+        format_weight: float = 0.0,
+        val_share: float = 0.02,
+        test_share: float = 0.0,
+        max_train: int | None = None,
+        max_prompt_tokens: int = 1024,
+        max_demo_tokens: int = 8192,
+    ) -> None:
+        if not train:
+            raise ValueError("train must name at least one file or dataset")
+        if not 0 <= val_share + test_share < 1:
+            raise ValueError(f"val_share + test_share must leave problems for training, got {val_share} + {test_share}")
+        self.prompting = Prompting(system_prompt, keep_system, thinking)
+        self.format_weight = format_weight
+        self.shares = val_share, test_share
+        known = read_benchmarks(benchmarks_file) if benchmarks or decontaminate else {}
+        self._benchmarks, self._others = pick(known, benchmarks), pick(known, decontaminate)
+        self.splits = ("train", "val", "test", *(b.name for b in self._benchmarks))
+        self._sources, self._columns, self._max_train = [Source(text) for text in train], columns, max_train
+        self._limits = max_prompt_tokens, max_demo_tokens
+        self._stores: dict[str, Store] = {}
+        self.tallies: list[Tally] = []
+
+    def prepare(self, tokenizer: Any = None) -> list[str]:
+        """Reads the data; returns what became of its rows, as lines of text."""
+        limits = Limits(*self._limits, *([_counter(tokenizer)] if tokenizer is not None else []))
+        stores = {split: Store() for split in self.splits}
+        self.tallies, fingerprints = [], Fingerprints()
+        for benchmark in self._benchmarks:
+            self.tallies.append(load_benchmark(benchmark, stores[benchmark.name]))
+            _add_all(fingerprints, stores[benchmark.name])
+        for other in self._others:
+            store = Store()
+            load_benchmark(other, store)
+            _add_all(fingerprints, store)
+        self.tallies.append(
+            load(
+                "training data",
+                self._sources,
+                lambda key: stores[self.assign_split(key)],
+                columns=self._columns,
+                limits=limits,
+                forbidden=fingerprints,
+                max_problems=self._max_train,
+            )
+        )
+        self._stores = stores
+        return [line for tally in self.tallies for line in tally.lines()]
+
+    def assign_split(self, key: str) -> str:
+        """The split of a problem, by its key (`math_sources.problem_key`) alone: it never moves."""
+        at, (val, test) = int(key, 16) / 2**64, self.shares
+        return "val" if at < val else "test" if at < val + test else "train"
+
+    def prompts(self, split: str) -> Sequence[Item]:
+        store = self._store(split)
+        return View(store, range(len(store)), _item)
+
+    def demos(self, split: str) -> Sequence[Demo]:
+        """The problems of a split that have a demonstration."""
+        store = self._store(split)
+        return View(store, store.with_demo, self._demo)
+
+    def _store(self, split: str) -> Store:
+        if split not in self.splits:
+            raise ValueError(f"split must be one of {', '.join(self.splits)}, got {split!r}")
+        if not self._stores:
+            self.prepare()
+        return self._stores[split]
+
+    def _demo(self, problem: Problem) -> Demo:
+        return Demo(problem.id, self.prompting.messages(problem), problem.response)
+
+    def start(self, item: Item) -> MathEpisode:
+        return MathEpisode(item.data, self.prompting, self.format_weight)
+
+    def step_all(self, episodes: Sequence[MathEpisode], texts: Sequence[str]) -> list[StepResult]:
+        """`step` of many episodes at once, compared on all cores."""
+        return judge(episodes, texts)
+
+
+class Prompting:
+    """How a problem becomes a prompt."""
+
+    def __init__(self, system_prompt: str | None = None, keep_system: bool = False, thinking: bool = False) -> None:
+        ours = THINKING_PROMPT if thinking else SYSTEM_PROMPT
+        self.system = ours if system_prompt is None else system_prompt
+        self.keep_system, self.thinking = keep_system, thinking
+
+    def messages(self, problem: Problem) -> tuple[Message, ...]:
+        system = problem.system if self.keep_system and problem.system else self.system
+        user = Message("user", problem.problem)
+        return (Message("system", system), user) if system else (user,)
+
+
+class MathEpisode:
+    """One answer to one problem."""
+
+    def __init__(self, problem: Problem, prompting: Prompting, format_weight: float = 0.0) -> None:
+        self.problem, self.prompting, self.format_weight = problem, prompting, format_weight
+        self.messages = prompting.messages(problem)
+
+    def step(self, text: str) -> StepResult:
+        return judge([self], [text])[0]
+
+    def result(self, text: str, right: bool) -> StepResult:
+        form = format_reward(text, self.prompting.thinking)
+        info: dict[str, Any] = {"success": right, "format": form, "answered": float(extract(text) is not None)}
+        return StepResult(None, float(right) + self.format_weight * form, True, info)
+
+
+def judge(episodes: Sequence[MathEpisode], texts: Sequence[str]) -> list[StepResult]:
+    """The results of answers to many problems: choices by their letter, all else by `rewards` in one go."""
+    right = [e.problem.choices and choice_reward(t, e.problem.answer) == 1.0 for e, t in zip(episodes, texts)]
+    open_ = [i for i, e in enumerate(episodes) if not e.problem.choices]
+    for i, value in zip(open_, rewards([texts[i] for i in open_], [episodes[i].problem.answer for i in open_])):
+        right[i] = value == 1.0
+    return [e.result(t, r) for e, t, r in zip(episodes, texts, right, strict=True)]
+
+
+def _counter(tokenizer: Any) -> CountTokens:
+    return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def _item(problem: Problem) -> Item:
+    return Item(problem.id, problem)
+
+
+def _add_all(fingerprints: Fingerprints, store: Store) -> None:
+    for problem in store:
+        fingerprints.add(problem.problem)
+
+
+class BenchmarkTask:
+    """A benchmark alone, as a task with the one split `test`: what `amft-fast eval MODEL --benchmarks` runs."""
+
+    splits = ("test",)
+    max_turns = 1
+
+    def __init__(self, benchmark: Benchmark, prompting: Prompting, limit: int | None = None) -> None:
+        self.store = Store()
+        self.tally = load_benchmark(benchmark, self.store, limit)
+        self.prompting = prompting
+
+    def prompts(self, split: str) -> Sequence[Item]:
+        return View(self.store, range(len(self.store)), _item)
+
+    def demos(self, split: str) -> Sequence[Demo]:
+        return ()
+
+    def start(self, item: Item) -> MathEpisode:
+        return MathEpisode(item.data, self.prompting)
+
+    step_all = MathTask.step_all
+
+
+def default_benchmarks_file() -> Path:
+    """configs/benchmarks.toml, from the working directory or from the repository this package lies in."""
+    name = Path("configs") / "benchmarks.toml"
+    return name if name.exists() else Path(__file__).resolve().parents[3] / name

@@ -1,0 +1,65 @@
+"""The process that compares answers: `python -m amft_fast.tasks.math.worker`, driven by math_pool.py through its pipes.
+
+It reads one JSON line `[answer, gold, seconds]` and writes one JSON line, true or false. An item that takes more processor time
+than `seconds` is false; time on the clock would make rewards depend on what else the machine does. An item that hangs where
+Python's signals do not reach, in one big multiplication, is ended by the kernel, with the process, even if its parent is gone.
+The address space is bounded too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+
+MEMORY = 4 << 30
+
+
+def _limit(kind: str, soft: int) -> None:
+    try:
+        import resource
+
+        which = getattr(resource, kind)
+        hard = resource.getrlimit(which)[1]
+        resource.setrlimit(which, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+    except (ImportError, ValueError, OSError):
+        pass  # no such limit on this system; the parent's limit remains
+
+
+class _TimeUp(BaseException):
+    """Not an Exception: the libraries catch those."""
+
+
+def _time_up(number: int, frame: object) -> None:
+    raise _TimeUp
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    signal.signal(signal.SIGPROF, _time_up)
+    # Whatever a library prints must not get between the answers.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    _limit("RLIMIT_AS", MEMORY)
+    from amft_fast.tasks.math.compare import available, same
+
+    available() and same("x+1", "1+x")  # parsers are built at first use: not on the first item's time
+    answers.write("ready\n")
+    for line in sys.stdin:
+        answer, gold, seconds = json.loads(line)
+        _limit("RLIMIT_CPU", int(time.process_time() + seconds) + 1)
+        verdict = False
+        try:
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            verdict = bool(same(answer, gold))
+        except (_TimeUp, Exception):
+            verdict = False
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        answers.write("true\n" if verdict else "false\n")
+
+
+if __name__ == "__main__":
+    main()
