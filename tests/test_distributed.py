@@ -14,11 +14,13 @@ from amft_fast.config import ObjectiveConfig, TrainConfig
 from amft_fast.data.batch import deal, micro_batches, plan
 from amft_fast.engine import world as distributed
 from amft_fast.engine.local import LocalEngine
+from amft_fast.engine.parts import Part, Tensors
 from amft_fast.engine.world import World
 from amft_fast.errors import UserError
 from amft_fast.interfaces import Sampling
 from amft_fast.model.policy import Policy
 from amft_fast.rollout import episodes
+from amft_fast.rollout.encoder import Encoder
 from amft_fast.run import build as run
 from amft_fast.run import checkpoint
 
@@ -70,24 +72,24 @@ def test_dummies_weigh_nothing(checkpoint_folder):
 def test_parts_of_tensors_in_several_files_are_read_at_any_cut(tmp_path):
     whole = torch.arange(24.0).view(4, 6)
     for rank, (a, b) in enumerate([(0, 7), (7, 7), (7, 24)]):
-        part = checkpoint.Part(whole.reshape(-1)[a:b], a, (4, 6))
+        part = Part(whole.reshape(-1)[a:b], a, (4, 6))
         checkpoint._write(tmp_path / f"{rank}", {"w": part} | ({"n": torch.tensor(3)} if rank == 0 else {}))
-    tensors = checkpoint.Tensors.read(sorted(tmp_path.iterdir()))
+    tensors = Tensors.read(sorted(tmp_path.iterdir()))
     assert torch.equal(tensors["w"], whole) and tensors["n"] == 3 and set(tensors) == {"w", "n"}
     for start, size in ((0, 24), (5, 4), (6, 1), (7, 17), (23, 1), (3, 0)):
         assert torch.equal(tensors.part("w", start, size), whole.reshape(-1)[start : start + size])
     with pytest.raises(ValueError, match="w: the files hold 17 of 24 elements"):
-        checkpoint.Tensors.read([tmp_path / "2"])["w"]
+        Tensors.read([tmp_path / "2"])["w"]
 
 
 def test_a_file_without_parts_holds_whole_tensors(tmp_path):
     save_file({"w": torch.arange(6.0).view(2, 3)}, tmp_path / "f")
-    assert torch.equal(checkpoint.Tensors.read([tmp_path / "f"]).part("w", 2, 3), torch.arange(2.0, 5.0))
+    assert torch.equal(Tensors.read([tmp_path / "f"]).part("w", 2, 3), torch.arange(2.0, 5.0))
 
 
 def test_shares_of_samples_are_those_of_the_whole(checkpoint_folder):
     """Prompts and seeds of a sample do not depend on who draws it, also where a group is cut."""
-    encoder = episodes.Encoder(AutoTokenizer.from_pretrained(checkpoint_folder))
+    encoder = Encoder(AutoTokenizer.from_pretrained(checkpoint_folder))
     task = CopyTask(max_turns=2)
 
     def draw(only=None):

@@ -19,6 +19,7 @@ from amft_fast.model.policy import load_model
 from amft_fast.rollout import episodes
 from amft_fast.rollout.buckets import Bucketed, buckets
 from amft_fast.rollout.dynamic import draw_with_spread
+from amft_fast.rollout.encoder import Encoder
 from amft_fast.rollout.vllm.setup import changed_positions
 from amft_fast.tasks.math import tiny as math_tiny
 
@@ -187,7 +188,7 @@ class AtOnce(CopyTask):
 def test_a_task_of_one_turn_may_judge_its_answers_at_once(checkpoint_folder):
     from transformers import AutoTokenizer
 
-    encoder = episodes.Encoder(AutoTokenizer.from_pretrained(checkpoint_folder))
+    encoder = Encoder(AutoTokenizer.from_pretrained(checkpoint_folder))
     answers = [encoder.response(w) for w in "afbf"]
     out = []
     for task in (CopyTask(), AtOnce()):

@@ -15,6 +15,7 @@ from amft_fast.data.batch import micro_batches
 from amft_fast.interfaces import Demo, Message, Request, Sample, Sampling, Turn
 from amft_fast.model.policy import Policy
 from amft_fast.rollout import episodes
+from amft_fast.rollout.encoder import Encoder
 from amft_fast.rollout.transformers import TransformersEngine
 from amft_fast.run import build as run
 from amft_fast.run import checkpoint
@@ -29,7 +30,7 @@ def model(checkpoint_folder):
 
 @pytest.fixture(scope="module")
 def encoder(checkpoint_folder):
-    return episodes.Encoder(AutoTokenizer.from_pretrained(checkpoint_folder))
+    return Encoder(AutoTokenizer.from_pretrained(checkpoint_folder))
 
 
 class OnlyCompletes:

@@ -6,8 +6,10 @@ import torch
 from fakes import CopyTask, ScriptedEngine, make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from amft_fast.data.stream import sample_seed
 from amft_fast.interfaces import Message, Request, Sampling
 from amft_fast.rollout import episodes
+from amft_fast.rollout.encoder import Encoder
 from amft_fast.rollout.transformers import TransformersEngine, sample_tokens, uniforms
 
 STOP = Sampling(stop_token_ids=(1,))
@@ -20,7 +22,7 @@ def model(checkpoint_folder):
 
 @pytest.fixture(scope="module")
 def encoder(checkpoint_folder):
-    return episodes.Encoder(AutoTokenizer.from_pretrained(checkpoint_folder))
+    return Encoder(AutoTokenizer.from_pretrained(checkpoint_folder))
 
 
 def requests(n, length=12):
@@ -113,8 +115,8 @@ def test_seed_depends_on_every_part():
         (0, "train", 31, "p", 1, 0),
         (0, "train", 3, "p", 2, 0),
     ]
-    assert len({episodes.sample_seed(*p) for p in parts}) == 4
-    assert episodes.sample_seed("a", "b") != episodes.sample_seed("ab")
+    assert len({sample_seed(*p) for p in parts}) == 4
+    assert sample_seed("a", "b") != episodes.sample_seed("ab")
 
 
 def run(engine, encoder, task, n=1):

@@ -15,9 +15,8 @@ import torch
 from fakes import CopyTask
 
 from amft_fast import config, config_file
-from amft_fast.data.stream import Stream
+from amft_fast.data.stream import Stream, sample_seed
 from amft_fast.errors import UserError
-from amft_fast.rollout import episodes
 from amft_fast.run import build as run
 from amft_fast.run import checkpoint
 
@@ -152,7 +151,7 @@ class Useless:
             result = judge(text)
             if self.rewards == "right" or (self.rewards == "random in training" and self.drawing_utility):
                 return result
-            lot = episodes.sample_seed(text, item.id, next(self.count)) % 2
+            lot = sample_seed(text, item.id, next(self.count)) % 2
             return dataclasses.replace(result, reward=float(lot))
 
         episode.step = step

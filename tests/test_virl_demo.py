@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from amft_fast import config_file
 from amft_fast.interfaces import Sampling
 from amft_fast.rollout import episodes
+from amft_fast.rollout.encoder import Encoder
 from amft_fast.rollout.transformers import TransformersEngine
 from amft_fast.run import build as run
 from amft_fast.tasks.virl.pretrain import Recipe, build_tokenizer
@@ -32,7 +33,7 @@ def test_the_shipped_checkpoint_is_what_its_recipe_says():
 @pytest.mark.parametrize("split", ["test", "ood"])
 def test_the_shipped_checkpoint_walks_and_still_loses_its_way(split):
     task = run.make_task(config_file.load(CONFIG).task)
-    encoder = episodes.Encoder(AutoTokenizer.from_pretrained(SHIPPED))
+    encoder = Encoder(AutoTokenizer.from_pretrained(SHIPPED))
     engine = TransformersEngine(AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32))
     samples = episodes.run(
         engine,

@@ -17,10 +17,10 @@ from torch import nn
 
 from amft_fast import ops
 from amft_fast.config import TrainConfig
+from amft_fast.engine.parts import Part, Tensors
 from amft_fast.engine.world import ALONE, World
 from amft_fast.model import lora
 from amft_fast.model.policy import Policy
-from amft_fast.run.checkpoint import Part, Tensors
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from math import comb, sqrt
 from typing import Any
 
+from amft_fast.data.stream import sample_seed
 from amft_fast.engine.world import ALONE, World
 from amft_fast.errors import UserError
 from amft_fast.interfaces import Item, RolloutEngine, Sample, Sampling, Task
 from amft_fast.rollout import episodes
+from amft_fast.rollout.encoder import Encoder
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -26,7 +28,7 @@ def choose(items: Sequence[Item], limit: int | None) -> list[Item]:
     """At most `limit` items: a fixed pseudo-random choice by id, so that it never depends on order."""
     if limit is None or len(items) <= limit:
         return list(items)
-    return sorted(items, key=lambda item: episodes.sample_seed("choose", item.id))[:limit]
+    return sorted(items, key=lambda item: sample_seed("choose", item.id))[:limit]
 
 
 def check_splits(name: str, splits: Sequence[str] | None, task: Task) -> list[str]:
@@ -40,7 +42,7 @@ def check_splits(name: str, splits: Sequence[str] | None, task: Task) -> list[st
 def evaluate(
     engine: RolloutEngine,
     task: Task,
-    encoder: episodes.Encoder,
+    encoder: Encoder,
     splits: Sequence[str],
     *,
     num_samples: int,

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from amft_fast.engine.parts import Tensors
 from amft_fast.errors import UserError
 from amft_fast.meta_gradient import Utility
 from amft_fast.model.policy import fill
 from amft_fast.run import checkpoint
-from amft_fast.run.checkpoint import Tensors
 
 if TYPE_CHECKING:
     from amft_fast.train import Trainer

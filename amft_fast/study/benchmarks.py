@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from amft_fast.errors import UserError
 from amft_fast.interfaces import Item, RolloutEngine, Sample, Sampling
 from amft_fast.rollout import episodes
+from amft_fast.rollout.encoder import Encoder
 from amft_fast.run.evaluate import pass_at_k
 from amft_fast.tasks.math.answer import extract
 from amft_fast.tasks.math.benchmarks import Benchmark
@@ -55,7 +56,7 @@ class Answers:
 
 def evaluate(
     engine: RolloutEngine,
-    encoder: episodes.Encoder,
+    encoder: Encoder,
     benchmarks: Sequence[Benchmark],
     settings: Settings,
     out: Path,
@@ -308,7 +309,7 @@ def run(cfg: Config, names: Sequence[str], benchmarks_file: str, settings: Setti
     stop = StopSignal()
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
-    encoder = episodes.Encoder(load_tokenizer(cfg.model))
+    encoder = Encoder(load_tokenizer(cfg.model))
     model = load_model(cfg.model, pick_device(cfg.run.device)).eval()
     engine = make_rollouts(cfg, model, _Weights(model), encoder, stop)
     try:
