@@ -141,7 +141,7 @@ def _train(args: argparse.Namespace, flags: list[str]) -> int:
         print("\n".join(check(cfg)), file=sys.stderr)
         return 0
     from amft_fast.engine.world import leave
-    from amft_fast.run.build import train
+    from amft_fast.run.launch import train
 
     code = train(cfg, resume=args.resume is not None)
     leave()
@@ -151,7 +151,6 @@ def _train(args: argparse.Namespace, flags: list[str]) -> int:
 def _eval_benchmarks(args: argparse.Namespace, flags: list[str]) -> int:
     from amft_fast import config_file
     from amft_fast.study import benchmarks
-    from amft_fast.tasks.math.task import default_benchmarks_file
 
     for name, least in (("samples", 1), ("limit", 1), ("max_new_tokens", 1), ("temperature", 0), ("seed", 0)):
         value = getattr(args, name)
@@ -167,8 +166,8 @@ def _eval_benchmarks(args: argparse.Namespace, flags: list[str]) -> int:
     names = ("temperature", "top_p", "max_new_tokens", "seed", "samples", "limit")
     given = {n: getattr(args, n) for n in (*names, "system_prompt", "keep_system", "thinking")}
     settings = benchmarks.Settings(args.target, rope_theta=cfg.model.rope_theta, **given)
-    file = args.benchmarks_file or str(default_benchmarks_file())
-    return benchmarks.run(cfg, [n for n in args.benchmarks.split(",") if n], file, settings, out)
+    names = [n for n in args.benchmarks.split(",") if n]
+    return benchmarks.run(cfg, names, args.benchmarks_file, settings, out)
 
 
 def _eval(args: argparse.Namespace, flags: list[str]) -> int:
@@ -179,29 +178,30 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
     cfg = config_file.load(args.target, flags)
     if args.model:
         cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": args.model})})
-    from amft_fast.run.build import StopSignal, build
+    from amft_fast.run.build import build
     from amft_fast.run.evaluate import check_splits, evaluate
+    from amft_fast.run.signals import StopSignal
 
-    stop = StopSignal()
-    parts = build(cfg, stop)
     e = cfg.eval
-    splits = check_splits("eval.splits", e.splits, parts.task)
-    try:
-        result = evaluate(
-            parts.rollouts,
-            parts.task,
-            parts.encoder,
-            splits,
-            num_samples=e.num_samples,
-            max_prompts=e.max_prompts,
-            max_new_tokens=cfg.rollout.max_new_tokens,
-            seed=cfg.run.seed,
-            temperature=e.temperature,
-            top_p=e.top_p,
-            on_split=lambda split: print(f"evaluating {split} ...", file=sys.stderr, flush=True),
-        )
-    except InterruptedError:
-        return 128 + (stop.received or 2)
+    with StopSignal() as stop:
+        parts = build(cfg, stop)
+        splits = check_splits("eval.splits", e.splits, parts.task)
+        try:
+            result = evaluate(
+                parts.rollout_engine,
+                parts.task,
+                parts.encoder,
+                splits,
+                num_samples=e.num_samples,
+                max_prompts=e.max_prompts,
+                max_new_tokens=cfg.rollout.max_new_tokens,
+                seed=cfg.run.seed,
+                temperature=e.temperature,
+                top_p=e.top_p,
+                on_split=lambda split: print(f"evaluating {split} ...", file=sys.stderr, flush=True),
+            )
+        except InterruptedError:
+            return stop.exit_code
     print(eval_table(result, e.num_samples))
     if args.out:
         Path(args.out).write_text(json.dumps({"model": cfg.model.path, "results": result}, indent=1))

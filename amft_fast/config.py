@@ -6,13 +6,18 @@ flags into a `Config`.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # What train.method may be; the LEARNED ones have a controller that learns mu.
 METHODS = ("amft", "amft_no_meta", "amft_no_entropy", "sft", "rl", "sft_then_rl", "fixed", "linear", "cosine")
 LEARNED = ("amft", "amft_no_meta", "amft_no_entropy")
+
+# A file or folder (or name=file): when it is relative and not under the working directory, it is looked up beside the config
+# file. What is there under no such name is left as it is: it may be a name on the hub.
+FILE = "file"
+File = Annotated[str, FILE]
 
 
 class Section(BaseModel):
@@ -36,17 +41,20 @@ class RunConfig(Section):
     """CPU threads for torch; default: torch's own choice."""
 
 
+MAX_TARGET = 1000  # of General Points
+
+
 class GeneralPointsConfig(Section):
-    """General Points (the 24 game), see tasks/general_points.py."""
+    """General Points (the 24 game), see tasks/general_points/."""
 
     num_cards: int = Field(4, ge=2, le=6)
     """Cards per hand."""
-    target: int = Field(24, ge=1)
+    target: int = Field(24, ge=0, le=MAX_TARGET)
     """The number to make; used when `targets` is not given."""
     targets: tuple[int, int] | None = None
     """Lowest and highest target, each problem carrying its own in the prompt; overrides `target`."""
     images: bool = False
-    """Show the hand as a picture (GP-VL, see tasks/gp_vision.py): a vision-language policy is needed."""
+    """Show the hand as a picture (GP-VL, see tasks/general_points/vision.py): a vision-language policy is needed."""
     card_size: tuple[int, int] = (112, 160)
     """Width and height of a card in pixels, with images."""
     card_margin: int = Field(12, ge=0)
@@ -59,11 +67,11 @@ class GeneralPointsConfig(Section):
     """Tries per hand; after a wrong one the verifier's message goes back to the policy."""
     demo_share: float = Field(1.0, ge=0, le=1)
     """Share of the training hands that have a demonstration from the solver."""
-    val_share: float = Field(0.1, gt=0, lt=1)
+    val_share: float = Field(0.1, ge=0, lt=1)
     """Share of the value multisets held out for validation."""
-    test_share: float = Field(0.2, gt=0, lt=1)
+    test_share: float = Field(0.2, ge=0, lt=1)
     """Share of the value multisets held out for the test."""
-    ood_share: float = Field(0.5, gt=0, le=1)
+    ood_share: float = Field(0.5, ge=0, le=1)
     """Share of the multisets with an 11, 12 or 13 that the split ood holds; no split shows the rest."""
     max_train: int | None = Field(None, ge=1)
     """Upper bound on the training problems; default: all."""
@@ -79,8 +87,12 @@ class GeneralPointsConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> GeneralPointsConfig:
-        if self.targets is not None and not 1 <= self.targets[0] <= self.targets[1]:
-            raise ValueError(f"targets must be two numbers low <= high from 1 up, got {list(self.targets)}")
+        if self.targets is not None and not 0 <= self.targets[0] <= self.targets[1] <= MAX_TARGET:
+            raise ValueError(
+                f"targets must be two numbers low <= high from 0 to {MAX_TARGET}, got {list(self.targets)}"
+            )
+        if self.card_size[0] < 8 or self.card_size[1] < 16:
+            raise ValueError(f"card_size must be width and height, at least 8 x 16 pixels, got {list(self.card_size)}")
         if self.val_share + self.test_share >= 1:
             raise ValueError(
                 f"val_share + test_share must leave hands for training, got {self.val_share} + {self.test_share}"
@@ -89,11 +101,11 @@ class GeneralPointsConfig(Section):
 
 
 class VirlConfig(Section):
-    """V-IRL (navigation by instruction), see tasks/virl.py."""
+    """V-IRL (navigation by instruction), see tasks/virl/."""
 
-    data: str = ""
-    """Folder of routes in the published layout (see tasks/virl_data.py); default: generated cities."""
-    ood_data: str = ""
+    data: File = ""
+    """Folder of routes in the published layout (see tasks/virl/data.py); default: generated cities."""
+    ood_data: File = ""
     """Another such folder, of another city, for the split visual_ood."""
     views: bool = False
     """Show pictures in place of the landmarks' words: a vision-language policy is needed."""
@@ -129,21 +141,33 @@ class VirlConfig(Section):
     demo_share: float = Field(1.0, ge=0, le=1)
     """Share of the training routes that have a demonstration."""
 
+    @model_validator(mode="after")
+    def _check(self) -> VirlConfig:
+        if not 1 <= self.legs[0] <= self.legs[1] <= 20:
+            raise ValueError(f"legs must be the fewest and the most, from 1 to 20, got {list(self.legs)}")
+        if self.ood_data and not self.data:
+            raise ValueError("ood_data needs data: both sources are files, or neither is")
+        if self.val_share + self.test_share >= 1:
+            raise ValueError(
+                f"val_share + test_share must leave routes to train on, got {self.val_share} + {self.test_share}"
+            )
+        return self
+
 
 class MathConfig(Section):
-    """Mathematical reasoning, see tasks/math.py and docs/math.md."""
+    """Mathematical reasoning, see tasks/math/ and docs/math.md."""
 
-    train: list[str] = []
+    train: list[File] = []
     """Training data: files (.jsonl, .json, .parquet) or datasets of the Hugging Face hub (name, name:config, name@split).
     Relative files are looked up from the working directory, then from the config file's folder."""
     columns: dict[str, str] = {}
     """Column map (problem, answer, response, system) for a layout that is not known; dots for what is nested."""
-    benchmarks: list[str] = []
+    benchmarks: list[File] = []
     """Benchmarks by their name in `benchmarks_file`, or name=file or dataset: each becomes a split, and its problems are kept
     out of training."""
-    benchmarks_file: str = "benchmarks.toml"
+    benchmarks_file: File = "benchmarks.toml"
     """Where benchmarks are described; looked up as files of `train` are."""
-    decontaminate: list[str] = []
+    decontaminate: list[File] = []
     """Further benchmarks, files or datasets whose problems are kept out of training."""
     system_prompt: str | None = None
     """System prompt; default: ours, empty: none."""
@@ -153,7 +177,7 @@ class MathConfig(Section):
     """Ask for <think> ... </think> before the solution; the format reward then looks for it."""
     format_weight: float = Field(0.0, ge=0)
     """Weight of the format reward, on top of 1 for a right answer."""
-    val_share: float = Field(0.02, gt=0, lt=1)
+    val_share: float = Field(0.02, ge=0, lt=1)
     """Share of the problems held out for validation, by a hash of their text."""
     test_share: float = Field(0.0, ge=0, lt=1)
     """Share of the problems held out for the split test."""
@@ -163,6 +187,14 @@ class MathConfig(Section):
     """Longer problems are left out."""
     max_demo_tokens: int = Field(8192, ge=1)
     """Longer demonstrations are left out, their problems kept."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MathConfig:
+        if self.val_share + self.test_share >= 1:
+            raise ValueError(
+                f"val_share + test_share must leave problems for training, got {self.val_share} + {self.test_share}"
+            )
+        return self
 
 
 class TaskConfig(Section):
@@ -189,7 +221,7 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """The policy: a transformers causal language model."""
 
-    path: str = ""
+    path: File = ""
     """Folder of a transformers checkpoint, or a hub name. Relative folders are looked up from the working directory,
     then from the config file's folder."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"

@@ -7,11 +7,11 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from amft_fast.config import Config
+from amft_fast.config import FILE, Config
 from amft_fast.errors import UserError
 
 
@@ -128,19 +128,27 @@ def load(path: str | Path | None, flags: list[str] | None = None) -> Config:
 
 
 def _resolve_paths(config: Config, folder: Path) -> Config:
-    """Relative files and folders that are not under the working directory are looked up in `folder`, the config file's."""
+    """Settings that are marked as files and are not there from the working directory are looked up in `folder`, the config
+    file's."""
 
     def find(text: str) -> str:
         name, equals, path = text.rpartition("=")
         beside = folder / path
         return name + equals + str(beside) if path and not Path(path).exists() and beside.exists() else text
 
-    math = config.task.math
-    files = {"benchmarks_file": find(math.benchmarks_file)}
-    files |= {name: [find(t) for t in getattr(math, name)] for name in ("train", "benchmarks", "decontaminate")}
-    task = config.task.model_copy(update={"math": math.model_copy(update=files)})
-    model = config.model.model_copy(update={"path": find(config.model.path)})
-    return config.model_copy(update={"task": task, "model": model})
+    def resolved(section: BaseModel) -> BaseModel:
+        found: dict[str, Any] = {}
+        for name, info in type(section).model_fields.items():
+            value = getattr(section, name)
+            if isinstance(value, BaseModel):
+                found[name] = resolved(value)
+            elif FILE in info.metadata:
+                found[name] = find(value)
+            elif any(FILE in getattr(part, "__metadata__", ()) for part in get_args(info.annotation)):
+                found[name] = [find(text) for text in value]
+        return section.model_copy(update=found)
+
+    return resolved(config)
 
 
 def _toml(value: Any) -> str:

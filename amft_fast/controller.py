@@ -38,9 +38,10 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 
 
 class Schedule:
-    """μ as a fixed function of the progress 0..1 through the run."""
+    """μ as a fixed function of the progress 0..1 through the run: nothing is measured for it."""
 
     learned = False
+    needs_entropy_target = False
 
     def __init__(self, shape: Callable[[float], float], steps: int) -> None:
         self.shape, self.steps = shape, steps
@@ -48,6 +49,15 @@ class Schedule:
     def mu(self, clock: float) -> float:
         """μ at `clock`, a position between 0 and the number of steps (see Trainer.clock)."""
         return self.shape(min(clock / max(self.steps - 1, 1), 1.0))
+
+    def starts_window(self, step: int) -> bool:
+        return False
+
+    def probes(self, step: int) -> bool:
+        return False
+
+    def observe(self, *measured: Any) -> dict[str, float]:
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -64,6 +74,7 @@ class MetaController:
     def __init__(self, cfg: Config, meta: bool = True, entropy: bool = True) -> None:
         self.cfg, self.c = cfg, cfg.controller
         self.has_meta, self.has_entropy = meta, entropy
+        self.needs_entropy_target = entropy
         self.value = self.c.mu_init
         self.windows = 0
         self.variance: float | None = None  # running σ² of the window's signal
@@ -86,8 +97,11 @@ class MetaController:
     def probes(self, step: int) -> bool:
         return self.has_meta and step >= self.c.start_step
 
-    def observe(self, step: int, sums: list[float] | None, clip: float, lr: float, entropy: float, target: float):
-        """What one step measured: the probe's sums (None on a step without), its clip coefficient, the mean entropy.
+    def observe(
+        self, step: int, sums: list[float] | None, clip: float, lr: float, entropy: float | None, target: float | None
+    ) -> dict[str, float]:
+        """What one step measured: the probe's sums (None on a step without), its clip coefficient, the mean entropy; and H*,
+        which is not read without an entropy part.
 
         Returns the figures of μ's move at the end of a window, else an empty dict.
         """
@@ -95,8 +109,9 @@ class MetaController:
             return {}
         if sums is not None:
             self._take_probe(dict(named_sums(sums, self.value)), clip, lr)
-        self.sums["entropy"] += entropy
-        self.seen += 1
+        if entropy is not None and math.isfinite(entropy):  # a step that was not finite says nothing about μ
+            self.sums["entropy"] += entropy
+            self.seen += 1
         last = (step - self.c.start_step + 1) % self.c.window == 0
         return self._move(target) if last else {}
 
@@ -105,7 +120,7 @@ class MetaController:
         norm_sft, norm_rl = math.sqrt(n["sft_sft"]), math.sqrt(n["rl_rl"])
         halves = [self._signal(n, v, norm_u, clip, lr) for v in ("v1", "v2")]
         if not all(map(math.isfinite, halves)):
-            return  # a step that was not finite is skipped by the guard; it says nothing about μ either
+            return
         self.sums["half1"] += halves[0]
         self.sums["half2"] += halves[1]
         self.sums["cos_sft"] += _ratio(n["v1_sft"] + n["v2_sft"], 2 * norm_u * norm_sft)
@@ -128,13 +143,13 @@ class MetaController:
             p = "exact" if self.cfg.train.optimizer == "adamw" else "none"
         return None if p == "none" else p
 
-    def _move(self, target: float) -> dict[str, float]:
+    def _move(self, target: float | None) -> dict[str, float]:
         """μ's one move at the end of a window."""
         c = self.c
         figures: dict[str, float] = {}
         meta = self._meta_part(figures) if self.probed else 0.0
         entropy = self.sums["entropy"] / max(self.seen, 1)
-        pull = c.eta_entropy * (target - entropy) if self.has_entropy else 0.0
+        pull = c.eta_entropy * (target - entropy) if self.has_entropy and self.seen else 0.0
         if c.space == "logit":
             logit = math.log(self.value / (1 - self.value)) + meta + pull
             moved = 1 / (1 + math.exp(-logit))

@@ -7,7 +7,7 @@ Imports no torch at run time, so that a task or a config can be used without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -86,10 +86,8 @@ class Task(Protocol):
 
     `splits` names what `prompts` knows: always `train`, `val`, `test`; `ood` (and others) where the task has them.
     `prompts(split)` and `demos(split)` are sized and indexable, and the same on every call and every machine.
-    `max_turns` bounds the episodes. Any text of a prompt must come from `start(item).messages`. A task may also have
-    `picture(item, sample)`, which draws an episode for the report: a PIL image, or SVG as text; and, with one turn, where
-    answers are dear to judge, `step_all(episodes, texts)`: the results of `step` for many at once. One that reads data may do
-    so in `prepare(tokenizer)`, which is called before all else and returns lines that say what became of it.
+    `max_turns` bounds the episodes. Any text of a prompt must come from `start(item).messages`. What a task may have beside
+    these is in `TaskHooks`.
     """
 
     splits: tuple[str, ...]
@@ -98,6 +96,32 @@ class Task(Protocol):
     def prompts(self, split: str) -> Sequence[Item]: ...
     def demos(self, split: str) -> Sequence[Demo]: ...
     def start(self, item: Item) -> Episode: ...
+
+
+class TaskHooks(Protocol):
+    """What a task may have, each looked for by its name and used where it is there.
+
+    prepare       reads data with the policy's tokenizer, before all else; returns lines that say what became of it
+    step_all      with one turn, where answers are dear to judge: the results of `step` for many episodes at once
+    picture       draws an episode for the report: a PIL image, or SVG as text
+    warn_of_base  a sentence when the model at this path spoils the task (it has seen what is held out)
+    dry_run       of what makes the task (its class), from its section of the config: lines on what `--dry-run` found
+    """
+
+    def prepare(self, tokenizer: Any) -> list[str]: ...
+    def step_all(self, episodes: Sequence[Episode], texts: Sequence[str]) -> list[StepResult]: ...
+    def picture(self, item: Item, sample: Sample) -> Any: ...
+    def warn_of_base(self, path: str) -> str | None: ...
+    @staticmethod
+    def dry_run(settings: Any, hub: Hub) -> list[str]: ...
+
+
+class Hub(Protocol):
+    """The Hugging Face hub, as a dry run asks it."""
+
+    def look_up(self, kind: str, name: str) -> str:
+        """A line on whether the hub has this `model` or `dataset`. Raises UserError when it has not."""
+        ...
 
 
 # ------------------------------------------------------------------------------------------------------------- rollouts
@@ -176,6 +200,7 @@ class RolloutEngine(Protocol):
     """Draws text. `episodes.run` drives it over turns; an engine itself knows nothing of tasks.
 
     `rest` says that nothing will be asked before the next `sync`: an engine on the trainer's GPU gives its memory back.
+    An engine that can go on with a conversation where it stands is a `Converses` as well.
     """
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]: ...
@@ -183,6 +208,18 @@ class RolloutEngine(Protocol):
     def rest(self) -> None: ...
     def health(self) -> str: ...
     def close(self) -> None: ...
+
+
+class Converses(Protocol):
+    """An engine that keeps what it has computed of a conversation: each completion is given to `reply` with its request's
+    number, and goes on with what that returns, or ends with None."""
+
+    def converse(
+        self,
+        requests: list[Request],
+        sampling: Sampling,
+        reply: Callable[[int, Completion], Request | None],
+    ) -> None: ...
 
 
 # -------------------------------------------------------------------------------------------------------------- updates
@@ -201,6 +238,9 @@ class UpdateEngine(Protocol):
     world_size: int
     device: torch.device
     cut: bool  # parameters are there in parts only, outside the model's forward pass
+    bad_in_row: torch.Tensor  # updates in a row that were skipped because their gradient was not finite, on the device
+    bad_total: torch.Tensor  # all of those
+    skipped: int  # the same, as the loop has read it last and told the engine
 
     def backward(self, batch: Batch, objective: ObjectiveConfig | None = None) -> PolicyOutput: ...
     def logprobs(self, batch: Batch, model: nn.Module | None = None, temperature: float | None = None): ...

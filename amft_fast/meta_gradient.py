@@ -35,6 +35,7 @@ from amft_fast.advantages import group_advantages
 from amft_fast.config import MetaConfig, ObjectiveConfig
 from amft_fast.data.batch import Batch, Sequence
 from amft_fast.data.pictures import PackedImages, unpack_images
+from amft_fast.engine.parts import Part, Tensors
 from amft_fast.interfaces import Demo, Item, Sample, Turn, UpdateEngine
 from amft_fast.model.policy import SUMS
 from amft_fast.rollout.encoder import Encoder
@@ -108,7 +109,7 @@ class RolloutCache:
             self.groups.append(Group(g["item"], g["step"], samples))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Utility:
     """The two halves of u = ∇(−U) (lists of flat shards, as the engine gives them) and what they were made of."""
 
@@ -117,7 +118,7 @@ class Utility:
 
 
 class UtilityGradient:
-    """Makes u from the rolling cache; owns the cache and nothing else."""
+    """Makes u from the rolling cache; owns the cache and the u of the present window, `current`."""
 
     def __init__(
         self,
@@ -134,6 +135,7 @@ class UtilityGradient:
         self.cache = RolloutCache(items, cfg.refresh_share)
         self.demos = demos
         self.tokens = 0  # sampled and trained on for the last u
+        self.current: Utility | None = None
         self.average: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None  # of u, with memory
         self.weight = 0.0  # groups that the average stands for
         # On-policy form (old = None): the detached current log-prob stands for old, so the importance weight against the
@@ -157,8 +159,8 @@ class UtilityGradient:
         return self._finish(utility)
 
     def _finish(self, utility: Utility) -> Utility:
-        utility.figures["tokens"] = self.tokens
-        return utility
+        self.current = Utility(utility.halves, utility.figures | {"tokens": self.tokens})
+        return self.current
 
     def _remember(self, utility: Utility, groups: int) -> Utility:
         """Folds the gradient of the fresh groups into the average; a group counts `memory` times less each window."""
@@ -235,3 +237,25 @@ class UtilityGradient:
             "success": sum(x.success for x in samples) / max(len(samples), 1),
             **counts,
         }
+
+    # ------------------------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"utility_weight": self.weight, "cache": self.cache.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weight = state["utility_weight"]
+        self.cache.load_state_dict(state["cache"])
+
+    def tensors(self) -> dict[str, torch.Tensor | Part]:
+        """The two halves of the present u, this rank's parts: a window may be half over, and its u belongs to weights that
+        are gone."""
+        if self.current is None:
+            return {}
+        named = ((i, self.engine.by_name(half)) for i, half in enumerate(self.current.halves))
+        return {f"utility.{i}.{piece.name}": piece.saved_data(u) for i, pieces in named for piece, u in pieces}
+
+    def load_tensors(self, tensors: Tensors) -> None:
+        if any(k.startswith("utility.") for k in tensors):
+            halves = tuple(self.engine.from_names(tensors, f"utility.{i}.") for i in (0, 1))
+            self.current, self.average = Utility(halves, {}), halves

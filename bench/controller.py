@@ -12,7 +12,6 @@ import argparse
 import random
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,28 +20,14 @@ from typing import NamedTuple
 import torch
 
 from amft_fast import config_file
-from amft_fast.run import build as run
+from amft_fast.run.build import build
 from amft_fast.train import Trainer
 from bench.results import RESULTS, environment, markdown_table, write_json
 
 
-class _Quiet:
-    """Stands for a run's files: this benchmark keeps nothing of the runs."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = self.checkpoints = folder
-        self.samples = self
-
-    def say(self, text: str) -> None:
-        pass
-
-    def write(self, record: dict) -> None:
-        pass
-
-
-def make(path: str, method: str, flags: list[str], folder: Path) -> Trainer:
-    cfg = config_file.load(path, ["--train.method", method, "--log.samples_every", "0", *flags])
-    trainer = Trainer(cfg, run.build(cfg, lambda: False), _Quiet(folder))
+def make(path: str, method: str, flags: list[str]) -> Trainer:
+    cfg = config_file.load(path, ["--train.method", method, *flags])
+    trainer = Trainer(cfg, build(cfg, lambda: False))
     trainer.after_warmup()
     return trainer
 
@@ -76,21 +61,25 @@ def clock(trainer: Trainer) -> float:
 def window(trainer: Trainer, steps: int) -> Window:
     """Runs `steps` steps of the trainer."""
     begin, wall = clock(trainer), time.perf_counter()
-    utility = sum(trainer.train_step().get("time/utility", 0.0) for _ in range(steps))
+    trainer.phases.read()
+    for _ in range(steps):
+        trainer.train_step()
+    utility = trainer.phases.read().get("utility", 0.0)
     seconds, wall = clock(trainer) - begin, time.perf_counter() - wall
     return Window(seconds, utility * seconds / wall)
 
 
 def probed_and_plain(trainer: Trainer, repeats: int) -> tuple[list[float], list[float]]:
     """Seconds of updates with and without the probe, in turn, on one batch and with a learning rate of 0."""
-    samples = trainer.draw_rollouts()
-    rl, sft = trainer.judge(samples), trainer.draw_demos()
+    rl = trainer.scorer.judge(trainer.rollouts.draw(trainer.step).samples)
+    sft = trainer.demos.take(trainer.cfg.train.demos_per_step)
+    trainer.draw_utility()
     trainer.engine.set_lr(0.0)
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
         for probed, into in zip((True, False), seconds):
             begin = clock(trainer)
-            trainer.update(sft, rl, trainer.cfg.controller.mu_init, probed)
+            trainer.update(sft, rl, trainer.cfg.controller.mu_init, trainer.utility if probed else None)
             into.append(clock(trainer) - begin)
     return seconds
 
@@ -116,19 +105,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--windows", type=int, default=40, help="windows of each method, after one to warm up")
     parser.add_argument("--out", type=Path, default=RESULTS / "controller_cpu.json")
     args, flags = parser.parse_known_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        amft, fixed = (make(args.config, m, flags, Path(folder)) for m in ("amft", "fixed"))
-        apart = check(amft, fixed)
-        if not apart < 1e-3:
-            print(
-                f"red: a probed step and a plain one end {apart:.1e} of a step apart; nothing was timed",
-                file=sys.stderr,
-            )
-            return 1
-        steps = amft.cfg.controller.window
-        window(amft, steps - 1)
-        windows = [window(amft, steps) for _ in range(args.windows)]
-        probed, plain = probed_and_plain(amft, 2 * args.windows)
+    amft, fixed = (make(args.config, m, flags) for m in ("amft", "fixed"))
+    apart = check(amft, fixed)
+    if not apart < 1e-3:
+        print(
+            f"red: a probed step and a plain one end {apart:.1e} of a step apart; nothing was timed",
+            file=sys.stderr,
+        )
+        return 1
+    steps = amft.cfg.controller.window
+    window(amft, steps - 1)
+    windows = [window(amft, steps) for _ in range(args.windows)]
+    probed, plain = probed_and_plain(amft, 2 * args.windows)
     timed = (windows, probed, plain, steps)
     extra, (low, high) = extra_percent(*timed), interval(*timed)
     result = {

@@ -45,14 +45,14 @@ def recorded(rollouts: int) -> tuple[Work, object]:
     from amft_fast.advantages import group_advantages
     from amft_fast.interfaces import Sampling
     from amft_fast.rollout import episodes
-    from amft_fast.run import build as run
+    from amft_fast.run.build import build
 
     cfg = config_file.load("configs/demo.toml", ["--run.device", "cpu"])
-    parts = run.build(cfg, lambda: False)
+    parts = build(cfg, lambda: False)
     g = cfg.rollout.num_generations
     items = [parts.task.prompts("train")[i] for i in range(rollouts // g)]
     samples = episodes.run(
-        parts.rollouts,
+        parts.rollout_engine,
         parts.task,
         items,
         parts.encoder,

@@ -25,8 +25,7 @@ from amft_fast.engine.deepspeed import DeepSpeedEngine, zero_config
 from amft_fast.engine.local import LocalEngine
 from amft_fast.model.policy import Policy, load_model, pick_dtype
 from amft_fast.multi_tensor import mixing_slope, named_sums
-from amft_fast.run import build as run
-from amft_fast.run import checkpoint
+from amft_fast.run import checkpoint, launch
 
 OBJECTIVE = ObjectiveConfig(entropy_coef=0.02, tis_cap=2.0)
 SGD = TrainConfig(lr=0.05, optimizer="sgd", max_grad_norm=0.5, weight_decay=0.1)
@@ -212,7 +211,7 @@ GAE = [
 
 def train(folder, model, *flags, resume=False):
     cfg = config_file.load(None, ["--run.dir", str(folder), "--model.path", str(model), *RUN, *flags])
-    assert run.train(cfg, resume=resume) == 0
+    assert launch.train(cfg, resume, CopyTask()) == 0
 
 
 def zero(stage):
@@ -255,7 +254,6 @@ def long(folder, world, steps, *options):
 
 def main(folder, *what):
     torch.set_num_threads(1)
-    run.make_task = lambda cfg: CopyTask()
     world = distributed.join(torch.device("cpu"))
     if world.main:
         make_checkpoint(folder / "tied", tie=True)

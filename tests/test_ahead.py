@@ -12,7 +12,7 @@ from amft_fast.errors import RolloutFailure, UserError
 from amft_fast.interfaces import Sample, Turn
 from amft_fast.rollout.ahead import Ahead
 from amft_fast.rollout.transformers import TransformersEngine
-from amft_fast.run import build as run
+from amft_fast.run import build, launch
 
 TIMES = ("seconds", "tokens_per_s", "wall_s")
 
@@ -51,11 +51,6 @@ class RemoteEngine:
         self.calls.append("close")
 
 
-@pytest.fixture(autouse=True)
-def parts(monkeypatch):
-    monkeypatch.setattr(run, "make_task", lambda cfg: CopyTask())
-
-
 def train(monkeypatch, folder, model, *flags, resume=False, **faults):
     """A run of six steps with a `RemoteEngine`, which is returned."""
     base = [
@@ -72,8 +67,8 @@ def train(monkeypatch, folder, model, *flags, resume=False, **faults):
         engines.append(RemoteEngine(model, **faults))
         return engines[-1]
 
-    monkeypatch.setattr(run, "make_rollouts", make)
-    assert run.train(config_file.load(None, base), resume=resume) == 0
+    monkeypatch.setattr(build, "make_rollouts", make)
+    assert launch.train(config_file.load(None, base), resume, CopyTask()) == 0
     return engines[-1]
 
 
@@ -148,18 +143,20 @@ def test_a_mismatch_over_the_threshold_is_said_once_and_not_at_each_step(
     assert out.count("rollout engine and trainer differ by") == 1 and "rollout.mismatch_warn" in out
 
 
-def test_rollouts_ahead_are_given_once_and_survive_a_checkpoint():
+def test_rollouts_ahead_stay_until_they_are_dropped_and_survive_a_checkpoint():
     ahead = Ahead()
-    assert ahead.take() is None and ahead.state_dict() is None
+    assert ahead.result() is None and ahead.state_dict() is None
     sample = Sample(
         [1], [2], [1], [-0.5], 3, "stop", "p", 0, turns=[Turn(1, 1.0)], info={"success": True}, success=True
     )
     ahead.start(lambda: [sample])
     state = json.loads(json.dumps(ahead.state_dict()))
-    assert ahead.take() == [sample] and ahead.take() is None
+    assert ahead.result() == ahead.result() == [sample], "they stay until they are dropped"
+    ahead.drop()
+    assert ahead.result() is None
     other = Ahead()
     other.load_state_dict(state)
-    assert other.take() == [sample]
+    assert other.result() == [sample]
 
     def fail():
         raise RolloutFailure("gone")
@@ -167,7 +164,7 @@ def test_rollouts_ahead_are_given_once_and_survive_a_checkpoint():
     ahead.start(fail)
     with pytest.raises(RolloutFailure, match="gone"):
         ahead.wait()
-    assert ahead.take() is None, "and then it holds nothing"
+    assert ahead.result() is None, "and then it holds nothing"
 
 
 def test_rollouts_ahead_need_servers():

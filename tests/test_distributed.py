@@ -21,8 +21,8 @@ from amft_fast.interfaces import Sampling
 from amft_fast.model.policy import Policy
 from amft_fast.rollout import episodes
 from amft_fast.rollout.encoder import Encoder
-from amft_fast.run import build as run
 from amft_fast.run import checkpoint
+from amft_fast.run.build import build
 
 
 @given(st.integers(0, 50), st.integers(1, 9))
@@ -111,7 +111,7 @@ def test_several_processes_need_the_engine_for_them(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     cfg = config_file.load(None, ["--model.path", str(make_checkpoint(tmp_path)), "--run.dir", str(tmp_path / "run")])
     with pytest.raises(UserError, match=r"2 processes were started .* --engine.kind deepspeed"):
-        run.build(cfg, lambda: False)
+        build(cfg, lambda: False)
     with pytest.raises(UserError, match="RANK, MASTER_ADDR, MASTER_PORT not set"):
         distributed.join(torch.device("cpu"))
 

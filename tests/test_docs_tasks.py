@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from amft_fast import config_file
-from amft_fast.run import build as run
+from amft_fast.run import launch
 
 PAGE = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text()
 SHORT_RUN = """
@@ -52,11 +52,10 @@ def test_the_example_is_a_task(example):
         example[1](alphabet="abc")
 
 
-def test_the_example_trains(example, tmp_path, checkpoint_folder, monkeypatch):
-    monkeypatch.setattr(run, "make_task", lambda cfg: example[1]())
+def test_the_example_trains(example, tmp_path, checkpoint_folder):
     (tmp_path / "c.toml").write_text(SHORT_RUN)
     flags = ["--run.dir", str(tmp_path / "run"), "--model.path", str(checkpoint_folder)]
-    assert run.train(config_file.load(tmp_path / "c.toml", flags)) == 0
+    assert launch.train(config_file.load(tmp_path / "c.toml", flags), task=example[1]()) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["end"].keys() == {"train", "val", "test", "ood"} and "placed" in summary["end"]["test"]
     assert "task/placed" in (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from amft_fast.config import GeneralPointsConfig
 from amft_fast.interfaces import Message
 from amft_fast.tasks.general_points.hands import assign_split, hands
 from amft_fast.tasks.general_points.task import GeneralPoints, read_answer, solve, verify_formula
@@ -231,7 +232,7 @@ def test_solver_lists_each_solution_once_and_knows_the_famous_hands():
     assert solve([1, 5, 1, 7]) == ["(1+1)*(5+7)", "(5-1)*(7-1)"]
     assert solve([1, 1, 1, 1]) == []
     # Known counts of hands of four that make 24: 566 of 715 with values to 10, 1362 of 1820 with values to 13.
-    task = GeneralPoints(val_share=0, test_share=0, ood_share=1)
+    task = GeneralPoints(GeneralPointsConfig(val_share=0, test_share=0, ood_share=1))
     assert task.describe()["train"]["hands"] == 566
     assert task.describe()["ood"]["hands"] == 1362 - 566
 
@@ -257,7 +258,7 @@ def test_solver_manages_six_numbers_and_no_more():
 
 @pytest.fixture(scope="module")
 def demo_task():
-    return GeneralPoints(num_cards=3, targets=(1, 40), answer_format="formula", max_turns=3)
+    return GeneralPoints(GeneralPointsConfig(num_cards=3, targets=(1, 40), answer_format="formula", max_turns=3))
 
 
 @pytest.fixture(scope="module")
@@ -283,11 +284,13 @@ def test_splits_share_no_hand_and_every_problem_is_solvable(name, request):
 def test_splits_do_not_move():
     known = {(4, 7, 10): "train", (10, 4, 7): "train", (1, 1, 2): "val", (1, 1, 3): "test", (11, 2, 3): "ood_train"}
     assert {hand: assign_split(hand) for hand in known} == known
-    whole = GeneralPoints(num_cards=3, targets=(1, 40))
-    part = GeneralPoints(num_cards=3, targets=(1, 40), max_train=50, max_val=10, max_test=20, max_ood=30)
+    whole = GeneralPoints(GeneralPointsConfig(num_cards=3, targets=(1, 40)))
+    part = GeneralPoints(
+        GeneralPointsConfig(num_cards=3, targets=(1, 40), max_train=50, max_val=10, max_test=20, max_ood=30)
+    )
     for split, size in {"train": 50, "val": 10, "test": 20, "ood": 30}.items():
         assert part.prompts(split) == whole.prompts(split)[:size]
-    other = GeneralPoints(num_cards=3, targets=(1, 40), seed=1)
+    other = GeneralPoints(GeneralPointsConfig(num_cards=3, targets=(1, 40), seed=1))
     assert {i.data.values for i in other.prompts("test")} != {i.data.values for i in whole.prompts("test")}
 
 
@@ -310,7 +313,9 @@ def test_there_is_no_hand_twice():
 
 @pytest.mark.parametrize("answer_format", ["json", "formula"])
 def test_demos_are_correct_answers(answer_format):
-    task = GeneralPoints(num_cards=3, targets=(10, 20), answer_format=answer_format, demo_share=0.5)
+    task = GeneralPoints(
+        GeneralPointsConfig(num_cards=3, targets=(10, 20), answer_format=answer_format, demo_share=0.5)
+    )
     by_id = {item.id: item for split in task.splits for item in task.prompts(split)}
     shapes = Counter()
     for split in task.splits:
@@ -368,7 +373,7 @@ def test_feedback_names_the_value(demo_task):
 
 
 def test_json_answers():
-    task = GeneralPoints(target=24, max_turns=2)
+    task = GeneralPoints(GeneralPointsConfig(target=24, max_turns=2))
     item = next(i for i in task.prompts("train") if "J" in i.data.cards)
     formula = solve(list(item.data.values))[0]
     answer = {"cards": list(item.data.cards), "number": list(item.data.values), "formula": formula + "=24"}
@@ -406,13 +411,13 @@ def test_hostile_json_is_refused_at_once(text):
 @given(st.text(max_size=200))
 @settings(deadline=None)
 def test_any_text_gets_a_step(text):
-    task = GeneralPoints(num_cards=2, targets=(1, 20), max_turns=1)
+    task = GeneralPoints(GeneralPointsConfig(num_cards=2, targets=(1, 20), max_turns=1))
     assert task.start(task.prompts("train")[0]).step(text).done
 
 
 @pytest.mark.parametrize(("scale", "expected"), [("published", (5, 1)), ("shaped", (1, 0.2)), ("binary", (1, 0))])
 def test_reward_scales(scale, expected):
-    task = GeneralPoints(num_cards=3, targets=(1, 40), answer_format="formula", reward_scale=scale)
+    task = GeneralPoints(GeneralPointsConfig(num_cards=3, targets=(1, 40), answer_format="formula", reward_scale=scale))
     item = next(i for i in task.prompts("train") if any(f"{i.data.values[0]}+" in f for f in solved(i)))
     right = next(f for f in solved(item) if f"{item.data.values[0]}+" in f)
     rewards = tuple(task.start(item).step(text).reward for text in (right, str(item.data.values[0])))
@@ -447,14 +452,14 @@ def solved(item):
 )
 def test_bad_arguments_are_named(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
-        GeneralPoints(**arguments)
+        GeneralPoints(GeneralPointsConfig(**arguments))
     with pytest.raises(ValueError, match="split"):
-        GeneralPoints(num_cards=2).prompts("dev")
+        GeneralPoints(GeneralPointsConfig(num_cards=2)).prompts("dev")
 
 
 def test_making_a_task_is_quick():
     start = time.perf_counter()
-    GeneralPoints(num_cards=3, targets=(1, 40)).prompts("train")
+    GeneralPoints(GeneralPointsConfig(num_cards=3, targets=(1, 40))).prompts("train")
     assert time.perf_counter() - start < 2
     start = time.perf_counter()
     GeneralPoints().prompts("train")

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from amft_fast.config import GeneralPointsConfig
 from amft_fast.tasks.general_points.hands import RULES
 from amft_fast.tasks.general_points.pretrain import (
     Examples,
@@ -35,7 +36,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def task():
-    return GeneralPoints(num_cards=3, targets=(1, 40), answer_format="formula")
+    return GeneralPoints(GeneralPointsConfig(num_cards=3, targets=(1, 40), answer_format="formula"))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_no_held_out_hand_is_shown(examples, tokenizer, task):
 
 def test_allowed_hands_are_training_hands_alone():
     for cards, targets in [(3, (1, 40)), (4, (24, 24))]:
-        task = GeneralPoints(num_cards=cards, targets=targets)
+        task = GeneralPoints(GeneralPointsConfig(num_cards=cards, targets=targets))
         splits = {task.assign_split(hand) for pool in allowed_hands(Recipe(cards, targets)).values() for hand in pool}
         assert splits == {"train", "ood_train"}
 
@@ -186,13 +187,18 @@ def test_the_shipped_checkpoint_can_play_and_can_still_learn(split, task):
 
 def test_a_base_that_has_seen_held_out_hands_is_named():
     base = str(Path(__file__).parents[1] / "configs" / "demo_base")
-    assert leak(base, GeneralPoints(num_cards=3, targets=(1, 40))) is None
+    assert leak(base, GeneralPoints(GeneralPointsConfig(num_cards=3, targets=(1, 40)))) is None
     assert (
-        leak(base, GeneralPoints(num_cards=4, targets=(1, 40), max_train=10, max_val=10, max_test=10, max_ood=10))
+        leak(
+            base,
+            GeneralPoints(
+                GeneralPointsConfig(num_cards=4, targets=(1, 40), max_train=10, max_val=10, max_test=10, max_ood=10)
+            ),
+        )
         is None
     )
-    assert leak("no/such/base", GeneralPoints(num_cards=3)) is None
-    moved = GeneralPoints(num_cards=3, targets=(1, 40), seed=1)
+    assert leak("no/such/base", GeneralPoints(GeneralPointsConfig(num_cards=3))) is None
+    moved = GeneralPoints(GeneralPointsConfig(num_cards=3, targets=(1, 40), seed=1))
     seen = {hand for pool in allowed_hands(Recipe()).values() for hand in pool}
     held_out = [hand for hand in seen if moved.assign_split(hand) in ("val", "test", "ood")]
     assert f"pre-trained on {len(held_out)} of the hands" in leak(base, moved)

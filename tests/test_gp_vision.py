@@ -7,7 +7,7 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from amft_fast.config import TaskConfig
+from amft_fast.config import GeneralPointsConfig, TaskConfig
 from amft_fast.run.build import make_task
 from amft_fast.tasks.general_points.cards import BLACK_SUITS, RANKS, RED_SUITS, SUITS, card_image, table_image
 from amft_fast.tasks.general_points.hands import Problem
@@ -20,12 +20,12 @@ HAND = Problem(("J", "4", "7"), (10, 4, 7), 42, "10", ("spades", "clubs", "spade
 
 @pytest.fixture(scope="module")
 def small():
-    return GeneralPointsVision(**SMALL)
+    return GeneralPointsVision(GeneralPointsConfig(**SMALL))
 
 
 @pytest.fixture(scope="module")
 def large():
-    return GeneralPointsVision(max_train=20, max_val=20, max_test=20, max_ood=20)
+    return GeneralPointsVision(GeneralPointsConfig(max_train=20, max_val=20, max_test=20, max_ood=20))
 
 
 # ---------------------------------------------------------------------------------------------------------------- pictures
@@ -122,7 +122,7 @@ def test_reward_table(small, large, cards, number, formula, kind):
 
 
 def test_rewards_are_the_published_ones(large):
-    published = GeneralPointsVision(reward_scale="published", max_train=2)
+    published = GeneralPointsVision(GeneralPointsConfig(reward_scale="published", max_train=2))
     worth = {
         "correct": 5, "partial": 1, "no_solution": -1, "wrong_cards": -1.5, "wrong_number": -2, "illegal": -3
     }  # fmt: skip
@@ -142,7 +142,7 @@ def test_what_cannot_be_read_is_illegal(small, large, text):
 
 
 def test_an_episode_reports_recognition_and_says_what_was_wrong(small):
-    task = GeneralPointsVision(**SMALL, max_turns=2, reward_scale="published")
+    task = GeneralPointsVision(GeneralPointsConfig(**SMALL, max_turns=2, reward_scale="published"))
     episode = task.start(next(i for i in task.prompts("train")))
     told = episode.step("A A A formula 1 + 1")
     assert told.message.content == "wrong cards again" and told.reward == -1.5 and told.info["recognition"] == 0.0
@@ -155,7 +155,9 @@ def test_an_episode_reports_recognition_and_says_what_was_wrong(small):
 
 @pytest.mark.parametrize("answer_format", ["json", "formula"])
 def test_demos_are_correct_and_prompts_do_not_name_the_cards(answer_format):
-    task = GeneralPointsVision(**{**SMALL, "answer_format": answer_format}, max_train=40, max_test=40, max_ood=40)
+    task = GeneralPointsVision(
+        GeneralPointsConfig(**{**SMALL, "answer_format": answer_format}, max_train=40, max_test=40, max_ood=40)
+    )
     items = {i.id: i for split in task.splits for i in task.prompts(split)}
     for split in ("train", "test", "ood", "visual_ood"):
         demos = task.demos(split)
@@ -172,7 +174,7 @@ def test_demos_are_correct_and_prompts_do_not_name_the_cards(answer_format):
 
 
 def test_splits(small):
-    plain = GeneralPoints(num_cards=3, targets=(1, 40), answer_format="formula")
+    plain = GeneralPoints(GeneralPointsConfig(num_cards=3, targets=(1, 40), answer_format="formula"))
     assert small.splits == ("train", "val", "test", "ood", "visual_ood")
     for split in plain.splits:
         assert [i.id for i in small.prompts(split)] == [i.id for i in plain.prompts(split)]
@@ -194,4 +196,4 @@ def test_the_config_makes_it():
     plain = make_task(TaskConfig(name="general_points", general_points={"num_cards": 3}))
     assert not isinstance(plain, GeneralPointsVision) and not hasattr(plain, "picture")
     with pytest.raises(ValueError, match="card_size"):
-        GeneralPointsVision(card_size=(4, 4))
+        GeneralPointsVision(GeneralPointsConfig(card_size=(4, 4)))

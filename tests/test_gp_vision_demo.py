@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from amft_fast import config_file
-from amft_fast.config import ModelConfig
+from amft_fast.config import GeneralPointsConfig, ModelConfig
 from amft_fast.model.policy import load_model, load_tokenizer
 from amft_fast.model.vision import load_vision
 from amft_fast.rollout.encoder import Encoder
-from amft_fast.run import build as run
+from amft_fast.run import launch
 from amft_fast.tasks.general_points.pretrain import leak
 from amft_fast.tasks.general_points.vision import GeneralPointsVision, split_answer
 from amft_fast.tasks.general_points.vision_pretrain import CARD_SIZE, Examples, Recipe, build_tokenizer, main
@@ -27,7 +27,7 @@ UNTIMED = ("seconds", "tokens_per_s", "wall_s")
 
 @pytest.fixture(scope="module")
 def task():
-    return GeneralPointsVision(**SETTINGS)
+    return GeneralPointsVision(GeneralPointsConfig(**SETTINGS))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_the_base_sees_no_hand_that_a_task_holds_out_and_no_red_card(task, examp
             red, green, blue = np.asarray(images[0]).astype(int).transpose(2, 0, 1)
             assert (red - np.maximum(green, blue)).max() < 60
     assert leak(str(SHIPPED), task) is None
-    assert "seed" in leak(str(SHIPPED), GeneralPointsVision(**SETTINGS, seed=1))
+    assert "seed" in leak(str(SHIPPED), GeneralPointsVision(GeneralPointsConfig(**SETTINGS, seed=1)))
 
 
 def test_the_shipped_base_is_what_its_recipe_says():
@@ -129,7 +129,7 @@ def figures(folder) -> list[dict]:
 
 
 def test_the_demo_runs_resumes_and_leaves_a_model_and_pictures(tmp_path):
-    assert run.train(demo(tmp_path / "whole")) == 0
+    assert launch.train(demo(tmp_path / "whole")) == 0
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert list(summary["end"]) == ["train", "val", "test", "ood", "visual_ood"]
     for row in summary["end"].values():
@@ -138,8 +138,8 @@ def test_the_demo_runs_resumes_and_leaves_a_model_and_pictures(tmp_path):
     assert samples and all(s["picture"].startswith("data:image/png") for s in samples)
     assert "data:image/png" in (tmp_path / "whole" / "report.html").read_text()
 
-    assert run.train(demo(tmp_path / "cut", "--train.steps", "2")) == 0
-    assert run.train(demo(tmp_path / "cut"), resume=True) == 0
+    assert launch.train(demo(tmp_path / "cut", "--train.steps", "2")) == 0
+    assert launch.train(demo(tmp_path / "cut"), resume=True) == 0
     assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
 
     trained = ModelConfig(path=str(tmp_path / "whole" / "model"))
@@ -148,7 +148,7 @@ def test_the_demo_runs_resumes_and_leaves_a_model_and_pictures(tmp_path):
 
 def test_a_frozen_tower_stays_as_it_was(tmp_path):
     few = ("--train.steps", "1", "--train.lr", "0.01", "--eval.splits", '["val"]', "--train.method", "fixed")
-    assert run.train(demo(tmp_path, "--model.vision", "frozen", *few)) == 0
+    assert launch.train(demo(tmp_path, "--model.vision", "frozen", *few)) == 0
     before = load_model(ModelConfig(path=str(SHIPPED)), torch.device("cpu")).state_dict()
     after = load_model(ModelConfig(path=str(tmp_path / "model")), torch.device("cpu")).state_dict()
     for name, tensor in after.items():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_packing import mixed
-from test_train import cfg_for, copy_task
+from test_train import cfg_for, train
 from transformers import AutoModelForCausalLM
 
 from amft_fast.config import LoraConfig, ModelConfig, ObjectiveConfig, TrainConfig
@@ -12,10 +12,8 @@ from amft_fast.engine.local import LocalEngine
 from amft_fast.errors import UserError
 from amft_fast.model import lora
 from amft_fast.model.policy import Policy, load_model
-from amft_fast.run import build as run
 
 pytest.importorskip("peft")
-__all__ = ["copy_task"]  # a fixture
 CPU = torch.device("cpu")
 
 
@@ -118,7 +116,7 @@ def test_a_run_with_adapters_and_a_reference_resumes_where_it_stopped(tmp_path, 
     for name, steps in (("whole", "4"), ("cut", "2"), ("cut", "4")):
         more = ["--train.steps", steps, "--run.overwrite", "false"]
         assert (
-            run.train(cfg_for(tmp_path / name, checkpoint_folder, *flags, *more), resume=name == "cut" and steps == "4")
+            train(cfg_for(tmp_path / name, checkpoint_folder, *flags, *more), resume=name == "cut" and steps == "4")
             == 0
         )
     whole, cut = (dict(Auto.from_pretrained(tmp_path / n / "model").named_parameters()) for n in ("whole", "cut"))

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from amft_fast.config import MathConfig
 from amft_fast.errors import UserError
 from amft_fast.tasks.math.benchmarks import Benchmark, pick, read_benchmarks
 from amft_fast.tasks.math.data import Limits, Store, load
@@ -195,8 +196,8 @@ def numbered(tmp_path, n, name="train.jsonl", start=0):
 
 
 def test_splits_hang_on_the_text_of_a_problem_alone(tmp_path):
-    small = MathTask(train=[numbered(tmp_path, 500)], val_share=0.2, test_share=0.1)
-    large = MathTask(train=[numbered(tmp_path, 900, "more.jsonl", 200)], val_share=0.2, test_share=0.1)
+    small = MathTask(MathConfig(train=[numbered(tmp_path, 500)], val_share=0.2, test_share=0.1))
+    large = MathTask(MathConfig(train=[numbered(tmp_path, 900, "more.jsonl", 200)], val_share=0.2, test_share=0.1))
     of = [{item.id: split for split in task.splits for item in task.prompts(split)} for task in (small, large)]
     both = of[0].keys() & of[1].keys()
     assert len(both) == 300 and all(of[0][i] == of[1][i] for i in both)
@@ -208,7 +209,7 @@ def test_splits_hang_on_the_text_of_a_problem_alone(tmp_path):
 
 
 def test_prompts_and_demos_are_sized_and_indexable(tmp_path):
-    task = MathTask(train=[numbered(tmp_path, 50)], val_share=0.2)
+    task = MathTask(MathConfig(train=[numbered(tmp_path, 50)], val_share=0.2))
     prompts, demos = task.prompts("train"), task.demos("train")
     assert (
         len(prompts) == len(demos) == len(list(prompts)) and len(prompts[3:7]) == 4 and prompts[-1] == list(prompts)[-1]
@@ -234,16 +235,20 @@ def test_training_problems_that_stand_in_an_evaluation_set_are_dropped_and_count
         {"prompt": "A farmer has some sheep and some hens. How many hens?", "answer": "3"},
     ]
     task = MathTask(
-        train=[write(tmp_path / "train.jsonl", rows)],
-        benchmarks=[bench],
-        benchmarks_file="configs/benchmarks.toml",
-        val_share=0,
+        MathConfig(
+            train=[write(tmp_path / "train.jsonl", rows)],
+            benchmarks=[bench],
+            benchmarks_file="configs/benchmarks.toml",
+            val_share=0,
+        )
     )
     assert task.splits[-1] == "bench" and len(task.prompts("bench")) == 2
     assert [p.data.problem for p in task.prompts("train")] == [rows[3]["prompt"], rows[4]["prompt"]]
     assert task.tallies[-1].counts == {"also in an evaluation set": 3}
     only = MathTask(
-        train=[str(tmp_path / "train.jsonl")], decontaminate=[bench], benchmarks_file="configs/benchmarks.toml"
+        MathConfig(
+            train=[str(tmp_path / "train.jsonl")], decontaminate=[bench], benchmarks_file="configs/benchmarks.toml"
+        )
     )
     only.prepare()
     assert only.tallies[-1].counts == {"also in an evaluation set": 3} and only.splits == ("train", "val", "test")
@@ -269,16 +274,16 @@ def test_the_system_prompt_is_ours_and_replaceable(tmp_path):
         ({"system_prompt": "Mine."}, "Mine."),
         ({"keep_system": True}, "Think."),
     ):
-        task = MathTask(train=[path], val_share=0, **options)
+        task = MathTask(MathConfig(train=[path], val_share=0, **options))
         first, second = task.start(task.prompts("train")[0]).messages
         assert (first.role, second.role) == ("system", "user") and want in first.content
-    task = MathTask(train=[path], val_share=0, system_prompt="")
+    task = MathTask(MathConfig(train=[path], val_share=0, system_prompt=""))
     assert [m.role for m in task.start(task.prompts("train")[0]).messages] == ["user"]
 
 
 def test_episodes_are_judged_together_and_apart_alike(tmp_path):
     rows = [{"prompt": "x?", "answer": "x+1"}, LAYOUT_ROWS["arc"][0], {"prompt": "y?", "answer": "3"}]
-    task = MathTask(train=[write(tmp_path / "a.jsonl", rows)], val_share=0, format_weight=0.25)
+    task = MathTask(MathConfig(train=[write(tmp_path / "a.jsonl", rows)], val_share=0, format_weight=0.25))
     items = list(task.prompts("train"))
     texts = ["so \\boxed{x + 1}", "the answer is B", "\\boxed{4}"]
     together = task.step_all([task.start(i) for i in items], texts)

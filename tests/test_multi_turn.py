@@ -17,8 +17,7 @@ from amft_fast.model.policy import Policy
 from amft_fast.rollout import episodes
 from amft_fast.rollout.encoder import Encoder
 from amft_fast.rollout.transformers import TransformersEngine
-from amft_fast.run import build as run
-from amft_fast.run import checkpoint
+from amft_fast.run import checkpoint, launch
 
 STOP = (1,)
 
@@ -236,15 +235,15 @@ checkpoint = { every = 2, keep_last = 9, keep_best = false, export = false }
 """
 
 
-def test_a_resumed_multi_turn_run_goes_on_bit_for_bit(tmp_path, checkpoint_folder, monkeypatch):
-    monkeypatch.setattr(run, "make_task", lambda cfg: CopyTask(max_turns=3))
+def test_a_resumed_multi_turn_run_goes_on_bit_for_bit(tmp_path, checkpoint_folder):
     folders = tmp_path / "whole", tmp_path / "cut"
 
     (tmp_path / "c.toml").write_text(SHORT_RUN)
 
     def train(folder, resume=False):
         flags = ["--run.dir", str(folder), "--model.path", str(checkpoint_folder)]
-        assert run.train(config_file.load(tmp_path / "c.toml", flags), resume) == 0
+        cfg = config_file.load(tmp_path / "c.toml", flags)
+        assert launch.train(cfg, resume, CopyTask(max_turns=3)) == 0
 
     def lines(folder):
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -8,6 +8,7 @@ import re
 import pytest
 from PIL import Image
 
+from amft_fast.config import VirlConfig
 from amft_fast.data.pictures import MAX_CHARS, data_uri, shown_picture
 from amft_fast.interfaces import Sample
 from amft_fast.report.page import write_report
@@ -47,7 +48,7 @@ def test_what_is_no_data_uri_of_a_picture_is_not_shown(value):
 
 
 def test_the_report_shows_the_map_of_an_episode(tmp_path):
-    task = Virl(num_train=3, num_val=3, num_test=3, cities=1)
+    task = Virl(VirlConfig(num_train=3, num_val=3, num_test=3, cities=1))
     item = task.prompts("train")[0]
     sample = Sample([], [], [], [], 0, "stop", item.id, 0, info={"trace": ((0, "correct", "north"),)})
     uri = data_uri(task.picture(item, sample))

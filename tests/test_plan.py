@@ -26,8 +26,10 @@ from amft_fast.interfaces import Request, Sampling
 from amft_fast.model.layers import checkpoint_layers
 from amft_fast.model.policy import Policy
 from amft_fast.rollout.transformers import TransformersEngine
-from amft_fast.run.build import RunFiles, build, prepare_folder
-from amft_fast.train import Trainer
+from amft_fast.run.build import build
+from amft_fast.run.folder import prepare_folder
+from amft_fast.run.loop import Loop
+from amft_fast.run.writers import RunFiles
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "configs" / "plan").glob("*.toml"))
@@ -250,7 +252,8 @@ def test_peak_of_a_whole_run(flags, tmp_path):
     with LiveMemory() as live:
         parts = build(cfg, lambda: False)
         files = RunFiles(prepare_folder(cfg, False), cfg, steps, 0)
-        trainer = Trainer(cfg, parts, files)
+        loop = Loop(cfg, parts, files)
+        trainer = loop.trainer
 
         def watched(name, function):
             def call(*args, **kwargs):
@@ -262,11 +265,12 @@ def test_peak_of_a_whole_run(flags, tmp_path):
 
             return call
 
-        trainer.update, trainer.sample = watched("update", trainer.update), watched("rollouts", trainer.sample)
+        trainer.update = watched("update", trainer.update)
+        trainer.rollouts.sample = watched("rollouts", trainer.rollouts.sample)
         trainer.utility_gradient._gradient = watched("utility gradient", trainer.utility_gradient._gradient)
-        trainer.run()
+        loop.run()
         files.close()
-    prompt = max(len(parts.encoder.prompt(trainer.task.start(item).messages)) for item in trainer.prompts)
+    prompt = max(len(parts.encoder.prompt(parts.task.start(item).messages)) for item in trainer.rollouts.prompts)
     memory = plan.memory(cfg, plan_shapes.find(folder), Machine(1, 1e9, "cpu", prompt_tokens=prompt))
     planned = {name: plan.total(memory.static) + plan.total(phase) for name, phase in memory.phases.items()}
     assert planned["update"] == pytest.approx(peaks["update"], rel=0.1)

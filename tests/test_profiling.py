@@ -3,12 +3,9 @@
 import json
 
 import torch
-from test_train import cfg_for, copy_task
+from test_train import cfg_for, train
 
-from amft_fast.run import build as run
 from amft_fast.run import profiling
-
-__all__ = ["copy_task"]  # a fixture
 
 
 def test_kinds_of_operations():
@@ -22,8 +19,7 @@ def test_kinds_of_operations():
 def test_a_profiled_run_says_where_the_time_went(tmp_path, checkpoint_folder, capsys):
     flags = ["--profile.steps", "2", "--profile.skip", "1", "--train.steps", "4", "--train.warmup_steps", "0"]
     assert (
-        run.train(cfg_for(tmp_path, checkpoint_folder, *flags, "--eval.every", "0", "--checkpoint.keep_best", "false"))
-        == 0
+        train(cfg_for(tmp_path, checkpoint_folder, *flags, "--eval.every", "0", "--checkpoint.keep_best", "false")) == 0
     )
     text = capsys.readouterr().out
     assert text.count("profile of 2 steps") == 1

@@ -12,10 +12,8 @@ from pathlib import Path
 import pytest
 import scale_worker
 import torch
-from fakes import CopyTask
 from test_train import lines, without_times
 
-from amft_fast.run import build as run
 from amft_fast.run import checkpoint
 
 pytestmark = [
@@ -61,20 +59,11 @@ def found(folder):
     return json.loads((folder / "found.json").read_text())
 
 
-@pytest.fixture(autouse=True)
-def copy_task(monkeypatch):
-    monkeypatch.setattr(run, "make_task", lambda cfg: CopyTask())
-
-
 @pytest.fixture(scope="module")
 def alone(folder):
     """The same run in one process, with the local engine."""
-    real, run.make_task = run.make_task, lambda cfg: CopyTask()
-    try:
-        scale_worker.train(folder / "local", folder / "tied")
-        scale_worker.train(folder / "gae", folder / "tied", *scale_worker.GAE)
-    finally:
-        run.make_task = real
+    scale_worker.train(folder / "local", folder / "tied")
+    scale_worker.train(folder / "gae", folder / "tied", *scale_worker.GAE)
     return folder
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amft_fast.cli import eval_table
+from amft_fast.config import VirlConfig
 from amft_fast.interfaces import Message
 from amft_fast.tasks.virl.city import build_city, draw_routes
 from amft_fast.tasks.virl.routes import (
@@ -40,12 +41,12 @@ ROUTE = Route(
 
 @pytest.fixture(scope="module")
 def task():
-    return Virl(num_train=60, num_val=12, num_test=20, cities=2)
+    return Virl(VirlConfig(num_train=60, num_val=12, num_test=20, cities=2))
 
 
 @pytest.fixture(scope="module")
 def compact():
-    return Virl(answer_format="compact", num_train=60, num_val=12, num_test=20, cities=2)
+    return Virl(VirlConfig(answer_format="compact", num_train=60, num_val=12, num_test=20, cities=2))
 
 
 # --------------------------------------------------------------------------------------------------------- routes, rails
@@ -164,7 +165,7 @@ def test_every_route_can_be_walked_by_its_words_and_both_action_spaces_agree():
 
 def test_a_city_that_is_used_up_says_so():
     with pytest.raises(ValueError, match=r"no more than \d+ routes of 3 to 3 legs: ask for fewer"):
-        Virl(legs=(3, 3), num_train=100_000, cities=1)
+        Virl(VirlConfig(legs=(3, 3), num_train=100_000, cities=1))
 
 
 # -------------------------------------------------------------------------------------------------------- rewards, answers
@@ -311,7 +312,7 @@ def test_a_second_try_saves_the_walk(compact):
     ("scale", "first", "total"), [("published", -1.0, -1.0), ("shaped", -1.0, -1.0), ("binary", 0, 0)]
 )
 def test_reward_scales(scale, first, total):
-    task = Virl(reward_scale=scale, verify_turns=1, num_train=3, num_val=3, num_test=3, cities=1)
+    task = Virl(VirlConfig(reward_scale=scale, verify_turns=1, num_train=3, num_val=3, num_test=3, cities=1))
     item = task.prompts("train")[0]
     answers = right_answers(task, item.data)
     n = len(answers)
@@ -374,9 +375,9 @@ def test_splits_share_no_path_and_ood_differs_from_test_in_the_rule_alone(task):
 
 
 def test_items_are_the_same_each_time_and_growing_one_split_keeps_the_others_clean(task):
-    again = Virl(num_train=60, num_val=12, num_test=20, cities=2)
+    again = Virl(VirlConfig(num_train=60, num_val=12, num_test=20, cities=2))
     assert all(task.prompts(s) == again.prompts(s) for s in task.splits)
-    other = Virl(num_train=60, num_val=12, num_test=20, cities=2, seed=1)
+    other = Virl(VirlConfig(num_train=60, num_val=12, num_test=20, cities=2, seed=1))
     assert not {i.id for i in task.prompts("train")} & {i.id for i in other.prompts("train")}
 
 
@@ -394,7 +395,7 @@ def test_items_are_the_same_each_time_and_growing_one_split_keeps_the_others_cle
 )
 def test_bad_settings_are_named(settings, said):
     with pytest.raises(ValueError, match=said):
-        Virl(**settings)
+        Virl(VirlConfig(**settings))
 
 
 def test_eval_prints_what_the_task_reports():

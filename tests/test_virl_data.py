@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from amft_fast.config import VirlConfig
 from amft_fast.errors import UserError
 from amft_fast.tasks.virl.data import (
     Panoramas,
@@ -252,7 +253,9 @@ def test_missing_and_far_panoramas_are_named(folder):
 
 
 def test_the_task_runs_on_published_routes_with_pictures(folder):
-    task = Virl(data=str(folder), ood_data=str(folder), views=True, view_size=24, val_share=0.3, test_share=0.3)
+    task = Virl(
+        VirlConfig(data=str(folder), ood_data=str(folder), views=True, view_size=24, val_share=0.3, test_share=0.3)
+    )
     assert task.splits == ("train", "val", "test", "ood", "visual_ood")
     assert sum(len(task.prompts(s)) for s in ("train", "val", "test")) == 12 == len(task.prompts("visual_ood"))
     episode = task.start(task.prompts("test")[0])
@@ -261,4 +264,4 @@ def test_the_task_runs_on_published_routes_with_pictures(folder):
     for path in (folder / "street_views").glob("*.jpg"):
         path.unlink()
     with pytest.raises(UserError, match=r"task\.virl: panorama pano_[0-9] in "):
-        Virl(data=str(folder), views=True, view_size=24, val_share=0.3, test_share=0.3).demos("train")[0]
+        Virl(VirlConfig(data=str(folder), views=True, view_size=24, val_share=0.3, test_share=0.3)).demos("train")[0]

@@ -15,7 +15,8 @@ from amft_fast.interfaces import Sampling
 from amft_fast.rollout import episodes
 from amft_fast.rollout.encoder import Encoder
 from amft_fast.rollout.transformers import TransformersEngine
-from amft_fast.run import build as run
+from amft_fast.run import launch
+from amft_fast.run.build import make_task
 from amft_fast.tasks.virl.pretrain import Recipe, build_tokenizer
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo_virl.toml"
@@ -32,7 +33,7 @@ def test_the_shipped_checkpoint_is_what_its_recipe_says():
 
 @pytest.mark.parametrize("split", ["test", "ood"])
 def test_the_shipped_checkpoint_walks_and_still_loses_its_way(split):
-    task = run.make_task(config_file.load(CONFIG).task)
+    task = make_task(config_file.load(CONFIG).task)
     encoder = Encoder(AutoTokenizer.from_pretrained(SHIPPED))
     engine = TransformersEngine(AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32))
     samples = episodes.run(
@@ -74,7 +75,7 @@ def test_the_demo_runs_a_few_steps_and_shows_its_walks(tmp_path, monkeypatch):
         *("--eval.every", "0", "--eval.max_prompts", "4", "--eval.num_samples", "1", "--task.virl.num_train", "40"),
         *("--checkpoint.export", "false", "--log.tensorboard", "false"),
     ]
-    assert run.train(config_file.load(CONFIG, flags)) == 0
+    assert launch.train(config_file.load(CONFIG, flags)) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["end"].keys() == {"train", "val", "test", "ood"}
     assert 0 < summary["end"]["test"]["step_accuracy"] <= 1
@@ -95,7 +96,7 @@ def test_a_vision_language_policy_walks_with_views_in_its_own_and_in_other_citie
     )
     legs = ["--task.virl.legs", "[1, 1]"]
     paths = ["--run.dir", str(tmp_path / "run"), "--model.path", str(model)]
-    assert run.train(config_file.load(CONFIG, [*paths, *legs, *flags.split()])) == 0
+    assert launch.train(config_file.load(CONFIG, [*paths, *legs, *flags.split()])) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     for split in ("test", "ood", "visual_ood"):
         assert 0 <= summary["end"][split]["step_accuracy"] <= 1

@@ -7,6 +7,7 @@ from hashlib import sha256
 import pytest
 from transformers import AutoModelForCausalLM
 
+from amft_fast.config import VirlConfig
 from amft_fast.interfaces import Item
 from amft_fast.rollout.encoder import Encoder
 from amft_fast.tasks.tiny_base import ASSISTANT, USER, encode_turns
@@ -23,7 +24,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def task():
-    return Virl(answer_format="compact", num_train=60, num_val=10, num_test=20, cities=2)
+    return Virl(VirlConfig(answer_format="compact", num_train=60, num_val=10, num_test=20, cities=2))
 
 
 def test_every_text_of_an_episode_has_tokens_of_its_own(tokenizer, task):
@@ -79,7 +80,7 @@ def test_the_chat_template_writes_what_the_base_was_shown(tokenizer, task):
 
 
 def test_the_base_walks_in_cities_of_its_own():
-    other = {i.data.route for i in Virl(num_train=200, num_val=10, num_test=20).prompts("train")}
+    other = {i.data.route for i in Virl(VirlConfig(num_train=200, num_val=10, num_test=20)).prompts("train")}
     routes = base_routes(SMALL)
     assert len(routes) == 2 * 20 * SMALL.most_legs and not other & set(routes)
     assert sorted({len(r.legs) for r in routes}) == [1, 2]

@@ -5,6 +5,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from amft_fast.config import VirlConfig
 from amft_fast.interfaces import Sample
 from amft_fast.tasks.virl.city import LANDMARKS
 from amft_fast.tasks.virl.routes import SIDES, Point
@@ -14,7 +15,7 @@ from amft_fast.tasks.virl.views import LINE, LOOKS, drawn_views
 
 @pytest.fixture(scope="module")
 def task():
-    return Virl(views=True, view_size=64, num_train=20, num_val=8, num_test=8, cities=2)
+    return Virl(VirlConfig(views=True, view_size=64, num_train=20, num_val=8, num_test=8, cities=2))
 
 
 def point(landmark="", side="", exits=(0.0,), heading=0.0):
@@ -76,7 +77,7 @@ def test_pictures_come_with_the_prompt_and_with_every_new_point(task):
 
 
 def test_without_views_no_picture_is_drawn():
-    words = Virl(num_train=3, num_val=3, num_test=3, cities=1)
+    words = Virl(VirlConfig(num_train=3, num_val=3, num_test=3, cities=1))
     assert "visual_ood" not in words.splits
     assert words.start(words.prompts("train")[0]).messages[0].images == ()
 

@@ -23,7 +23,7 @@ from amft_fast.rollout import vllm
 from amft_fast.rollout.transformers import TransformersEngine
 from amft_fast.rollout.vllm.setup import Setup
 from amft_fast.rollout.vllm.targets import HttpTarget, group_requests
-from amft_fast.run import build as run
+from amft_fast.run import launch
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 SMALL = {"bucket_bytes": 4096, "kv_cache_bytes": 16 << 20, "max_num_seqs": 64}
@@ -175,14 +175,9 @@ def records(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture
-def copy_task(monkeypatch):
-    monkeypatch.setattr(run, "make_task", lambda cfg: CopyTask())
-
-
-def test_rollouts_ahead_are_one_step_old_and_the_engine_agrees_with_the_trainer(tmp_path, copy_task):
+def test_rollouts_ahead_are_one_step_old_and_the_engine_agrees_with_the_trainer(tmp_path):
     folder = make_checkpoint(tmp_path / "model")
-    assert run.train(cfg_for(tmp_path / "run", folder, "--rollout.async_steps", "1")) == 0
+    assert launch.train(cfg_for(tmp_path / "run", folder, "--rollout.async_steps", "1"), task=CopyTask()) == 0
     steps = records(tmp_path / "run")
     assert [r["staleness"] for r in steps] == [0, 1, 1, 1, 1, 1]
     assert steps[0]["mismatch_max"] < 1e-3, "drawn with the very weights that it is trained on"

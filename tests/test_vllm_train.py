@@ -9,14 +9,9 @@ from fakes import CopyTask, make_checkpoint
 pytest.importorskip("vllm", reason="needs vLLM: make test-integration has an environment with it")
 
 from amft_fast import config_file
-from amft_fast.run import build as run
+from amft_fast.run import launch
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
-
-
-@pytest.fixture
-def copy_task(monkeypatch):
-    monkeypatch.setattr(run, "make_task", lambda cfg: CopyTask())
 
 
 def train(folder, model, *flags):
@@ -39,13 +34,13 @@ def train(folder, model, *flags):
             *("--checkpoint.keep_best", "false", "--checkpoint.export", "false", *flags),
         ],
     )
-    assert run.train(cfg) == 0
+    assert launch.train(cfg, task=CopyTask()) == 0
     steps = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((Path(folder) / "summary.json").read_text())
     return steps, summary["start"]["train"]["sampled"], summary["end"]["train"]["sampled"]
 
 
-def test_a_run_with_vllm_learns_as_one_with_the_embedded_engine(tmp_path, copy_task):
+def test_a_run_with_vllm_learns_as_one_with_the_embedded_engine(tmp_path):
     folder = make_checkpoint(tmp_path / "model")
     _, start, want = train(tmp_path / "embedded", folder)
     vllm = ("--rollout.engine", "vllm", "--rollout.vllm.kv_cache_bytes", str(16 << 20))
@@ -63,7 +58,7 @@ def test_the_demo_learns_with_vllm(tmp_path):
     cfg = config_file.load(
         str(Path(__file__).parents[1] / "configs" / "demo.toml"), ["--run.dir", str(tmp_path / "run"), *flags.split()]
     )
-    assert run.train(cfg) == 0
+    assert launch.train(cfg) == 0
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     success = [r["success"] for r in steps]
     assert sum(success[60:80]) / 20 > sum(success[:20]) / 20 + 0.03

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
+
+from amft_fast.interfaces import Item
 
 
 def sample_seed(*parts: object) -> int:
     """The 64-bit seed of a sample, from what it is (run seed, step, prompt, sample index, turn), not from where it is drawn."""
     text = "\x1f".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def choose(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """At most `limit` items: a fixed pseudo-random choice by id, so that it never depends on order."""
+    if limit is None or len(items) <= limit:
+        return list(items)
+    return sorted(items, key=lambda item: sample_seed("choose", item.id))[:limit]
 
 
 class Stream:
@@ -31,3 +41,9 @@ class Stream:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self.key, epoch]).permutation(self.n)
         return int(self._order[i])
+
+    def state_dict(self) -> int:
+        return self.position
+
+    def load_state_dict(self, state: int) -> None:
+        self.position = state

@@ -33,21 +33,18 @@ class Ahead:
             raise error
 
     def drop(self) -> None:
-        """What was drawn will not be used."""
+        """What was drawn has been used, or will not be."""
         self.future = None
 
-    def take(self) -> list[Sample] | None:
-        """The rollouts that were drawn ahead, once; None when there are none."""
+    def result(self) -> list[Sample] | None:
+        """The rollouts that were drawn ahead, which stay until they are dropped; None when there are none."""
         self.wait()
-        future, self.future = self.future, None
-        return None if future is None else future.result()
+        return None if self.future is None else self.future.result()
 
     def state_dict(self) -> list[dict[str, Any]] | None:
         """What waits to be used, as JSON values: its weights are gone, so it cannot be drawn again as it was."""
-        self.wait()
-        if self.future is None:
-            return None
-        return [asdict(sample) for sample in self.future.result()]
+        drawn = self.result()
+        return None if drawn is None else [asdict(sample) for sample in drawn]
 
     def load_state_dict(self, state: list[dict[str, Any]] | None) -> None:
         self.future = None

@@ -6,6 +6,7 @@ the policy goes on. Token ids are trained on as the engine returned them: only t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -45,8 +46,12 @@ def run(
     `only`: draw these of the `len(items) * num_generations` samples, and no others.
     """
     samples, episodes, numbers = [], [], []
+    before: Counter[str] = (
+        Counter()
+    )  # how often a prompt came already: its second group continues the count of its samples
     for g, item in enumerate(items):
-        prompt = None
+        prompt, first = None, before[item.id] * num_generations
+        before[item.id] += 1
         for number in range(num_generations):
             if only is not None and g * num_generations + number not in only:
                 continue
@@ -55,7 +60,7 @@ def run(
             images = tuple(image for m in episode.messages for image in m.images)
             samples.append(Sample(prompt, [], [], [], 0, "stop", item.id, first_group + g, images=images))
             episodes.append(episode)
-            numbers.append(number)
+            numbers.append(first + number)
 
     def request(i: int) -> Request:
         s = samples[i]

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from math import comb, sqrt
 from typing import Any
 
-from amft_fast.data.stream import sample_seed
+from amft_fast.config import Config
+from amft_fast.data.stream import choose
 from amft_fast.engine.world import ALONE, World
 from amft_fast.errors import UserError
-from amft_fast.interfaces import Item, RolloutEngine, Sample, Sampling, Task
+from amft_fast.interfaces import RolloutEngine, Sample, Sampling, Task
 from amft_fast.rollout import episodes
 from amft_fast.rollout.encoder import Encoder
+from amft_fast.train import Parts, Trainer
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -22,13 +24,6 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     if not 1 <= k <= n or not 0 <= correct <= n:
         raise ValueError(f"need 1 <= k <= n and 0 <= correct <= n, got n={n}, correct={correct}, k={k}")
     return 1.0 - comb(n - correct, k) / comb(n, k)
-
-
-def choose(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """At most `limit` items: a fixed pseudo-random choice by id, so that it never depends on order."""
-    if limit is None or len(items) <= limit:
-        return list(items)
-    return sorted(items, key=lambda item: sample_seed("choose", item.id))[:limit]
 
 
 def check_splits(name: str, splits: Sequence[str] | None, task: Task) -> list[str]:
@@ -82,6 +77,65 @@ def evaluate(
             keep += sampled
         out[split] = summarise(greedy, sampled, num_samples)
     return out
+
+
+class Evaluator:
+    """Evaluations of a run: when they are due, what they cover, and what came of them."""
+
+    def __init__(self, cfg: Config, parts: Parts) -> None:
+        self.cfg, self.parts = cfg, parts
+        self.splits = check_splits("eval.splits", cfg.eval.splits, parts.task)
+        check_splits("eval.schedule_splits", cfg.eval.schedule_splits, parts.task)
+        self.evaluated_step, self.evaluations = -1, 0
+        self.best: float | None = None
+        self.results: dict[str, Any] = {}  # of the whole evaluations, at the start and the end
+
+    def due(self, trainer: Trainer) -> bool:
+        """At the start, at the end, and each time the clock has passed another `eval.every`."""
+        if self.evaluated_step == trainer.step:
+            return False
+        every = self.cfg.eval.every
+        passed = int(trainer.clock // every) if every and trainer.clock >= 0 else -1
+        return trainer.step == 0 or trainer.finished or passed >= self.evaluations
+
+    def evaluate(self, trainer: Trainer) -> tuple[dict[str, dict[str, float]], bool]:
+        """The figures by split; and whether it was a whole one: all splits with all prompts at the start and the end, the
+        scheduled ones in between."""
+        cfg, whole = self.cfg.eval, trainer.step == 0 or trainer.finished
+        result = evaluate(
+            self.parts.rollout_engine,
+            self.parts.task,
+            self.parts.encoder,
+            self.splits if whole else cfg.schedule_splits,
+            num_samples=cfg.num_samples if whole else cfg.schedule_num_samples,
+            max_prompts=cfg.max_prompts if whole else cfg.schedule_max_prompts,
+            max_new_tokens=self.cfg.rollout.max_new_tokens,
+            seed=self.cfg.run.seed,
+            temperature=cfg.temperature,
+            top_p=cfg.top_p,
+            world=self.parts.engine.world,
+        )
+        self.evaluated_step = trainer.step
+        if cfg.every and trainer.clock >= 0:
+            self.evaluations = int(trainer.clock // cfg.every) + 1
+        if whole:
+            self.results["start" if trainer.step == 0 else "end"] = result
+        return result, whole
+
+    def is_best(self, figures: dict[str, float]) -> bool:
+        """Whether `checkpoint.metric` is the best so far, where the best is kept."""
+        value = figures.get(self.cfg.checkpoint.metric)
+        if not self.cfg.checkpoint.keep_best or value is None or (self.best is not None and value <= self.best):
+            return False
+        self.best = value
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("evaluated_step", "evaluations", "best", "results")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self.state_dict():
+            setattr(self, name, state[name])
 
 
 def summarise(greedy: list[Sample], sampled: list[Sample], k: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What `train CONFIG --dry-run` looks at beyond the settings: whether the model and the data of mathematics are where they say.
+"""What `train CONFIG --dry-run` looks at beyond the settings: whether the model and a task's data are where they say.
 
 Nothing is downloaded. What lies on the hub is asked for by name; when the hub cannot be reached, a sentence says so, and what
 could not be checked, and the dry run is no failure for that.
@@ -6,14 +6,11 @@ could not be checked, and the dry run is no failure for that.
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from amft_fast.config import Config
 from amft_fast.errors import UserError
-from amft_fast.tasks.math.benchmarks import Benchmark, pick, read_benchmarks
-from amft_fast.tasks.math.sources import BadRow, Source, read_row, recognise
+from amft_fast.tasks.shipped import maker
 
 SECONDS = 5.0
 
@@ -23,14 +20,9 @@ def check(cfg: Config) -> list[str]:
     lines, hub = [], Hub()
     if cfg.model.path:
         lines.append(_model(cfg.model.path, hub))
-    if cfg.task.name == "math":
-        math = cfg.task.math
-        if not math.train:
-            raise UserError("task.math.train: name at least one file or dataset")
-        lines += [_source("training data", Source(text), math.columns, hub) for text in math.train]
-        known = read_benchmarks(math.benchmarks_file) if math.benchmarks or math.decontaminate else {}
-        for benchmark in (*pick(known, math.benchmarks), *pick(known, math.decontaminate)):
-            lines.append(_benchmark(benchmark, hub))
+    dry_run = getattr(maker(cfg.task.name), "dry_run", None)
+    if dry_run is not None:
+        lines += dry_run(getattr(cfg.task, cfg.task.name), hub)
     return lines + hub.lines()
 
 
@@ -65,6 +57,15 @@ class Hub:
             return False
         return True
 
+    def look_up(self, kind: str, name: str) -> str:
+        """A line that says whether the hub has it. Raises UserError when it has not."""
+        found = self.has(kind, name)
+        if found is False:
+            raise UserError(
+                f"{kind} {name!r} is no file or folder here, and the Hugging Face hub has none of this name"
+            )
+        return f"{kind}: {name}, {'on the hub' if found else 'not checked'}"
+
     def lines(self) -> list[str]:
         if not self.unreachable:
             return []
@@ -80,34 +81,4 @@ def _model(path: str, hub: Hub) -> str:
         return f"model: {path} is there"
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"model.path: {path!r} is not a transformers checkpoint: it has no config.json")
-    return _on_hub("model", path, hub)
-
-
-def _on_hub(kind: str, name: str, hub: Hub) -> str:
-    found = hub.has(kind, name)
-    if found is False:
-        raise UserError(f"{kind} {name!r} is no file or folder here, and the Hugging Face hub has none of this name")
-    return f"{kind}: {name}, {'on the hub' if found else 'not checked'}"
-
-
-def _source(what: str, source: Source, columns: dict[str, str], hub: Hub, keep: dict[str, Any] | None = None) -> str:
-    if not source.is_file:
-        name = source.text.partition("@")[0].partition(":")[0]
-        return f"{what}: {_on_hub('dataset', name, hub)}"
-    trouble = ""
-    for place, row in islice(source.rows(), 1000):
-        if isinstance(row, BadRow) or any(row.get(k) != v for k, v in (keep or {}).items()):
-            trouble = trouble or (f"; the first: {place}: {row}" if isinstance(row, BadRow) else "")
-            continue
-        try:
-            read_row(row, columns)
-        except (BadRow, KeyError, TypeError, AttributeError) as e:
-            trouble = trouble or f"; the first: {place}: {e}"
-            continue
-        return f"{what}: {source.text}, layout {'by columns' if columns else recognise(row)}"
-    raise UserError(f"{what}: no usable row among the first 1000 of {source.text}{trouble}")
-
-
-def _benchmark(benchmark: Benchmark, hub: Hub) -> str:
-    what = f"benchmark {benchmark.name}"
-    return _source(what, Source(benchmark.source, "test"), benchmark.columns, hub, benchmark.keep)
+    return hub.look_up("model", path)

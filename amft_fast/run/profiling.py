@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from amft_fast.run.writers import RANGE
+from amft_fast.engine.phases import RANGE
 
 # Kinds by what an operation's name holds, first match wins.
 KINDS = (

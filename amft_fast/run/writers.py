@@ -1,4 +1,4 @@
-"""What a run writes while it goes: metrics.jsonl, TensorBoard files, progress on the terminal, seconds per phase."""
+"""What a run writes while it goes: metrics.jsonl and the like, TensorBoard files, progress on the terminal."""
 
 from __future__ import annotations
 
@@ -7,65 +7,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-from torch.profiler import record_function
-
-# The parts of a step, in order; each is timed and has an NVTX range of its name.
-PHASES = ("rollout", "advantage", "utility", "update", "sync", "eval", "checkpoint")
-
-
-RANGE = "amft."  # before a phase's name in a profiler's trace
-
-
-class Phases:
-    """Seconds per phase of one step, by CUDA events on a GPU (no host sync until they are read) and the clock elsewhere.
-
-    A phase inside another has an NVTX range of its own, but its seconds are the outer one's alone.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.spans: list[tuple[str, Any, Any]] = []
-        self.depth = 0
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        begin = self._now()
-        self.depth += 1
-        if self.cuda:
-            torch.cuda.nvtx.range_push(name)
-        try:
-            with record_function(RANGE + name):
-                yield
-        finally:
-            if self.cuda:
-                torch.cuda.nvtx.range_pop()
-            self.depth -= 1
-            if not self.depth:
-                self.spans.append((name, begin, self._now()))
-
-    def _now(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def read(self) -> dict[str, float]:
-        """Seconds by phase since the last read."""
-        out: dict[str, float] = {}
-        for name, begin, end in self.spans:
-            if self.cuda:
-                end.synchronize()
-            seconds = begin.elapsed_time(end) / 1e3 if self.cuda else end - begin
-            out[name] = out.get(name, 0.0) + seconds
-        self.spans.clear()
-        return out
+from amft_fast.config import Config
 
 
 def plain(value: Any) -> Any:
@@ -160,3 +105,36 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+class RunFiles:
+    """The files of a run that grow while it goes."""
+
+    def __init__(self, folder: Path, cfg: Config, total: int, resume_step: int) -> None:
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self.metrics: Any = JsonLines(folder / "metrics.jsonl", resume_step)
+        self.evals: Any = JsonLines(folder / "evals.jsonl", resume_step)
+        self.samples: Any = JsonLines(folder / "samples.jsonl", resume_step)
+        self.tensorboard: Any = TensorBoard(folder / "tb", cfg.log.tensorboard, resume_step)
+        self.progress: Any = Progress(total, resume_step, cfg.log.every, cfg.log.progress)
+
+    def say(self, text: str) -> None:
+        self.progress.say(text)
+
+    def close(self) -> None:
+        for part in (self.metrics, self.evals, self.samples, self.tensorboard, self.progress):
+            part.close()
+
+
+class NoFiles(RunFiles):
+    """What ranks other than 0 have instead: nothing is written and nothing said."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.checkpoints = folder, folder / "checkpoints"
+        self.metrics = self.evals = self.samples = self.tensorboard = self.progress = self
+
+    def write(self, *record: Any) -> None: ...
+    def step(self, done: int, figures: dict[str, float | None]) -> None: ...
+    def say(self, text: str) -> None: ...
+    def close(self) -> None: ...

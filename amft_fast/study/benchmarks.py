@@ -297,28 +297,29 @@ class _Weights:
         return self.model.named_parameters()
 
 
-def run(cfg: Config, names: Sequence[str], benchmarks_file: str, settings: Settings, out: Path) -> int:
+def run(cfg: Config, names: Sequence[str], benchmarks_file: str | None, settings: Settings, out: Path) -> int:
     """Evaluates the model of `cfg` on the benchmarks `names`; returns the exit code."""
     import torch
 
     from amft_fast.model.policy import load_model, load_tokenizer
-    from amft_fast.run.build import StopSignal, make_rollouts, pick_device
-    from amft_fast.tasks.math.benchmarks import pick, read_benchmarks
+    from amft_fast.run.build import make_rollouts, pick_device
+    from amft_fast.run.signals import StopSignal
+    from amft_fast.tasks.math.benchmarks import default_benchmarks_file, pick, read_benchmarks
 
-    benchmarks = pick(read_benchmarks(benchmarks_file), names)
-    stop = StopSignal()
-    if cfg.run.threads:
-        torch.set_num_threads(cfg.run.threads)
-    encoder = Encoder(load_tokenizer(cfg.model))
-    model = load_model(cfg.model, pick_device(cfg.run.device)).eval()
-    engine = make_rollouts(cfg, model, _Weights(model), encoder, stop)
-    try:
-        results = evaluate(engine, encoder, benchmarks, settings, out, cfg.rollout.max_batch)
-    except InterruptedError:
-        print(f"stopped; the same command goes on from what is in {out}")
-        return 128 + (stop.received or 2)
-    finally:
-        engine.close()
+    benchmarks = pick(read_benchmarks(benchmarks_file or default_benchmarks_file()), names)
+    with StopSignal() as stop:
+        if cfg.run.threads:
+            torch.set_num_threads(cfg.run.threads)
+        encoder = Encoder(load_tokenizer(cfg.model))
+        model = load_model(cfg.model, pick_device(cfg.run.device)).eval()
+        engine = make_rollouts(cfg, model, _Weights(model), encoder, stop)
+        try:
+            results = evaluate(engine, encoder, benchmarks, settings, out, cfg.rollout.max_batch)
+        except InterruptedError:
+            print(f"stopped; the same command goes on from what is in {out}")
+            return stop.exit_code
+        finally:
+            engine.close()
     print(aligned(table(results)))
     print(f"results: {out / 'results.html'}")
     return 0

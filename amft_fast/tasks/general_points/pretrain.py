@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
 from hashlib import sha256
@@ -28,10 +28,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from amft_fast.tasks.general_points.hands import ID_RULE, OOD_RULE, Problem, assign_split, hands, shuffled_deal
+from amft_fast.tasks.general_points.bases import Recipe, allowed_hands
+from amft_fast.tasks.general_points.hands import ID_RULE, OOD_RULE, Problem, shuffled_deal
 from amft_fast.tasks.general_points.task import (
     PROMPT_WORDS,
-    GeneralPoints,
     Verdict,
     answer_text,
     feedback_text,
@@ -55,23 +55,6 @@ SIGNS = ("+", "-", "*", "/", "(", ")", "=")
 LARGEST_NUMBER = 99
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What a base checkpoint is made from. `two_turns` is the share of sequences with a wrong answer first."""
-
-    num_cards: int = 3
-    targets: tuple[int, int] = (1, 40)
-    seed: int = 0
-    steps: int = 600
-    batch_size: int = 256
-    lr: float = 3e-3
-    warmup_steps: int = 50
-    weight_decay: float = 0.01
-    two_turns: float = 0.1
-    hidden_size: int = 64
-    num_layers: int = 3
-
-
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
 
@@ -81,39 +64,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
-
-
-def allowed_hands(recipe: Recipe) -> dict[str, list[tuple[int, ...]]]:
-    """For each rule, the multisets of values that pre-training may show.
-
-    Hands without a value above 10 are allowed under both rules, as far as they are training hands.
-    """
-    train = [hand for hand in hands(recipe.num_cards, ID_RULE) if assign_split(hand, seed=recipe.seed) == "train"]
-    other = [hand for hand in hands(recipe.num_cards, OOD_RULE) if assign_split(hand, seed=recipe.seed) == "ood_train"]
-    return {ID_RULE: train, OOD_RULE: train + other}
-
-
-def leak(base: str, task: object) -> str | None:
-    """A sentence when the base checkpoint in the folder `base` was pre-trained on hands that `task` holds out.
-
-    None where nothing leaks, and for a base or a task that this module knows nothing of.
-    """
-    try:
-        made = json.loads((Path(base) / "recipe.json").read_text())["arguments"]
-        recipe = Recipe(**{k: made[k] for k in ("num_cards", "targets", "seed")})
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if not isinstance(task, GeneralPoints) or task.num_cards != recipe.num_cards:
-        return None
-    seen = {hand for pool in allowed_hands(recipe).values() for hand in pool}
-    leaked = sorted(hand for hand in seen if task.assign_split(hand) not in ("train", "ood_train"))
-    if not leaked:
-        return None
-    return (
-        f"model.path: {base!r} was pre-trained on {len(leaked)} of the hands that task.general_points.seed {task.seed} and its "
-        f"shares hold out: success on val, test and ood says nothing then. Keep seed {recipe.seed} and the default shares, or "
-        "make a base of your own with python -m amft_fast.tasks.general_points.pretrain"
-    )
 
 
 def all_expressions(numbers: Sequence[int]) -> Iterator[tuple[str, Fraction, int]]:

@@ -24,7 +24,9 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
+from amft_fast.config import GeneralPointsConfig
 from amft_fast.interfaces import Demo, Item, Message, StepResult
+from amft_fast.tasks.general_points.bases import leak
 from amft_fast.tasks.general_points.expressions import (
     MAX_NUMBERS,
     FormulaError,
@@ -50,7 +52,6 @@ REWARDS = {
 SPLITS = ("train", "val", "test", "ood")
 ANSWER_FORMATS = ("json", "formula")
 REWARD_SCALES = ("published", "binary", "shaped")
-MAX_TARGET = 1000
 
 
 @dataclass(frozen=True)
@@ -234,65 +235,26 @@ def feedback_text(problem: Problem, verdict: Verdict, answer_format: str) -> str
 class GeneralPoints:
     """The task: `amft_fast.interfaces.Task` over hands of cards.
 
-    num_cards       cards in a hand, 2 to 6 (beyond 4 the making takes longer)
-    target          the number to make; or
-    targets         (lo, hi), both included: every solvable target in it is a problem of its own
-    answer_format   "json" or "formula"
-    reward_scale    "published" (5, 1, -1, -2, -3), "shaped" (that / 5) or "binary" (1 when correct, else 0)
-    max_turns       tries at one problem; after a wrong one the verifier's message goes back to the policy
-    seed            of splits, order of cards, face cards, and demos: the data's, not the run's. A base checkpoint is
-                    clean of the test hands of one seed only
-    val_share, test_share, ood_share   shares of the multisets (see `assign_split`)
-    max_train, max_val, max_test, max_ood   problems kept of a split, the same at every call; None keeps all
-    demo_share      share of the training hands that have a demo. The other splits have one for every problem
+    Its settings are those of the section `task.general_points` (see `config.GeneralPointsConfig`).
 
     Only solvable problems are kept. Rewards have no unit; a turn's reward is that turn's alone. `info` of a step holds
-    `success` and `kind` (see `verify_formula`). Raises ValueError naming the argument that is out of range.
+    `success` and `kind` (see `verify_formula`).
     """
 
     splits = SPLITS
 
-    def __init__(
-        self,
-        *,
-        num_cards: int = 4,
-        target: int = 24,
-        targets: Sequence[int] | None = None,
-        answer_format: str = "json",
-        reward_scale: str = "published",
-        max_turns: int = 5,
-        seed: int = 0,
-        val_share: float = 0.1,
-        test_share: float = 0.2,
-        ood_share: float = 0.5,
-        max_train: int | None = None,
-        max_val: int | None = None,
-        max_test: int | None = None,
-        max_ood: int | None = None,
-        demo_share: float = 1.0,
-    ):
-        limits = {"max_train": max_train, "max_val": max_val, "max_test": max_test, "max_ood": max_ood}
-        _check("target", target, 0, MAX_TARGET)
-        lo, hi = _range("targets", targets) if targets is not None else (target, target)
-        _check("num_cards", num_cards, 2, MAX_NUMBERS)
-        _check("max_turns", max_turns, 1, 100)
-        _check("seed", seed, 0, 2**63)
-        for name, share in {"val_share": val_share, "test_share": test_share, "ood_share": ood_share}.items():
-            _check_share(name, share)
-        _check_share("demo_share", demo_share)
-        if val_share + test_share >= 1:
-            raise ValueError(f"val_share + test_share must leave hands to train on, got {val_share} + {test_share}")
-        _check_choice("answer_format", answer_format, ANSWER_FORMATS)
-        _check_choice("reward_scale", reward_scale, REWARD_SCALES)
-        for name, limit in limits.items():
-            if limit is not None:
-                _check(name, limit, 1, 10**9)
-        self.num_cards, self.targets = num_cards, range(lo, hi + 1)
-        self.answer_format, self.reward_scale, self.max_turns = answer_format, reward_scale, max_turns
-        self.seed, self.demo_share = seed, demo_share
-        self.shares = {"val_share": val_share, "test_share": test_share, "ood_share": ood_share}
-        self._limits = {name.removeprefix("max_"): limit for name, limit in limits.items()}
+    def __init__(self, settings: GeneralPointsConfig | None = None) -> None:
+        self.settings = s = settings or GeneralPointsConfig()
+        lo, hi = s.targets or (s.target, s.target)
+        self.num_cards, self.targets = s.num_cards, range(lo, hi + 1)
+        self.answer_format, self.max_turns, self.seed = s.answer_format, s.max_turns, s.seed
+        self.shares = {"val_share": s.val_share, "test_share": s.test_share, "ood_share": s.ood_share}
+        self._limits = {"train": s.max_train, "val": s.max_val, "test": s.max_test, "ood": s.max_ood}
         self._demos: dict[str, tuple[Demo, ...]] = {}
+
+    def warn_of_base(self, path: str) -> str | None:
+        """A sentence when the model at `path` was pre-trained on hands that this task holds out."""
+        return leak(path, self.num_cards, self.seed, self.assign_split)
 
     def assign_split(self, hand: Sequence[int]) -> str:
         """The split of a multiset of values in this task; see the function `assign_split`."""
@@ -300,7 +262,8 @@ class GeneralPoints:
 
     def prompts(self, split: str) -> tuple[Item, ...]:
         """The problems of a split, in an order shuffled once and for all."""
-        _check_choice("split", split, self.splits)
+        if split not in self.splits:
+            raise ValueError(f"split must be one of {', '.join(self.splits)}, got {split!r}")
         return self._items[split]
 
     def demos(self, split: str) -> tuple[Demo, ...]:
@@ -330,9 +293,9 @@ class GeneralPoints:
 
     def reward(self, verdict: Verdict) -> float:
         """The verdict's reward on this task's scale."""
-        if self.reward_scale == "binary":
+        if self.settings.reward_scale == "binary":
             return float(verdict.kind == "correct")
-        return verdict.reward / (5 if self.reward_scale == "shaped" else 1)
+        return verdict.reward / (5 if self.settings.reward_scale == "shaped" else 1)
 
     def describe(self) -> dict[str, dict[str, int]]:
         """How many problems, and how many different hands (multisets of values), each split has."""
@@ -364,7 +327,7 @@ class GeneralPoints:
         return Item(f"gp/{rule}/{'.'.join(problem.cards)}/{target}", problem)
 
     def _has_demo(self, split: str, item: Item) -> bool:
-        return split != "train" or draw("demo", self.seed, *sorted(item.data.values)) < self.demo_share
+        return split != "train" or draw("demo", self.seed, *sorted(item.data.values)) < self.settings.demo_share
 
     def _demo(self, item: Item) -> Demo:
         formulas = solve(list(item.data.values), item.data.target)
@@ -391,28 +354,3 @@ class GeneralPointsEpisode:
             message = Message("user", self._task.feedback(self._problem, verdict))
         info = {"success": success, "kind": verdict.kind, **figures}
         return StepResult(message, self._task.reward(verdict), not self._turns_left, info)
-
-
-def _check(name: str, value: Any, lo: int, hi: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not lo <= value <= hi:
-        raise ValueError(f"{name} must be an integer from {lo} to {hi}, got {value!r}")
-
-
-def _check_share(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a share from 0 to 1, got {value!r}")
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _range(name: str, pair: Sequence[int]) -> tuple[int, int]:
-    if isinstance(pair, str) or len(pair) != 2:
-        raise ValueError(f"{name} must be two integers (lo, hi), got {pair!r}")
-    for bound in pair:
-        _check(name, bound, 0, MAX_TARGET)
-    if pair[0] > pair[1]:
-        raise ValueError(f"{name} must be (lo, hi) with lo <= hi, got {pair!r}")
-    return pair[0], pair[1]

@@ -22,6 +22,7 @@ from typing import Any
 
 from PIL import Image
 
+from amft_fast.config import GeneralPointsConfig
 from amft_fast.interfaces import Item, Message, Sample
 from amft_fast.tasks.general_points.cards import BLACK_SUITS, RED_SUITS, pick_suits, table_image
 from amft_fast.tasks.general_points.task import (
@@ -94,21 +95,15 @@ def cards_right(seen: Sequence[str], cards: Sequence[str]) -> float:
 class GeneralPointsVision(GeneralPoints):
     """The task with pictures: `amft_fast.interfaces.Task`.
 
-    card_size     (width, height) of a card in pixels
-    card_margin   pixels of table around each card; with one, cards lie a little off their places
-    Everything else as in `GeneralPoints`. `info` of a step holds `recognition` (1.0 if all cards were named right, else 0.0)
+    `info` of a step holds `recognition` (1.0 if all cards were named right, else 0.0)
     and `cards_right` (the share of them) as well.
     """
 
     splits = (*GeneralPoints.splits, "visual_ood")
 
-    def __init__(self, *, card_size: Sequence[int] = (112, 160), card_margin: int = 12, **settings: Any):
-        super().__init__(**settings)
-        if len(card_size) != 2 or card_size[0] < 8 or card_size[1] < 16:
-            raise ValueError(f"card_size must be (width, height), at least 8 x 16 pixels, got {card_size!r}")
-        if card_margin < 0:
-            raise ValueError(f"card_margin must not be negative, got {card_margin}")
-        self.card_size, self.card_margin = (card_size[0], card_size[1]), card_margin
+    def __init__(self, settings: GeneralPointsConfig | None = None) -> None:
+        super().__init__(settings)
+        self.card_size, self.card_margin = self.settings.card_size, self.settings.card_margin
 
     def opening(self, problem: Problem) -> tuple[Message, ...]:
         if self.answer_format == "formula":
@@ -162,8 +157,6 @@ class GeneralPointsVision(GeneralPoints):
         return replace(item, data=replace(item.data, suits=chosen))
 
 
-def make_general_points(*, images: bool, card_size: Sequence[int], card_margin: int, **settings: Any) -> GeneralPoints:
+def make_general_points(settings: GeneralPointsConfig) -> GeneralPoints:
     """The task that the section `task.general_points` of a config asks for, in words or with pictures."""
-    if not images:
-        return GeneralPoints(**settings)
-    return GeneralPointsVision(card_size=card_size, card_margin=card_margin, **settings)
+    return GeneralPointsVision(settings) if settings.images else GeneralPoints(settings)

@@ -35,6 +35,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from amft_fast.config import GeneralPointsConfig
 from amft_fast.model.vision import Vision
 from amft_fast.rollout.encoder import Encoder
 from amft_fast.tasks import tiny_base
@@ -161,12 +162,14 @@ class Examples:
         self.recipe, self.encoder = recipe, encoder
         self.rank_tokens = [encoder.tokenizer.get_vocab()[rank] for rank in RANKS]
         self.task = GeneralPointsVision(
-            num_cards=recipe.num_cards,
-            targets=recipe.targets,
-            answer_format="formula",
-            seed=recipe.seed,
-            card_size=CARD_SIZE,
-            card_margin=0,
+            GeneralPointsConfig(
+                num_cards=recipe.num_cards,
+                targets=recipe.targets,
+                answer_format="formula",
+                seed=recipe.seed,
+                card_size=CARD_SIZE,
+                card_margin=0,
+            )
         )
         allowed = pretrain.allowed_hands(recipe)
         self.labelled = {h: pretrain.labelled(h, recipe.targets) for pool in allowed.values() for h in pool}

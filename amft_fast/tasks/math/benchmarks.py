@@ -92,3 +92,9 @@ def load_benchmark(benchmark: Benchmark, store: Store, limit: int | None = None)
         limits=Limits(1 << 60, 1 << 60, lambda texts: [0] * len(texts)),
         max_problems=limit,
     )
+
+
+def default_benchmarks_file() -> Path:
+    """configs/benchmarks.toml, from the working directory or from the repository this package lies in."""
+    name = Path("configs") / "benchmarks.toml"
+    return name if name.exists() else Path(__file__).resolve().parents[3] / name

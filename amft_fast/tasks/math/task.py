@@ -8,13 +8,14 @@ Training problems that stand in a benchmark, or share 13 words in a row with one
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from amft_fast.config import MathConfig
 from amft_fast.interfaces import Demo, Item, Message, StepResult
 from amft_fast.tasks.math.answer import extract
 from amft_fast.tasks.math.benchmarks import Benchmark, load_benchmark, pick, read_benchmarks
 from amft_fast.tasks.math.data import CountTokens, Limits, Problem, Store, Tally, View, load
+from amft_fast.tasks.math.dry_run import dry_run
 from amft_fast.tasks.math.reward import choice_reward, format_reward, reward, rewards
 from amft_fast.tasks.math.sources import Fingerprints, Source
 
@@ -34,18 +35,8 @@ THINKING_PROMPT = (
 class MathTask:
     """The task: `amft_fast.interfaces.Task` over problems with a gold answer. One turn.
 
-    train           files or dataset names (see math_sources.Source)
-    benchmarks      names in `benchmarks_file`: each is a split of its own, and is kept out of training
-    decontaminate   further benchmarks, files or datasets whose problems are kept out of training
-    columns         column map of `train`; empty: the layouts known
-    system_prompt   None: ours; "": none
-    keep_system     take the system prompt that comes with a row, where one does
-    thinking        ours asks for <think> ... </think>, and the format reward looks for it
-    format_weight   weight of the format reward, added to 1 for a right answer and 0 for a wrong one
-    val_share, test_share   shares of the training problems held out, by a hash of their text
-    max_train       problems kept of the split train, the first ones read
-    max_prompt_tokens, max_demo_tokens   longer problems and demonstrations are left out; in tokens of the tokenizer that
-                    `prepare` is given, without one in thirds of characters
+    Its settings are those of the section `task.math` (see `config.MathConfig`). Tokens are those of the tokenizer that
+    `prepare` is given, without one thirds of characters.
 
     Raises ValueError naming an argument that is out of range. Data are read by `prepare`, or at the first look at a split;
     then UserError is raised for what cannot be read or used.
@@ -53,42 +44,25 @@ class MathTask:
 
     max_turns = 1
 
-    def __init__(
-        self,
-        *,
-        train: Sequence[str] = (),
-        benchmarks: Sequence[str] = (),
-        benchmarks_file: str = "",
-        decontaminate: Sequence[str] = (),
-        columns: dict[str, str] | None = None,
-        system_prompt: str | None = None,
-        keep_system: bool = False,
-        thinking: bool = False,
-        format_weight: float = 0.0,
-        val_share: float = 0.02,
-        test_share: float = 0.0,
-        max_train: int | None = None,
-        max_prompt_tokens: int = 1024,
-        max_demo_tokens: int = 8192,
-    ) -> None:
-        if not train:
+    def __init__(self, settings: MathConfig) -> None:
+        self.settings = s = settings
+        if not s.train:
             raise ValueError("train must name at least one file or dataset")
-        if not 0 <= val_share + test_share < 1:
-            raise ValueError(f"val_share + test_share must leave problems for training, got {val_share} + {test_share}")
-        self.prompting = Prompting(system_prompt, keep_system, thinking)
-        self.format_weight = format_weight
-        self.shares = val_share, test_share
-        known = read_benchmarks(benchmarks_file) if benchmarks or decontaminate else {}
-        self._benchmarks, self._others = pick(known, benchmarks), pick(known, decontaminate)
+        self.prompting = Prompting(s.system_prompt, s.keep_system, s.thinking)
+        known = read_benchmarks(s.benchmarks_file) if s.benchmarks or s.decontaminate else {}
+        self._benchmarks, self._others = pick(known, s.benchmarks), pick(known, s.decontaminate)
         self.splits = ("train", "val", "test", *(b.name for b in self._benchmarks))
-        self._sources, self._columns, self._max_train = [Source(text) for text in train], columns, max_train
-        self._limits = max_prompt_tokens, max_demo_tokens
         self._stores: dict[str, Store] = {}
         self.tallies: list[Tally] = []
 
+    dry_run = staticmethod(dry_run)
+
     def prepare(self, tokenizer: Any = None) -> list[str]:
         """Reads the data; returns what became of its rows, as lines of text."""
-        limits = Limits(*self._limits, *([_counter(tokenizer)] if tokenizer is not None else []))
+        s = self.settings
+        limits = Limits(
+            s.max_prompt_tokens, s.max_demo_tokens, *([_counter(tokenizer)] if tokenizer is not None else [])
+        )
         stores = {split: Store() for split in self.splits}
         self.tallies, fingerprints = [], Fingerprints()
         for benchmark in self._benchmarks:
@@ -101,12 +75,12 @@ class MathTask:
         self.tallies.append(
             load(
                 "training data",
-                self._sources,
+                [Source(text) for text in s.train],
                 lambda key: stores[self.assign_split(key)],
-                columns=self._columns,
+                columns=s.columns,
                 limits=limits,
                 forbidden=fingerprints,
-                max_problems=self._max_train,
+                max_problems=s.max_train,
             )
         )
         self._stores = stores
@@ -114,7 +88,7 @@ class MathTask:
 
     def assign_split(self, key: str) -> str:
         """The split of a problem, by its key (`math_sources.problem_key`) alone: it never moves."""
-        at, (val, test) = int(key, 16) / 2**64, self.shares
+        at, (val, test) = int(key, 16) / 2**64, (self.settings.val_share, self.settings.test_share)
         return "val" if at < val else "test" if at < val + test else "train"
 
     def prompts(self, split: str) -> Sequence[Item]:
@@ -137,7 +111,7 @@ class MathTask:
         return Demo(problem.id, self.prompting.messages(problem), problem.response)
 
     def start(self, item: Item) -> MathEpisode:
-        return MathEpisode(item.data, self.prompting, self.format_weight)
+        return MathEpisode(item.data, self.prompting, self.settings.format_weight)
 
     def step_all(self, episodes: Sequence[MathEpisode], texts: Sequence[str]) -> list[StepResult]:
         """`step` of many episodes at once, compared on all cores."""
@@ -162,7 +136,7 @@ class MathEpisode:
     """One answer to one problem."""
 
     def __init__(self, problem: Problem, prompting: Prompting, format_weight: float = 0.0) -> None:
-        self.problem, self.prompting, self.format_weight = problem, prompting, format_weight
+        self.problem, self.prompting, self.settings.format_weight = problem, prompting, format_weight
         self.messages = prompting.messages(problem)
 
     def step(self, text: str) -> StepResult:
@@ -171,7 +145,7 @@ class MathEpisode:
     def result(self, text: str, right: bool) -> StepResult:
         form = format_reward(text, self.prompting.thinking)
         info: dict[str, Any] = {"success": right, "format": form, "answered": float(extract(text) is not None)}
-        return StepResult(None, float(right) + self.format_weight * form, True, info)
+        return StepResult(None, float(right) + self.settings.format_weight * form, True, info)
 
 
 def judge(episodes: Sequence[MathEpisode], texts: Sequence[str]) -> list[StepResult]:
@@ -217,9 +191,3 @@ class BenchmarkTask:
         return MathEpisode(item.data, self.prompting)
 
     step_all = MathTask.step_all
-
-
-def default_benchmarks_file() -> Path:
-    """configs/benchmarks.toml, from the working directory or from the repository this package lies in."""
-    name = Path("configs") / "benchmarks.toml"
-    return name if name.exists() else Path(__file__).resolve().parents[3] / name

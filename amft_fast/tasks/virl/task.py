@@ -21,13 +21,13 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from amft_fast.config import VirlConfig
 from amft_fast.errors import UserError
 from amft_fast.interfaces import Demo, Item, Message, Sample, StepResult
 from amft_fast.tasks.general_points.hands import draw
 from amft_fast.tasks.virl.city import build_city, draw_routes
 from amft_fast.tasks.virl.routes import Point, Route, rail, sentences
 from amft_fast.tasks.virl.words import (
-    ANSWER_FORMATS,
     answer_text,
     feedback_text,
     next_text,
@@ -88,74 +88,24 @@ def judge(problem: Problem, point: Point, text: str, answer_format: str) -> tupl
 class Virl:
     """The task: `amft_fast.interfaces.Task` over routes.
 
-    data            folder in the published layout to take routes from; default: generated cities
-    ood_data        another such folder, for the split `visual_ood`
-    views           whether the policy gets pictures instead of the landmarks' words
-    view_size       side of one of the four views, in pixels
-    answer_format   "json" or "compact" (see `virl_words`)
-    reward_scale    "published" (1, -1, -1.5, -1.75 a turn), "shaped" (that divided by the points of the route) or
-                    "binary" (1 at the end if no point was passed over, else 0)
-    verify_turns    answers judged at one point before it is passed over
-    legs            (fewest, most) legs of a generated route
-    cities          how many cities are generated, and as many others for `visual_ood`
-    spacing         metres between the points of a generated route
-    leg_points      points between the ends of a leg of a published route
-    seed            of cities, splits and routes: the data's, not the run's
-    num_train, num_val, num_test   generated routes of each split (`ood` and `visual_ood` have as many as `test`)
-    val_share, test_share          shares of the published routes
-    demo_share      share of the training routes that have a demo
+    Its settings are those of the section `task.virl` (see `config.VirlConfig`).
 
     A demo is a whole walk with the right answer at every point. `info` of a step holds `success`, `kind`,
     `step_accuracy` (share of answers so far that were right), `first_try` (share of points right at the first answer),
     `state` (the point and the try: where turns of different samples can be compared), and `trace` for the map.
-    Raises ValueError naming the argument, or the file and place in it, that is wrong.
+    Raises ValueError naming the file, and the place in it, that is wrong.
     """
 
-    def __init__(
-        self,
-        *,
-        data: str = "",
-        ood_data: str = "",
-        views: bool = False,
-        view_size: int = 112,
-        answer_format: str = "json",
-        reward_scale: str = "published",
-        verify_turns: int = 2,
-        legs: Sequence[int] = (3, 5),
-        cities: int = 4,
-        spacing: float = 35.0,
-        leg_points: int = 2,
-        seed: int = 0,
-        num_train: int = 1000,
-        num_val: int = 128,
-        num_test: int = 200,
-        val_share: float = 0.1,
-        test_share: float = 0.2,
-        demo_share: float = 1.0,
-    ):
-        if answer_format not in ANSWER_FORMATS:
-            raise ValueError(f"answer_format must be one of {', '.join(ANSWER_FORMATS)}, got {answer_format!r}")
-        if reward_scale not in REWARD_SCALES:
-            raise ValueError(f"reward_scale must be one of {', '.join(REWARD_SCALES)}, got {reward_scale!r}")
-        if len(legs) != 2 or not 1 <= legs[0] <= legs[1] <= 20:
-            raise ValueError(f"legs must be (fewest, most) from 1 to 20, got {legs!r}")
-        if verify_turns < 1:
-            raise ValueError(f"verify_turns must be at least 1, got {verify_turns}")
-        if ood_data and not data:
-            raise ValueError("ood_data needs data: both sources are files, or neither is")
-        if val_share + test_share >= 1:
-            raise ValueError(f"val_share + test_share must leave routes to train on, got {val_share} + {test_share}")
-        self.data, self.ood_data, self.views, self.view_size = data, ood_data, views, view_size
-        self.answer_format, self.reward_scale, self.verify_turns = answer_format, reward_scale, verify_turns
-        self.legs, self.cities, self.spacing, self.leg_points = tuple(legs), cities, spacing, leg_points
-        self.seed, self.demo_share = seed, demo_share
-        self.numbers = {"train": num_train, "val": num_val, "test": num_test}
-        self.shares = (val_share, test_share)
+    def __init__(self, settings: VirlConfig | None = None) -> None:
+        self.settings = s = settings or VirlConfig()
+        self.answer_format, self.verify_turns = s.answer_format, s.verify_turns
         # Other cities are told apart by looks, which words do not show.
-        self.splits = ("train", "val", "test", "ood") + (("visual_ood",) if views and (ood_data or not data) else ())
+        self.splits = ("train", "val", "test", "ood") + (
+            ("visual_ood",) if s.views and (s.ood_data or not s.data) else ()
+        )
         self._items = self._make_items()
         longest = max(len(item.data.points) for items in self._items.values() for item in items)
-        self.max_turns = verify_turns * longest
+        self.max_turns = s.verify_turns * longest
 
     def prompts(self, split: str) -> tuple[Item, ...]:
         """The routes of a split, in an order that never changes."""
@@ -165,7 +115,7 @@ class Virl:
 
     def demos(self, split: str) -> Demos:
         """One whole walk for each route that has a demo; outside `train` every route has one."""
-        kept = [i for i in self.prompts(split) if split != "train" or draw("demo", i.id) < self.demo_share]
+        kept = [i for i in self.prompts(split) if split != "train" or draw("demo", i.id) < self.settings.demo_share]
         return Demos(self, kept)
 
     def start(self, item: Item) -> VirlEpisode:
@@ -173,9 +123,9 @@ class Virl:
 
     def reward(self, kind: str, points: int, done: bool, success: bool) -> float:
         """A turn's reward on this task's scale."""
-        if self.reward_scale == "binary":
+        if self.settings.reward_scale == "binary":
             return float(done and success)
-        return REWARDS[kind] / (points if self.reward_scale == "shaped" else 1)
+        return REWARDS[kind] / (points if self.settings.reward_scale == "shaped" else 1)
 
     def picture(self, item: Item, sample: Sample) -> str:
         """The map of an episode as SVG: the streets, the route asked, what the policy did at each point."""
@@ -185,14 +135,14 @@ class Virl:
 
     def images(self, problem: Problem, point: Point) -> tuple[Any, ...]:
         """The views at a point as one picture, when the task has views."""
-        if not self.views:
+        if not self.settings.views:
             return ()
         from amft_fast.tasks.virl.views import drawn_views
 
-        if not self.data:
-            return (drawn_views(point, problem.city, self.view_size),)
+        if not self.settings.data:
+            return (drawn_views(point, problem.city, self.settings.view_size),)
         try:
-            return (self._panoramas(problem.city).views(problem.route, point, self.view_size),)
+            return (self._panoramas(problem.city).views(problem.route, point, self.settings.view_size),)
         except ValueError as e:
             raise UserError(f"task.virl: {e}") from None
 
@@ -205,28 +155,38 @@ class Virl:
     # ------------------------------------------------------------------------------------------------------ the splits
 
     def _make_items(self) -> dict[str, tuple[Item, ...]]:
-        found = self._published() if self.data else self._generated()
+        found = self._published() if self.settings.data else self._generated()
         # The same walks as `test`, with turns named the other way.
         found["ood"] = [Item(f"{i.id}/relative", Problem(i.data.route, "relative", i.data.city)) for i in found["test"]]
         return {split: tuple(items) for split, items in found.items()}
 
+    @property
+    def _numbers(self) -> dict[str, int]:
+        """Generated routes by split."""
+        s = self.settings
+        return {"train": s.num_train, "val": s.num_val, "test": s.num_test}
+
     def _generated(self) -> dict[str, list[Item]]:
-        found: dict[str, list[Item]] = {split: [] for split in self.numbers}
+        numbers = self._numbers
+        found: dict[str, list[Item]] = {split: [] for split in ("train", "val", "test")}
         for city, route, key in self._draw(HELD_IN_LOOKS):
             split = self._split(city, key)
-            if len(found[split]) < self.numbers[split]:
+            if len(found[split]) < numbers[split]:
                 found[split].append(_item(f"{city}/{key}", route, city))
-            if all(len(found[s]) == n for s, n in self.numbers.items()):
+            if all(len(found[s]) == n for s, n in numbers.items()):
                 break
         if "visual_ood" in self.splits:
-            others = zip(range(self.numbers["test"]), self._draw(OTHER_LOOKS))
+            others = zip(range(numbers["test"]), self._draw(OTHER_LOOKS))
             found["visual_ood"] = [_item(f"{city}/{key}", route, city) for _, (city, route, key) in others]
         return found
 
     def _draw(self, looks: Sequence[str]) -> Iterator[tuple[str, Route, str]]:
         """Routes from all cities of these looks in turn."""
-        names = [f"{looks[i % len(looks)]}-{self.seed}-{i}" for i in range(self.cities)]
-        sources = [draw_routes(build_city(name), self.legs, self.seed, self.spacing) for name in names]
+        names = [f"{looks[i % len(looks)]}-{self.settings.seed}-{i}" for i in range(self.settings.cities)]
+        sources = [
+            draw_routes(build_city(name), self.settings.legs, self.settings.seed, self.settings.spacing)
+            for name in names
+        ]
         for name, source in cycle(zip(names, sources)):
             try:
                 route, key = next(source)
@@ -237,24 +197,25 @@ class Virl:
     def _published(self) -> dict[str, list[Item]]:
         from amft_fast.tasks.virl.data import load_routes
 
-        found: dict[str, list[Item]] = {split: [] for split in self.numbers}
-        for key, route in load_routes(Path(self.data), self.leg_points):
-            found[self._split("published", key)].append(_item(key, route, self.data))
+        found: dict[str, list[Item]] = {split: [] for split in ("train", "val", "test")}
+        for key, route in load_routes(Path(self.settings.data), self.settings.leg_points):
+            found[self._split("published", key)].append(_item(key, route, self.settings.data))
         for split, items in found.items():
             if not items:
-                raise ValueError(f"data {self.data!r} has too few routes: none fell to the split {split}")
+                raise ValueError(f"data {self.settings.data!r} has too few routes: none fell to the split {split}")
         if "visual_ood" in self.splits:
-            others = load_routes(Path(self.ood_data), self.leg_points)
-            found["visual_ood"] = [_item(f"other/{key}", route, self.ood_data) for key, route in others]
+            others = load_routes(Path(self.settings.ood_data), self.settings.leg_points)
+            found["visual_ood"] = [_item(f"other/{key}", route, self.settings.ood_data) for key, route in others]
         return found
 
     def _split(self, city: str, key: str) -> str:
         """The split of a path; it hangs on the path and the data's seed alone."""
-        at = draw("virl", self.seed, city, key)
-        if self.data:
-            val, test = self.shares
+        at = draw("virl", self.settings.seed, city, key)
+        if self.settings.data:
+            val, test = self.settings.val_share, self.settings.test_share
         else:
-            val, test = (self.numbers[s] / sum(self.numbers.values()) for s in ("val", "test"))
+            numbers = self._numbers
+            val, test = (numbers[s] / sum(numbers.values()) for s in ("val", "test"))
         return "val" if at < val else "test" if at < val + test else "train"
 
     def _demo(self, item: Item) -> Demo:
@@ -265,7 +226,7 @@ class Virl:
 
     def _opening(self, problem: Problem) -> tuple[Message, ...]:
         first = problem.points[0]
-        text = prompt_text(problem.route, first, problem.space, self.answer_format, self.views)
+        text = prompt_text(problem.route, first, problem.space, self.answer_format, self.settings.views)
         return (Message("user", text, self.images(problem, first)),)
 
     def _tell(self, problem: Problem, i: int, passed: bool) -> Message:
@@ -273,7 +234,7 @@ class Virl:
         point = problem.points[i]
         return Message(
             "user",
-            next_text(i + 1, point, passed, self.answer_format, self.views),
+            next_text(i + 1, point, passed, self.answer_format, self.settings.views),
             self.images(problem, point),
         )
 

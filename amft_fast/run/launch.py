@@ -1,0 +1,127 @@
+"""A run from its config to its exit code, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amft_fast.config import Config
+from amft_fast.controller import inert
+from amft_fast.engine.watch import Watch
+from amft_fast.engine.world import launched_rank
+from amft_fast.errors import UserError
+from amft_fast.interfaces import Task
+from amft_fast.report.page import write_report
+from amft_fast.run import checkpoint
+from amft_fast.run.build import build
+from amft_fast.run.folder import prepare_folder
+from amft_fast.run.loop import Loop
+from amft_fast.run.signals import StopSignal
+from amft_fast.run.writers import NoFiles, RunFiles
+from amft_fast.train import Parts
+
+
+def train(cfg: Config, resume: bool = False, task: Task | None = None) -> int:
+    """Runs (or goes on with) the training that `cfg` describes; returns the process's exit code.
+
+    `task` takes the place of the one that the config names. 0: done; 129, 130 or 143: stopped by SIGHUP, SIGINT or SIGTERM with
+    the state saved. Signal handlers are as before when this returns. Raises UserError for what the user can mend.
+    """
+    with StopSignal() as stop:
+        if cfg.run.threads:
+            torch.set_num_threads(cfg.run.threads)
+        folder = prepare_folder(cfg, resume) if launched_rank() == 0 else Path(cfg.run.dir)
+        parts = build(cfg, stop, task)
+        world = parts.engine.world
+        watch = Watch(world)
+        try:
+            if world.main:
+                warn = getattr(parts.task, "warn_of_base", lambda path: None)
+                print(*filter(None, (inert(cfg), warn(cfg.model.path))), sep="\n", end="")
+            code = go(cfg, resume, folder, parts, stop)
+            world.barrier()
+            return code
+        except RuntimeError:
+            watch.explain()
+            raise
+        finally:
+            watch.leave()
+
+
+def go(cfg: Config, resume: bool, folder: Path, parts: Parts, stop: StopSignal) -> int:
+    """The run itself, on every rank; returns the exit code."""
+    world = parts.engine.world
+    say = print if world.main else lambda text: None
+    found = checkpoint.latest(folder / "checkpoints", say, world) if resume else None
+    if resume and found is None:
+        say(f"--resume: no whole checkpoint under {folder / 'checkpoints'}, starting from the beginning")
+    total = cfg.train.warmup_steps + cfg.train.steps
+    files = RunFiles(folder, cfg, total, found[2]["step"] if found else 0) if world.main else NoFiles(folder)
+    try:
+        loop = Loop(cfg, parts, files)
+        if found:
+            path, tensors, state = found
+            try:
+                loop.load(state, tensors)
+            except ValueError as e:
+                raise UserError(f"--resume: {path} does not fit this config: {e}") from None
+            files.say(f"resumed from {path} at step {loop.trainer.step} of {total}")
+        try:
+            loop.run()
+        except InterruptedError:
+            files.say(f"stopped at step {loop.trainer.step} of {total}; go on with --resume")
+            return stop.exit_code
+        finish(cfg, parts, loop, folder)
+    finally:
+        files.close()
+        parts.rollout_engine.close()
+    return 0
+
+
+def finish(cfg: Config, parts: Parts, loop: Loop, folder: Path) -> None:
+    """The exported model, summary.json, report.html, and the table on the terminal."""
+    trainer = loop.trainer
+    if cfg.checkpoint.export:
+        parts.engine.export(folder / "model")
+    if not parts.engine.world.main:
+        return
+    summary = {
+        "method": cfg.train.method,
+        "task": cfg.task.name,
+        "seed": cfg.run.seed,
+        "steps": trainer.step,
+        "wall_s": loop.wall,
+        "tokens": trainer.tokens,
+        "mu_first": trainer.mus[0] if trainer.mus else None,
+        "mu_last": trainer.mus[-1] if trainer.mus else None,
+        "entropy_target": trainer.entropy_target,
+        **loop.evaluator.results,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    if cfg.checkpoint.export:
+        parts.encoder.tokenizer.save_pretrained(folder / "model")
+        if parts.encoder.vision is not None:
+            parts.encoder.vision.processor.save_pretrained(folder / "model")
+    loop.files.say(results_table(summary))
+    report = write_report(folder)
+    loop.files.say(f"report:  {report}\nsummary: {folder / 'summary.json'}")
+
+
+def results_table(summary: dict[str, Any]) -> str:
+    """Success per split before and after, as aligned text."""
+    start, end = summary.get("start", {}), summary.get("end", {})
+    k = next((row["k"] for row in end.values()), 0)
+    wide = max(len(split) + 1 for split in ("success", *end))
+    head = f"{'success':<{wide}}" + "".join(f"{name:>22}" for name in ("greedy", "sampled", f"pass@{k}"))
+    lines = [head]
+    for split, after in end.items():
+        before = start.get(split, {})
+        cells = (
+            f"{before.get(name, float('nan')):>13.1%} -> {after[name]:<5.1%}"
+            for name in ("greedy", "sampled", "pass_at_k")
+        )
+        lines.append(f"{split:<{wide}}" + "".join(f"{c:>22}" for c in cells))
+    return "\n".join(lines)

@@ -1,0 +1,128 @@
+"""The run around the steps: it evaluates, records, saves, and stops when it is told to."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amft_fast.config import Config
+from amft_fast.engine.parts import Tensors
+from amft_fast.errors import RolloutFailure, UserError
+from amft_fast.run import checkpoint
+from amft_fast.run.evaluate import Evaluator
+from amft_fast.run.profiling import StepProfiler, static_bytes
+from amft_fast.run.recorder import Recorder, what_was_bad
+from amft_fast.run.writers import RunFiles
+from amft_fast.train import Parts, Step, Trainer
+
+
+class Loop:
+    """One run. `run` returns when all steps are done, and raises InterruptedError when a stop was asked for."""
+
+    def __init__(self, cfg: Config, parts: Parts, files: RunFiles) -> None:
+        self.cfg, self.files = cfg, files
+        self.world, self.phases, self.should_stop = parts.engine.world, parts.phases, parts.should_stop
+        self.evaluator = Evaluator(cfg, parts)
+        self.trainer = Trainer(cfg, parts)
+        self.recorder = Recorder(cfg, parts, files)
+        self.profiler = None
+        if cfg.profile.steps:
+            folder = files.folder / "profile"
+            self.profiler = StepProfiler(folder, cfg.profile.steps, cfg.profile.skip, parts.engine.device)
+        self.saved_step = -1
+        self.wall_before = 0.0
+        self.started = time.perf_counter()
+
+    @property
+    def wall(self) -> float:
+        """Seconds of work so far, over all resumptions."""
+        return self.wall_before + time.perf_counter() - self.started
+
+    def run(self) -> None:
+        """Trains to the end, or until a stop was asked for; either way the state is saved."""
+        trainer = self.trainer
+        try:
+            while True:
+                if self.evaluator.due(trainer):
+                    self.evaluate()
+                if trainer.finished:
+                    break
+                if self.checkpoint_due():
+                    self.save()
+                if self.world.any(self.should_stop()):
+                    raise InterruptedError
+                if trainer.step == self.cfg.train.warmup_steps:
+                    trainer.after_warmup()
+                step = self.take_step()
+                if step.failure is not None:
+                    raise step.failure
+        except InterruptedError:
+            self.save()
+            raise
+        except RolloutFailure as e:
+            raise UserError(f"{e}; the state is saved in {self.save()}, go on with --resume") from e
+        self.save()
+
+    def take_step(self) -> Step:
+        """One step and its record, profiled where `profile.steps` asks for it. Raises UserError after too many updates in a
+        row that were not finite."""
+        if self.profiler is not None:
+            self.profiler.begin()
+        step = self.trainer.train_step()
+        record = self.recorder.step(step, self.trainer)
+        if self.profiler is not None:
+            report = self.profiler.done(record, static_bytes(self.trainer.engine, self.trainer.utility))
+            if report is not None:
+                self.files.say(report)
+        if step.bad_in_row >= self.cfg.train.max_bad_steps:
+            raise UserError(
+                f"stopped after {step.bad_in_row} updates in a row whose {what_was_bad(step)} was not finite "
+                f"(train.max_bad_steps); the state is saved in {self.save()}. Lower train.lr or train.max_grad_norm and go on "
+                "with --resume"
+            )
+        return step
+
+    def evaluate(self) -> None:
+        """Evaluates, writes it down, and keeps the checkpoint when it is the best so far."""
+        trainer, files = self.trainer, self.files
+        with self.phases("eval"):
+            result, whole = self.evaluator.evaluate(trainer)
+        place = {"step": trainer.step - 1, "at": trainer.step, "tokens": trainer.tokens, "wall_s": self.wall}
+        files.evals.write({**place, "full": whole, **result})
+        figures = {f"{split}/{k}": v for split, row in result.items() for k, v in row.items()}
+        files.tensorboard.write(trainer.step, {f"eval/{k}": v for k, v in figures.items()})
+        success = (f"{split} {row['greedy']:.1%}/{row['sampled']:.1%}" for split, row in result.items())
+        files.say(f"eval at {trainer.step}: " + "  ".join(success))
+        if not whole and trainer.step > self.cfg.train.warmup_steps and self.evaluator.is_best(figures):
+            path = self.save()
+            if self.world.main:
+                checkpoint.mark_best(files.checkpoints, path)
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def checkpoint_due(self) -> bool:
+        every, step = self.cfg.checkpoint.every, self.trainer.step
+        return every > 0 and step > 0 and step % every == 0 and self.saved_step != step
+
+    def save(self) -> Path:
+        """The whole state: a run resumed from it goes on as if it had never stopped."""
+        with self.phases("checkpoint"):
+            tensors = self.trainer.tensors()
+            if self.world.main:
+                tensors["rng.cpu"] = torch.get_rng_state()
+            state = self.trainer.state_dict() | self.evaluator.state_dict() | {"wall_s": self.wall}
+            path = checkpoint.save(self.files.checkpoints, self.trainer.step, tensors, state, self.world)
+            if self.world.main:
+                checkpoint.prune(self.files.checkpoints, self.cfg.checkpoint.keep_last)
+            self.saved_step = self.trainer.step
+        return path
+
+    def load(self, state: dict[str, Any], tensors: Tensors) -> None:
+        """Takes up the state of a checkpoint."""
+        self.trainer.load(state, tensors)
+        self.evaluator.load_state_dict(state)
+        torch.set_rng_state(tensors["rng.cpu"])
+        self.saved_step, self.wall_before = self.trainer.step, state["wall_s"]

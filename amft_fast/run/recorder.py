@@ -1,0 +1,97 @@
+"""What a run says and writes of its steps: records, completions, progress, and the warnings that a person should see."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from amft_fast.config import Config
+from amft_fast.controller import MetaController, Schedule
+from amft_fast.data.pictures import data_uri
+from amft_fast.engine.phases import PHASES
+from amft_fast.interfaces import Sample
+from amft_fast.run.figures import rollout_figures
+from amft_fast.run.writers import RunFiles
+from amft_fast.train import Parts, Step, Trainer
+
+SHOWN = ("mu", "success", "sft_loss", "entropy", "grad_norm")  # beside the progress
+
+
+class Recorder:
+    """Turns steps into lines of metrics.jsonl and of the terminal."""
+
+    def __init__(self, cfg: Config, parts: Parts, files: RunFiles) -> None:
+        self.cfg, self.files = cfg, files
+        self.task, self.encoder, self.phases = parts.task, parts.encoder, parts.phases
+        self.mismatch_warnings = 0
+
+    def step(self, step: Step, trainer: Trainer) -> dict[str, Any]:
+        """Writes and says what there is to a step; returns its record."""
+        record = self.record(step, trainer.entropy_target)
+        self.files.metrics.write(record)
+        self.files.tensorboard.write(record["step"], record)
+        self._keep_samples(step)
+        budget = self.cfg.train.token_budget
+        done = trainer.step if budget is None else self.cfg.train.warmup_steps + int(trainer.clock)
+        self.files.progress.step(done, {k: record.get(k) for k in SHOWN})
+        self._warn_of_mismatch(record)
+        self._warn_at_bound(step, trainer.controller)
+        if step.bad_in_row:
+            self.files.say(
+                f"step {step.number}: the {what_was_bad(step)} was not finite, the update was skipped "
+                f"({step.bad_in_row} in a row)"
+            )
+        return record
+
+    def record(self, step: Step, entropy_target: float | None) -> dict[str, Any]:
+        """The step's line of metrics.jsonl."""
+        samples = step.drawn.samples
+        record = {"step": step.number, "phase": "warmup" if step.warmup else "train", "mu": step.mu, "lr": step.lr}
+        record |= step.figures | rollout_figures(samples) | step.drawn.figures
+        if samples and self.cfg.rollout.async_steps:
+            record["staleness"] = sum(step.number - s.weight_version for s in samples) / len(samples)
+        record |= {"entropy_target": entropy_target, "tokens": step.tokens, "tokens_per_s": step.tokens / step.seconds}
+        times = {f"time/{k}": v for k, v in self.phases.read().items() if k in PHASES}
+        return record | {"seconds": step.seconds, **times}
+
+    def _warn_of_mismatch(self, record: dict[str, Any]) -> None:
+        """Says when engine and trainer disagree on log-probs: at the first such step, then at every fiftieth."""
+        apart = record.get("mismatch_mean", 0.0)
+        if self.cfg.rollout.async_steps == 0 and apart > self.cfg.rollout.mismatch_warn:
+            if self.mismatch_warnings % 50 == 0:
+                self.files.say(
+                    f"step {record['step']}: rollout engine and trainer differ by {apart:.3g} in log-prob on the mean (largest "
+                    f"{record['mismatch_max']:.3g}), over rollout.mismatch_warn; objective.tis_cap bounds what that does"
+                )
+            self.mismatch_warnings += 1
+
+    def _warn_at_bound(self, step: Step, controller: MetaController | Schedule) -> None:
+        moved = "controller/mu_next" in step.figures
+        if moved and isinstance(controller, MetaController) and controller.at_bound == 3:
+            self.files.say(
+                f"step {step.number}: mu has sat at its bound {controller.value:g} for 3 windows: the controller would go "
+                "further than controller.mu_min and mu_max allow"
+            )
+
+    def _keep_samples(self, step: Step) -> None:
+        """A few completions of this step for the report: the first group, then one of each following."""
+        every, samples = self.cfg.log.samples_every, step.drawn.samples
+        if not samples or not every or step.number % every:
+            return
+        groups = {s.group_id: s for s in reversed(samples)}
+        draws = getattr(self.task, "picture", None)
+        items = {item.id: item for item in self.task.prompts("train")} if draws else {}
+        for s in list(groups.values())[::-1][: self.cfg.log.samples]:
+            kept = self._sample(step.number, s)
+            if draws:
+                kept["picture"] = data_uri(draws(items[s.prompt_id], s))
+            self.files.samples.write(kept)
+
+    def _sample(self, number: int, s: Sample) -> dict[str, Any]:
+        prompt = self.encoder.tokenizer.decode(s.prompt_ids)
+        return {"step": number, "prompt": prompt, "completion": s.text, "reward": s.reward, "success": s.success}
+
+
+def what_was_bad(step: Step) -> str:
+    """Which of the two was not finite, in a step whose update was skipped."""
+    return "loss" if not math.isfinite(step.figures["loss"]) else "gradient"

@@ -1,0 +1,111 @@
+"""Forward passes that train nothing: old and reference log-probs, values, entropies, H*; and what a loss reads of a rollout.
+
+old       log π of the policy as it was before the step's first update: the denominator of ρ in all later ones
+reference log π of the policy after the warm-up, for the KL term
+values    of the value head, for gae
+H*        mean entropy of the warmed-up policy on its own rollouts at temperature 1
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from amft_fast import objective
+from amft_fast.config import Config
+from amft_fast.data.batch import Batch, Sequence, micro_batches, scatter
+from amft_fast.engine.parts import Tensors
+from amft_fast.interfaces import Sample, UpdateEngine
+from amft_fast.model import attention
+from amft_fast.model.policy import Policy, Scores, fill
+
+
+class Scorer:
+    """Scores sequences with the policy or its reference, in the micro-batches that updates use too."""
+
+    def __init__(self, cfg: Config, engine: UpdateEngine, policy: Policy) -> None:
+        self.cfg, self.engine, self.policy = cfg, engine, policy
+        self.reference: nn.Module | None = None  # the policy after the warm-up, frozen, where something needs it
+
+    @property
+    def packed(self) -> bool:
+        """As the config says, else where the attention takes packed rows without a dense mask."""
+        packing = self.cfg.train.packing
+        return attention.packs(self.policy.model.config) if packing is None else packing
+
+    def batches(self, sequences: list[Sequence]) -> list[Batch]:
+        """This rank's micro-batches of sequences that all ranks hold: equally many on each."""
+        world = self.engine.world
+        return micro_batches(
+            sequences, self.cfg.train.micro_batch_tokens, self.packed, rank=world.rank, ranks=world.size
+        )
+
+    def forward_only(
+        self, sequences: list[Sequence], model: nn.Module | None = None, temperature: float | None = None
+    ) -> list[Scores]:
+        """Log-probs, entropies and values of all trained tokens, without gradients; on every rank those of all ranks."""
+        batches, world = self.batches(sequences), self.engine.world
+        outs = [self.engine.logprobs(b, model, temperature) for b in batches]
+        scores = [Scores(b.members, b.counts, o.logprobs, o.entropy, o.values) for b, o in zip(batches, outs)]
+        return world.gather([s.cpu() for s in scores if s.members]) if world.size > 1 else scores
+
+    def judge(self, samples: list[Sample]) -> list[Sequence]:
+        """Rollouts as sequences with all that the loss reads: advantages, and old and reference log-probs where needed."""
+        cfg = self.cfg
+        rl = [objective.rollout_sequence(s, cfg.rollout.temperature) for s in samples]
+        if not rl:
+            return rl
+        gae = cfg.advantage.kind == "gae"
+        # One update per rollout is on-policy by construction: the ratio is 1 and old log-probs would be a wasted pass.
+        off_policy = cfg.train.minibatches_per_rollout > 1 or cfg.rollout.async_steps > 0
+        if off_policy or gae:
+            scores = self.forward_only(rl)
+            if off_policy:
+                scatter(rl, scores, [s.logprobs for s in scores], "old_logprobs")
+            if gae:
+                scatter(rl, scores, [s.values for s in scores], "values")
+        if cfg.objective.kl_coef > 0:
+            scores = self.forward_only(rl, self.reference)
+            scatter(rl, scores, [s.logprobs for s in scores], "ref_logprobs")
+        objective.set_advantages(rl, samples, cfg.advantage)
+        return rl
+
+    def entropy(self, sequences: list[Sequence], temperature: float | None = None) -> float:
+        """Mean over tokens, in nats; at the temperature that the sequences were drawn at, or at another one."""
+        outs = [s.entropy for s in self.forward_only(sequences, temperature=temperature)]
+        return torch.cat(outs).double().mean().item()
+
+    def figures(self, sft: list[Sequence], rl: list[Sequence]) -> dict[str, float]:
+        """What only a pass of its own can tell of a step.
+
+        `entropy` at temperature 1, as H* has it, where rollouts are drawn at another temperature. `implicit_reward/*`: mean
+        over sequences of log π/π_ref along the whole answer, the reward that imitation implies (docs/method.md).
+        """
+        figures = {}
+        if rl and self.cfg.rollout.temperature != 1:
+            figures["entropy"] = self.entropy(rl, 1.0)
+        if not self.cfg.log.implicit_reward or self.reference is None:
+            return figures
+        for name, sequences in (("demos", sft), ("rollouts", rl)):
+            now, then = self.forward_only(sequences), self.forward_only(sequences, self.reference)
+            total = sum((a.logprobs - b.logprobs).double().sum() for a, b in zip(now, then))
+            if sequences:
+                figures[f"implicit_reward/{name}"] = float(total) / len(sequences)
+        return figures
+
+    def keep_reference(self) -> None:
+        """After the warm-up: the policy as it is now, for the KL term and the implicit reward."""
+        if self.cfg.objective.kl_coef > 0 or self.cfg.log.implicit_reward:
+            self.reference = self.engine.plain_copy()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The reference, for a checkpoint; rank 0 saves it whole."""
+        if self.reference is None or not self.engine.world.main:
+            return {}
+        return {f"reference.{n}": p for n, p in self.reference.named_parameters()}
+
+    def load_tensors(self, tensors: Tensors) -> None:
+        names = [k for k in tensors if k.startswith("reference.")]
+        if names:
+            self.reference = self.engine.plain_copy()
+            fill(self.reference, ((k.removeprefix("reference."), tensors[k]) for k in names))
