@@ -27,10 +27,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from amft_fast.config import LEARNED, Config
+from amft_fast.config import Config
 from amft_fast.data.stream import sample_seed
+from amft_fast.methods import METHODS, Knobs
 from amft_fast.multi_tensor import mixing_slope, named_sums
 
 # Student's t, 97.5 %, for 1, 2, ... degrees of freedom.
@@ -205,7 +207,7 @@ def _ratio(a: float, b: float) -> float:
 def inert(cfg: Config) -> str | None:
     """A sentence when the learned controller cannot move μ visibly, as with the published hyper-parameters."""
     c, lr = cfg.controller, cfg.train.lr
-    if cfg.train.method not in LEARNED or c.signal != "raw" or lr * c.eta_mu > 1e-6 or c.eta_entropy > 2e-3:
+    if not METHODS[cfg.train.method].learned or c.signal != "raw" or lr * c.eta_mu > 1e-6 or c.eta_entropy > 2e-3:
         return None
     return (
         f"controller: with signal raw mu moves by train.lr x controller.eta_mu = {lr * c.eta_mu:.0e} times a dot-product: it "
@@ -216,15 +218,8 @@ def inert(cfg: Config) -> str | None:
 def make(cfg: Config) -> Schedule | MetaController:
     """The controller that `train.method` names."""
     c, t = cfg.controller, cfg.train
-    if t.method in LEARNED:
-        return MetaController(cfg, meta=t.method != "amft_no_meta", entropy=t.method != "amft_no_entropy")
-    start, end = c.schedule_start, c.schedule_end
-    shapes: dict[str, Callable[[float], float]] = {
-        "sft": lambda x: 1.0,
-        "rl": lambda x: 0.0,
-        "sft_then_rl": lambda x: 1.0 if x < t.sft_share else 0.0,
-        "fixed": lambda x: c.mu_init,
-        "linear": lambda x: start + (end - start) * x,
-        "cosine": lambda x: end + (start - end) * 0.5 * (1 + math.cos(math.pi * x)),
-    }
-    return Schedule(shapes[t.method], t.steps)
+    method = METHODS[t.method]
+    if method.shape is None:
+        return MetaController(cfg, meta=method.learns_from_utility, entropy=method.learns_from_entropy)
+    knobs = Knobs(c.mu_init, c.schedule_start, c.schedule_end, t.sft_share)
+    return Schedule(partial(method.shape, k=knobs), t.steps)
