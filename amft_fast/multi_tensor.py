@@ -14,7 +14,7 @@ b = 1 − βᵗ; ∂u/∂g = η·P with
     plain P = (1−β₁) / (b₁(√v̂' + ε))
     exact P = plain P − m̂'(1−β₂)g / (b₂√v̂'(√v̂' + ε)²)
 
-The pass sums products of v1, v2, G1, dG = G2 − G1, G2, P∘G1 and P∘dG, which do not depend on μ, in fp64; `SUMS` lists
+The pass sums products of v1, v2, G1, dG = G2 − G1, G2, P∘G1 and P∘dG, which do not depend on μ, in fp64; `PROBE_SUMS` lists
 them. `named_sums` makes the probe's numbers of them, after the ranks' sums were added up.
 
 `multi_tensor_dot` runs C++ or CUDA (csrc/, built by setup.py, called through ctypes) where it can, else
@@ -48,7 +48,7 @@ def _preconditioned_sums(p: str) -> tuple[tuple[str, str], ...]:
 
 
 # Entry i of the result is the dot-product of the two vectors named here; the same order as `enum Sum` in csrc.
-SUMS = (*_BASE_SUMS, *_preconditioned_sums("plain"), *_preconditioned_sums("exact"))
+PROBE_SUMS = (*_BASE_SUMS, *_preconditioned_sums("plain"), *_preconditioned_sums("exact"))
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # `enum Dtype` in csrc
 _ABI = 1  # AMFT_ABI in csrc
@@ -113,7 +113,7 @@ def multi_tensor_dot_reference(
     """The same sums as `multi_tensor_dot` from torch's own operations, upcast to fp64 `block` elements at a time."""
     lists = _named_lists(v, g1, g2, adam)
     device = _check(lists, device)
-    total = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+    total = torch.zeros(len(PROBE_SUMS), dtype=torch.float64, device=device)
     clip: float | Tensor = 1.0
     scalars = None
     if adam is not None:
@@ -128,8 +128,8 @@ def multi_tensor_dot_reference(
             for name, diagonal in diagonals.items():
                 vectors[f"{name}_g1"] = diagonal * vectors["g1"]
                 vectors[f"{name}_dg"] = diagonal * vectors["dg"]
-        wanted = [i for i, (a, b) in enumerate(SUMS) if a in vectors and b in vectors]
-        total[wanted] += torch.stack([vectors[SUMS[i][0]] @ vectors[SUMS[i][1]] for i in wanted])
+        wanted = [i for i, (a, b) in enumerate(PROBE_SUMS) if a in vectors and b in vectors]
+        total[wanted] += torch.stack([vectors[PROBE_SUMS[i][0]] @ vectors[PROBE_SUMS[i][1]] for i in wanted])
     return total
 
 
@@ -148,7 +148,7 @@ def multi_tensor_dot(
     *,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """All sums of `SUMS` over lists of tensors, in one pass: fp64 `(len(SUMS),)` on the tensors' device.
+    """All sums of `PROBE_SUMS` over lists of tensors, in one pass: fp64 `(len(PROBE_SUMS),)` on the tensors' device.
 
     `v` holds one or two lists of utility gradients; sums with a second v that was not given, or with a diagonal that
     was not asked for, are 0. Entry i of every list has the same shape; each tensor is fp32, bf16 or fp64, contiguous,
@@ -182,9 +182,9 @@ def named_sums(sums: Tensor | Sequence[float], mu: float) -> dict[str, Tensor | 
     """
     if not 0 < mu < 1:
         raise ValueError(f"mu must lie inside (0, 1), got {mu}")
-    if len(sums) != len(SUMS):
-        raise ValueError(f"sums must hold {len(SUMS)} numbers, got {len(sums)}")
-    s = dict(zip(SUMS, sums.unbind() if isinstance(sums, Tensor) else sums))
+    if len(sums) != len(PROBE_SUMS):
+        raise ValueError(f"sums must hold {len(PROBE_SUMS)} numbers, got {len(sums)}")
+    s = dict(zip(PROBE_SUMS, sums.unbind() if isinstance(sums, Tensor) else sums))
     out = {f"{a}_{b}": s[a, b] for a, b in (("v1", "v1"), ("v2", "v2"), ("v1", "v2"), ("g2", "g2"))}
 
     def split(name: str, with_g1: Tensor | float, with_dg: Tensor | float) -> None:
@@ -295,7 +295,7 @@ def _table(lists: dict[str, Sequence[Tensor]]) -> np.ndarray:
 
 def _dot_cpu(library: ctypes.CDLL, lists: dict[str, Sequence[Tensor]], adam: AdamState | None) -> Tensor:
     table_RC = _table(lists)
-    out = torch.empty(len(SUMS), dtype=torch.float64)
+    out = torch.empty(len(PROBE_SUMS), dtype=torch.float64)
     scalars = None if adam is None else ctypes.byref(_adam_scalars(adam, float(adam.clip)))
     # Starting a thread takes as long as about 50,000 elements.
     threads = min(torch.get_num_threads(), 1 + int(table_RC[:, 0].sum()) // 100_000)
@@ -320,7 +320,7 @@ def _dot_cuda(
     starts = _chunk_starts(table_RC, library.amft_cuda_chunk())
     num_chunks = int(starts[-1])
     if num_chunks == 0:
-        return torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+        return torch.zeros(len(PROBE_SUMS), dtype=torch.float64, device=device)
     scalars, clip = None, None
     if adam is not None:
         on_device = isinstance(adam.clip, Tensor) and adam.clip.device == device
@@ -331,8 +331,8 @@ def _dot_cuda(
         host = torch.from_numpy(np.concatenate([table_RC.reshape(-1), starts])).pin_memory()
         table = host.to(device, non_blocking=True)
         blocks = min(num_chunks, library.amft_cuda_max_blocks())
-        partials = torch.empty(len(SUMS) * blocks, dtype=torch.float64, device=device)
-        out = torch.empty(len(SUMS), dtype=torch.float64, device=device)
+        partials = torch.empty(len(PROBE_SUMS) * blocks, dtype=torch.float64, device=device)
+        out = torch.empty(len(PROBE_SUMS), dtype=torch.float64, device=device)
         code = library.amft_multi_tensor_dot_cuda(
             *(table.data_ptr(), table.data_ptr() + table_RC.nbytes, len(table_RC), num_chunks),
             *(2 if "v2" in lists else 1, scalars, None if clip is None else clip.data_ptr()),

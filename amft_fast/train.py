@@ -19,7 +19,7 @@ import torch
 
 from amft_fast import controller, objective
 from amft_fast.config import Config
-from amft_fast.data.batch import Batch, Sequence, micro_batches, scatter
+from amft_fast.data.batch import Batch, TokenSequence, micro_batches, scatter
 from amft_fast.data.loader import Loader
 from amft_fast.data.pictures import data_uri
 from amft_fast.data.stream import Stream
@@ -319,14 +319,14 @@ class Trainer:
             only=mine,
         )
 
-    def draw_demos(self) -> list[Sequence]:
+    def draw_demos(self) -> list[TokenSequence]:
         """The step's demonstrations, tokenised."""
         return self.demo_loader.take(self.cfg.train.demos_per_step)
 
-    def make_demo(self, i: int) -> Sequence:
+    def make_demo(self, i: int) -> TokenSequence:
         return objective.demo_sequence(*self.encoder.demo(self.demos[i]))
 
-    def judge(self, samples: list[Sample]) -> list[Sequence]:
+    def judge(self, samples: list[Sample]) -> list[TokenSequence]:
         """Rollouts as sequences with all that the loss reads: advantages, and old and reference log-probs where needed."""
         rl = [objective.rollout_sequence(s, self.cfg.rollout.temperature) for s in samples]
         if not rl:
@@ -346,14 +346,14 @@ class Trainer:
         objective.set_advantages(rl, samples, self.cfg.advantage)
         return rl
 
-    def entropy_at_one(self, rl: list[Sequence]) -> dict[str, float]:
+    def entropy_at_one(self, rl: list[TokenSequence]) -> dict[str, float]:
         """The policy's entropy at temperature 1, as H* has it, where rollouts are drawn at another temperature."""
         if self.cfg.rollout.temperature == 1 or not rl:
             return {}
         entropies = torch.cat([s.entropy for s in self.forward_only(rl, temperature=1.0)])
         return {"entropy": entropies.double().mean().item()}
 
-    def implicit_rewards(self, sft: list[Sequence], rl: list[Sequence]) -> dict[str, float]:
+    def implicit_rewards(self, sft: list[TokenSequence], rl: list[TokenSequence]) -> dict[str, float]:
         """Mean over sequences of log π/π_ref along the whole answer: the reward that imitation implies (docs/method.md)."""
         if not self.cfg.log.implicit_reward or self.reference is None:
             return {}
@@ -366,7 +366,7 @@ class Trainer:
         return figures
 
     def forward_only(
-        self, sequences: list[Sequence], model: torch.nn.Module | None = None, temperature=None
+        self, sequences: list[TokenSequence], model: torch.nn.Module | None = None, temperature=None
     ) -> list[Scores]:
         """Log-probs, entropies and values of all trained tokens, without gradients; on every rank those of all ranks."""
         batches = self.batches(sequences)
@@ -374,7 +374,7 @@ class Trainer:
         scores = [Scores(b.members, b.counts, o.logprobs, o.entropy, o.values) for b, o in zip(batches, outs)]
         return self.world.gather([s.cpu() for s in scores if s.members]) if self.world.size > 1 else scores
 
-    def batches(self, sequences: list[Sequence]) -> list[Batch]:
+    def batches(self, sequences: list[TokenSequence]) -> list[Batch]:
         """This rank's micro-batches of sequences that all ranks hold: equally many on each."""
         cfg = self.cfg.train
         return micro_batches(
@@ -387,7 +387,7 @@ class Trainer:
         packing = self.cfg.train.packing
         return attention.packs(self.policy.model.config) if packing is None else packing
 
-    def update(self, sft: list[Sequence], rl: list[Sequence], mu: float, probed: bool = False):
+    def update(self, sft: list[TokenSequence], rl: list[TokenSequence], mu: float, probed: bool = False):
         """One optimizer update on L = μ L_SFT + (1−μ) L_RL.
 
         Plain: SFT and RL rows ride in the same calls of the head. Probed: two sweeps, with the dot-products taken after.
@@ -405,7 +405,7 @@ class Trainer:
         probe = self.engine.probe(self.utility.halves)
         return sft_sums + rl_sums, torch.maximum(sft_maxes, rl_maxes), self.engine.step(), probe
 
-    def sweep(self, sequences: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+    def sweep(self, sequences: list[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:
         """Backward over all micro-batches of these sequences; statistics as device sums and maxima."""
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.engine.device)
         maxes = torch.zeros(len(MAXES), dtype=torch.float64, device=self.engine.device)
@@ -577,7 +577,7 @@ class Trainer:
         return every > 0 and self.step > 0 and self.step % every == 0 and self.saved_step != self.step
 
 
-def _share(sequences: list[Sequence], k: int, m: int) -> list[Sequence]:
+def _share(sequences: list[TokenSequence], k: int, m: int) -> list[TokenSequence]:
     """The k-th of m equal runs of the list."""
     n = len(sequences)
     return sequences[k * n // m : (k + 1) * n // m]

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from amft_fast.multi_tensor import SUMS, AdamState, backends, multi_tensor_dot, multi_tensor_dot_reference
+from amft_fast.multi_tensor import PROBE_SUMS, AdamState, backends, multi_tensor_dot, multi_tensor_dot_reference
 from bench.results import commit, device_name
 
 MEASURED = ("csrc", "amft_fast/multi_tensor.py", "bench/probe.py", "setup.py")
@@ -117,7 +117,7 @@ def true_products(lists: dict[str, list[Tensor]]) -> dict[object, float]:
 
 def ours(lists: dict[str, list[Tensor]]) -> list[Tensor]:
     sums = multi_tensor_dot([lists["v"]], lists["g1"], lists["g2"])
-    s = dict(zip(SUMS, sums.unbind()))
+    s = dict(zip(PROBE_SUMS, sums.unbind()))
     # (v, G2) and (G1, G2) are sums of two; everything else is there as it is.
     v_g2, g1_g2 = s["v1", "g1"] + s["v1", "dg"], s["g1", "g1"] + s["g1", "dg"]
     return [s["v1", "v1"], s["v1", "g1"], v_g2, s["g1", "g1"], g1_g2, s["g2", "g2"]]
@@ -170,9 +170,9 @@ def candidates(lists: dict[str, list[Tensor]]) -> list[Candidate]:
     v, v2, g1, g2 = (lists[name] for name in ("v", "v2", "g1", "g2"))
     adam = AdamState(lists["m"], lists["s"], **ADAM)
     flat_LN = torch.stack([torch.cat(x) for x in (v, g1, g2)])
-    two = [i for i, pair in enumerate(SUMS) if "plain" not in pair[1] and "exact" not in pair[1]]
-    exact = [SUMS.index(("v1", "exact_g1")), SUMS.index(("v1", "exact_dg"))]
-    every = range(len(SUMS))
+    two = [i for i, pair in enumerate(PROBE_SUMS) if "plain" not in pair[1] and "exact" not in pair[1]]
+    exact = [PROBE_SUMS.index(("v1", "exact_g1")), PROBE_SUMS.index(("v1", "exact_dg"))]
+    every = range(len(PROBE_SUMS))
     return [
         Candidate(ONE_V, "multi_tensor_dot", lambda: ours(lists), PRODUCTS, 3, EXACT),
         Candidate(ONE_V, THREE_DOTS, lambda: dot_loops(lists, THREE), THREE, 3),
@@ -189,7 +189,7 @@ def candidates(lists: dict[str, list[Tensor]]) -> list[Candidate]:
 
 
 def fallback_products(lists: dict[str, list[Tensor]]) -> list[Tensor]:
-    s = dict(zip(SUMS, multi_tensor_dot_reference([lists["v"]], lists["g1"], lists["g2"]).unbind()))
+    s = dict(zip(PROBE_SUMS, multi_tensor_dot_reference([lists["v"]], lists["g1"], lists["g2"]).unbind()))
     v_g2, g1_g2 = s["v1", "g1"] + s["v1", "dg"], s["g1", "g1"] + s["g1", "dg"]
     return [s["v1", "v1"], s["v1", "g1"], v_g2, s["g1", "g1"], g1_g2, s["g2", "g2"]]
 

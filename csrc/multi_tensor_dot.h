@@ -16,7 +16,7 @@
 // Raised with every change of the structs or of the order of the sums; the loader refuses a library of another version.
 #define AMFT_ABI 1
 
-// The same order as SUMS in amft_fast/multi_tensor.py. dg is G2 - G1; p and q are the plain and the exact diagonal.
+// The same order as PROBE_SUMS in amft_fast/multi_tensor.py. dg is G2 - G1; p and q are the plain and the exact diagonal.
 enum Sum {
   V1_V1, V1_G1, V1_DG, V2_V2, V2_G1, V2_DG, V1_V2,
   G1_G1, G1_DG, DG_DG, G2_G2,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from amft_fast import config_file, objective
 from amft_fast.config import ObjectiveConfig, TrainConfig
-from amft_fast.data.batch import deal, micro_batches, plan
+from amft_fast.data.batch import deal, micro_batches, padded_groups
 from amft_fast.engine import world as distributed
 from amft_fast.engine.local import LocalEngine
 from amft_fast.engine.parts import Part, Tensors
@@ -40,7 +40,7 @@ def test_dealt_micro_batches_are_equally_many_within_the_bound_and_hold_everythi
     assert len({len(s) for s in shares}) == 1 and len(shares) == ranks
     groups = [g for share in shares for g in share]
     assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
-    assert len(shares[0]) == -(-len(plan(lengths, bound)) // ranks), "no more rounds than needed"
+    assert len(shares[0]) == -(-len(padded_groups(lengths, bound)) // ranks), "no more rounds than needed"
     for g in groups:
         assert len(g) <= 1 or len(g) * max(lengths[i] for i in g) <= bound
 

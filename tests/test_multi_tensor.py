@@ -6,7 +6,7 @@ import torch
 
 from amft_fast import multi_tensor
 from amft_fast.multi_tensor import (
-    SUMS,
+    PROBE_SUMS,
     AdamState,
     mixing_slope,
     multi_tensor_dot,
@@ -106,7 +106,7 @@ def test_every_number_is_its_definition(mixture, num_v, with_adam, offset, devic
     want = from_definitions(lists, num_v, adam)
     for function in (multi_tensor_dot, multi_tensor_dot_reference):
         sums = call(function, lists, num_v, adam)
-        assert sums.dtype == F64 and sums.shape == (len(SUMS),) and sums.device.type == device
+        assert sums.dtype == F64 and sums.shape == (len(PROBE_SUMS),) and sums.device.type == device
         got = named_sums(sums, MU)
         assert got.keys() == want.keys()
         for name, (value, size) in want.items():
@@ -124,7 +124,7 @@ def test_the_built_library_is_what_is_tested():
 def test_a_squared_norm_is_right_where_its_parts_cancel(device):
     g1 = [torch.randn(1000, device=device)]
     g2 = [g1[0] * 1e-6]
-    got = multi_tensor_dot([g1], g1, g2)[SUMS.index(("g2", "g2"))]
+    got = multi_tensor_dot([g1], g1, g2)[PROBE_SUMS.index(("g2", "g2"))]
     assert float(got) == pytest.approx(float(g2[0].double().square().sum()), rel=1e-13)
 
 
@@ -166,7 +166,7 @@ def test_bits_do_not_depend_on_the_number_of_threads():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("function", [multi_tensor_dot, multi_tensor_dot_reference])
 def test_nothing_gives_zeros_where_they_are_wanted(function, device):
-    assert torch.equal(function([[]], [], []), torch.zeros(len(SUMS), dtype=F64))
+    assert torch.equal(function([[]], [], []), torch.zeros(len(PROBE_SUMS), dtype=F64))
     got = function([[], []], [], [], AdamState([], [], 0.9, 0.99, 1e-8, 1), device=device)
     assert got.device.type == device and not got.any()
     empty = [[torch.zeros(0, 3, device=device)] for _ in range(3)]
@@ -248,7 +248,7 @@ def test_bad_lists_and_arguments_are_named():
     with pytest.raises(ValueError, match="clip must be one floating-point number"):
         multi_tensor_dot([v], g1, g2, AdamState(*state, 0.9, 0.9, 1e-8, 1, torch.ones(2)))
     with pytest.raises(ValueError, match="mu must lie inside"):
-        named_sums([0.0] * len(SUMS), 1.0)
+        named_sums([0.0] * len(PROBE_SUMS), 1.0)
     with pytest.raises(ValueError, match="sums must hold 27"):
         named_sums([0.0], 0.5)
     with pytest.raises(ValueError, match="diagonal must be"):

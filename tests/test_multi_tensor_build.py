@@ -44,7 +44,7 @@ def test_order_of_sums_is_that_of_csrc():
             return f"{short[a]}_{short[b]}".upper()
         return f"{a}_{b}".replace("plain", "p").replace("exact", "q").upper()
 
-    assert names == [in_csrc(a, b) for a, b in multi_tensor.SUMS]
+    assert names == [in_csrc(a, b) for a, b in multi_tensor.PROBE_SUMS]
     assert int(re.search(r"#define AMFT_ABI (\d+)", text)[1]) == multi_tensor._ABI
 
 
@@ -99,7 +99,7 @@ def test_what_cuda_threads_do_gives_the_same_sums_on_the_host(compiled, mixture,
     starts = multi_tensor._chunk_starts(table, library.amft_cuda_chunk())
     assert starts.dtype == np.int64 and starts[-1] > len(table)
     scalars = None if adam is None else ctypes.byref(multi_tensor._adam_scalars(adam, adam.clip))
-    got = torch.empty(len(multi_tensor.SUMS), dtype=torch.float64)
+    got = torch.empty(len(multi_tensor.PROBE_SUMS), dtype=torch.float64)
     library.amft_multi_tensor_dot_emulated(
         table.ctypes.data, starts.ctypes.data, len(table), int(starts[-1]), num_v, scalars, got.data_ptr()
     )
