@@ -14,7 +14,7 @@ import torch
 
 from amft_fast.data import packing
 
-# Per-token numbers that a sequence may carry, with the value of a token that has none.
+# Per-token numbers that the losses read, with the value of a token that has none.
 FIELDS = {
     "nll_weight": 0.0,
     "pg_weight": 0.0,
@@ -34,7 +34,8 @@ class TokenSequence:
     """One token sequence on the CPU.
 
     `ids` [T] int64; `trained` [T] bool marks the tokens that some loss reads (never the first: nothing predicts it);
-    `fields` holds [T] float arrays under names of `FIELDS`; `images` the pictures that the ids have places for.
+    `fields` holds [T] float arrays: those named in `FIELDS` go into micro-batches, others (`values`, `token_weight`) are read
+    before and stay with the sequence. `images` are the pictures that the ids have places for.
     """
 
     ids: np.ndarray
@@ -213,8 +214,8 @@ def micro_batches(
 
 def _dummy(sequences: list[TokenSequence], like: int, packed: bool, dtype: torch.dtype) -> Batch:
     """The smallest micro-batch with the fields of the others: it costs a pass and adds nothing."""
-    names = {n for s in sequences for n in s.fields}
-    fields = {n: np.full(2, FIELDS[n]) for n in names}
+    carried = {n for s in sequences for n in s.fields}
+    fields = {n: np.full(2, value) for n, value in FIELDS.items() if n in carried}
     smallest = TokenSequence(sequences[like].ids[:2], np.array([False, True]), fields)
     return replace(collate([smallest], [0], packed, dtype), members=[], counts=[])
 
