@@ -96,33 +96,33 @@ class MetaController:
         if step < self.c.start_step:
             return {}
         if sums is not None:
-            self._take_probe(dict(named_sums(sums, self.value)), clip, lr)
+            self._take_probe(named_sums(sums, self.value), clip, lr)
         self.sums["entropy"] += entropy
         self.seen += 1
         last = (step - self.c.start_step + 1) % self.c.window == 0
         return self._move(target) if last else {}
 
     def _take_probe(self, n: dict[str, float], clip: float, lr: float) -> None:
-        norm_u = math.sqrt(max(n["v1_v1"] + n["v2_v2"] + 2 * n["v1_v2"], 0.0)) / 2
+        norm_u = math.sqrt(max(n["u1_u1"] + n["u2_u2"] + 2 * n["u1_u2"], 0.0)) / 2
         norm_sft, norm_rl = math.sqrt(n["sft_sft"]), math.sqrt(n["rl_rl"])
-        halves = [self._signal(n, v, norm_u, clip, lr) for v in ("v1", "v2")]
+        halves = [self._signal(n, u, norm_u, clip, lr) for u in ("u1", "u2")]
         if not all(map(math.isfinite, halves)):
             return  # a step that was not finite is skipped by the guard; it says nothing about μ either
         self.sums["half1"] += halves[0]
         self.sums["half2"] += halves[1]
-        self.sums["cos_sft"] += _ratio(n["v1_sft"] + n["v2_sft"], 2 * norm_u * norm_sft)
-        self.sums["cos_rl"] += _ratio(n["v1_rl"] + n["v2_rl"], 2 * norm_u * norm_rl)
+        self.sums["cos_sft"] += _ratio(n["u1_sft"] + n["u2_sft"], 2 * norm_u * norm_sft)
+        self.sums["cos_rl"] += _ratio(n["u1_rl"] + n["u2_rl"], 2 * norm_u * norm_rl)
         self.probed += 1
 
-    def _signal(self, n: dict[str, float], v: str, norm_u: float, clip: float, lr: float) -> float:
+    def _signal(self, n: dict[str, float], u: str, norm_u: float, clip: float, lr: float) -> float:
         """The signal of one half of u: it is linear in u, so the whole signal is the mean of the two."""
         kind = self.c.signal
         if kind in ("balanced", "random"):
             norm_sft, norm_rl = math.sqrt(n["sft_sft"]), math.sqrt(n["rl_rl"])
-            return _ratio(n[f"{v}_sft"], norm_u * norm_sft) - _ratio(n[f"{v}_rl"], norm_u * norm_rl)
+            return _ratio(n[f"{u}_sft"], norm_u * norm_sft) - _ratio(n[f"{u}_rl"], norm_u * norm_rl)
         if kind == "cosine":
-            return _ratio(n[f"{v}_d"], norm_u * math.sqrt(max(n["d_d"], 0.0)))
-        return lr * mixing_slope(n, v, self._diagonal(), clip)
+            return _ratio(n[f"{u}_d"], norm_u * math.sqrt(max(n["d_d"], 0.0)))
+        return lr * mixing_slope(n, u, self._diagonal(), clip)
 
     def _diagonal(self) -> str | None:
         p = self.cfg.meta.precondition

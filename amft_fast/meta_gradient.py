@@ -2,7 +2,7 @@
 
 One real optimizer step is θ'(μ) = θ − η·Opt(∇L(θ; μ)), so to first order
 
-    dU(θ')/dμ ≈ −η ⟨∇U, P ∘ (g_SFT − g_RL)⟩ = +η ⟨u, P ∘ (g_SFT − g_RL)⟩ ,     u = ∇(−U) = −v
+    dU(θ')/dμ ≈ −η ⟨∇U, P ∘ (g_SFT − g_RL)⟩ = +η ⟨u, P ∘ (g_SFT − g_RL)⟩ ,     u = ∇(−U)
 
 Everything here works with u, the gradient of the *loss* −U, as backward passes give it: a positive ⟨u, g_SFT⟩ means that a
 step down the SFT loss also steps down −U. U is the expected reward on validation prompts; its gradient is the policy

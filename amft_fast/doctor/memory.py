@@ -211,10 +211,10 @@ def memory(cfg: Config, shape: Shape, machine: Machine) -> Memory:
     else:
         phases["rollouts"] = _rollouts(cfg, shape, at, machine)
     if METHODS[cfg.train.method].learns_from_utility:
-        # Two old halves of v are in `static`; new ones are taken beside them, and once more when the cache is redrawn.
+        # Two old halves of u are in `static`; new ones are taken beside them, and once more when the cache is redrawn.
         copies = 1 if cfg.meta.memory > 0 else 3
         words = f"{copies} new half" if copies == 1 else f"{copies} new halves"
-        phases["utility gradient"] = [Part("v, being renewed", copies * one_half, words), *sweep]
+        phases["utility gradient"] = [Part("u, being renewed", copies * one_half, words), *sweep]
     return Memory(static, phases, host, CONTEXT[machine.device])
 
 
@@ -231,7 +231,7 @@ def _states(cfg: Config, shape: Shape, at: Layout) -> tuple[list[Part], float]:
     ]
     if METHODS[cfg.train.method].learns_from_utility:
         owned += [
-            Part("v, two halves", at.share(8 * count, 1), f"fp32, 8 P{cut}"),
+            Part("u, two halves", at.share(8 * count, 1), f"fp32, 8 P{cut}"),
             Part("gradient of the SFT sweep", at.share(4 * count, 1), f"fp32, 4 P{cut}"),
         ]
     static = [Part("weights", at.share(b * (shape.parameters if mixed else count), 3), f"{b} P{at.of_ranks(3)}")]

@@ -139,7 +139,7 @@ class FlatEngine:
             torch._foreach_copy_(self.sft_gradient, [g.grad for g in self.groups])
 
     def probe(self, halves: list[list[torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sums of `multi_tensor.PROBE_SUMS` over (u₁, u₂, G₁, G₂) and the clip coefficient of the step to come."""
+        """The sums of `multi_tensor.PROBE_SUMS` over (u₁, u₂, G₁, G) and the clip coefficient of the step to come."""
         clip = self._clip(self._norm()).double()
         gradients = [g.grad for g in self.groups]
         sums = ops.multi_tensor_dot(halves, self.sft_gradient, gradients, self._adam_state(clip))
