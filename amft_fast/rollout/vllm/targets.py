@@ -74,8 +74,9 @@ def sampling_settings(group: RequestGroup, sampling: Sampling) -> dict[str, Any]
         "max_tokens": group.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
+        # Said even so: a server that others started may have defaults out of the checkpoint's generation_config.json.
+        "top_k": 0,
+        "min_p": 0.0,
         "stop_token_ids": list(sampling.stop_token_ids),
         "ignore_eos": True,  # stop tokens are ours alone, as with the transformers engine
         "logprobs": 0,  # of the sampled token only
