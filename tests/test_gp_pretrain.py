@@ -112,7 +112,8 @@ def test_no_held_out_hand_is_shown(examples, tokenizer, task):
 def test_allowed_hands_are_training_hands_alone():
     for cards, targets in [(3, (1, 40)), (4, (24, 24))]:
         task = GeneralPoints(num_cards=cards, targets=targets)
-        splits = {task.assign_split(hand) for pool in allowed_hands(Recipe(cards, targets)).values() for hand in pool}
+        allowed = allowed_hands(Recipe(num_cards=cards, targets=targets))
+        splits = {task.assign_split(hand) for pool in allowed.values() for hand in pool}
         assert splits == {"train", "ood_train"}
 
 
