@@ -35,6 +35,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Tensors = Sequence[Tensor]
+Device = torch.device | str | None
+
 _BASE_SUMS = (
     *(("u1", "u1"), ("u1", "g1"), ("u1", "dg"), ("u2", "u2"), ("u2", "g1"), ("u2", "dg"), ("u1", "u2")),
     *(("g1", "g1"), ("g1", "dg"), ("dg", "dg"), ("total", "total")),
@@ -102,15 +105,9 @@ def _diagonals(a: _AdamScalars, clip: float | Tensor, total: Tensor, m: Tensor, 
 
 
 def multi_tensor_dot_reference(
-    u: Sequence[Sequence[Tensor]],
-    g1: Sequence[Tensor],
-    total: Sequence[Tensor],
-    adam: AdamState | None = None,
-    *,
-    device: torch.device | str | None = None,
-    block: int = 1 << 18,
+    u: Sequence[Tensors], g1: Tensors, total: Tensors, adam: AdamState | None = None, *, device: Device = None
 ) -> Tensor:
-    """The same sums as `multi_tensor_dot` from torch's own operations, upcast to fp64 `block` elements at a time."""
+    """The same sums as `multi_tensor_dot` from torch's own operations, upcast to fp64 some elements at a time."""
     lists = _named_lists(u, g1, total, adam)
     device = _check(lists, device)
     sums = torch.zeros(len(PROBE_SUMS), dtype=torch.float64, device=device)
@@ -120,7 +117,7 @@ def multi_tensor_dot_reference(
         _check_adam(adam)
         scalars = _adam_scalars(adam, 1.0)
         clip = torch.as_tensor(adam.clip, dtype=torch.float64, device=device).detach().reshape(())
-    for blocks in _blocks(lists, block):
+    for blocks in _blocks(lists):
         vectors = {name: x.double() for name, x in blocks.items()}
         vectors["dg"] = vectors["total"] - vectors["g1"]
         if scalars is not None:
@@ -133,7 +130,7 @@ def multi_tensor_dot_reference(
     return sums
 
 
-def _blocks(lists: dict[str, Sequence[Tensor]], block: int) -> Iterator[dict[str, Tensor]]:
+def _blocks(lists: dict[str, Tensors], block: int = 1 << 18) -> Iterator[dict[str, Tensor]]:
     for index, first in enumerate(lists["g1"]):
         flat = {name: tensors[index].detach().reshape(-1) for name, tensors in lists.items()}
         for start in range(0, first.numel(), block):
@@ -141,12 +138,7 @@ def _blocks(lists: dict[str, Sequence[Tensor]], block: int) -> Iterator[dict[str
 
 
 def multi_tensor_dot(
-    u: Sequence[Sequence[Tensor]],
-    g1: Sequence[Tensor],
-    total: Sequence[Tensor],
-    adam: AdamState | None = None,
-    *,
-    device: torch.device | str | None = None,
+    u: Sequence[Tensors], g1: Tensors, total: Tensors, adam: AdamState | None = None, *, device: Device = None
 ) -> Tensor:
     """All sums of `PROBE_SUMS` over lists of tensors, in one pass: fp64 `(len(PROBE_SUMS),)` on the tensors' device.
 
@@ -221,9 +213,7 @@ def mixing_slope(named: dict[str, float], u: str = "u1", diagonal: str | None = 
     return clip * slope
 
 
-def _named_lists(
-    u: Sequence[Sequence[Tensor]], g1: Sequence[Tensor], total: Sequence[Tensor], adam: AdamState | None
-) -> dict[str, Sequence[Tensor]]:
+def _named_lists(u: Sequence[Tensors], g1: Tensors, total: Tensors, adam: AdamState | None) -> dict[str, Tensors]:
     if len(u) not in (1, 2) or any(isinstance(tensors, Tensor) for tensors in u):
         raise ValueError("u must hold one or two lists of tensors: [u] or [u1, u2]")
     lists = {f"u{i}": tensors for i, tensors in enumerate(u, 1)} | {"g1": g1, "total": total}
@@ -232,7 +222,7 @@ def _named_lists(
     return lists
 
 
-def _check(lists: dict[str, Sequence[Tensor]], device: torch.device | str | None) -> torch.device:
+def _check(lists: dict[str, Tensors], device: Device) -> torch.device:
     """The one device of all tensors. Compares whole lists first: 1200 tensors one by one would take 5 % of the pass."""
     first = lists["u1"]
     for name, tensors in lists.items():
@@ -276,7 +266,7 @@ def _check_adam(adam: AdamState) -> None:
         raise ValueError(f"clip must be positive, got {adam.clip}")
 
 
-def _table(lists: dict[str, Sequence[Tensor]]) -> np.ndarray:
+def _table(lists: dict[str, Tensors]) -> np.ndarray:
     """`struct Row` for each index: number of elements, dtypes, and a pointer for each of csrc's six lists (0: none)."""
     table_RC = np.zeros((len(lists["g1"]), 8), dtype=np.int64)
     table_RC[:, 0] = [x.numel() for x in lists["g1"]]
@@ -287,7 +277,7 @@ def _table(lists: dict[str, Sequence[Tensor]]) -> np.ndarray:
     return table_RC
 
 
-def _dot_cpu(library: ctypes.CDLL, lists: dict[str, Sequence[Tensor]], adam: AdamState | None) -> Tensor:
+def _dot_cpu(library: ctypes.CDLL, lists: dict[str, Tensors], adam: AdamState | None) -> Tensor:
     table_RC = _table(lists)
     out = torch.empty(len(PROBE_SUMS), dtype=torch.float64)
     scalars = None if adam is None else ctypes.byref(_adam_scalars(adam, float(adam.clip)))
@@ -307,9 +297,7 @@ def _chunk_starts(table_RC: np.ndarray, chunk: int) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(chunks_R)]).astype(np.int64)
 
 
-def _dot_cuda(
-    library: ctypes.CDLL, lists: dict[str, Sequence[Tensor]], adam: AdamState | None, device: torch.device
-) -> Tensor:
+def _dot_cuda(library: ctypes.CDLL, lists: dict[str, Tensors], adam: AdamState | None, device: torch.device) -> Tensor:
     table_RC = _table(lists)
     starts = _chunk_starts(table_RC, library.amft_cuda_chunk())
     num_chunks = int(starts[-1])

@@ -4,25 +4,14 @@ import numpy as np
 import pytest
 import torch
 from fakes import CopyTask, ScriptedEngine, make_checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from amft_fast.data.stream import sample_seed
 from amft_fast.interfaces import Message, Request, Sampling
 from amft_fast.rollout import episodes
-from amft_fast.rollout.encoder import Encoder
 from amft_fast.rollout.transformers import TransformersEngine, sample_tokens, uniforms
 
 STOP = Sampling(stop_token_ids=(1,))
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint_folder):
-    return AutoModelForCausalLM.from_pretrained(checkpoint_folder, dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def encoder(checkpoint_folder):
-    return Encoder(AutoTokenizer.from_pretrained(checkpoint_folder))
 
 
 def requests(n, length=12):
