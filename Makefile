@@ -57,7 +57,7 @@ math-tiny: $(READY)
 	$(BIN)/amft-fast eval runs/math_tiny/model --benchmarks sample --system-prompt "" --max-new-tokens 32 --out runs/eval/math_tiny
 
 lint: $(READY)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
 bench: $(READY)
 	$(BIN)/python -m bench loss-head --device cpu

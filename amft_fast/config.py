@@ -10,9 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# What train.method may be; the LEARNED ones have a controller that learns mu.
-METHODS = ("amft", "amft_no_meta", "amft_no_entropy", "sft", "rl", "sft_then_rl", "fixed", "linear", "cosine")
-LEARNED = ("amft", "amft_no_meta", "amft_no_entropy")
+from amft_fast.methods import METHODS
 
 # A file or folder (or name=file): when it is relative and not under the working directory, it is looked up beside the config
 # file. What is there under no such name is left as it is: it may be a name on the hub.
@@ -251,7 +249,7 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """The method and the size of a step."""
 
-    method: Literal[METHODS] = "amft"
+    method: Literal[tuple(METHODS)] = "amft"
     """amft learns mu; fixed, linear and cosine are schedules of mu; sft, rl and sft_then_rl are what they say."""
     steps: int = Field(200, ge=1)
     """Steps after the warm-up. A step draws rollouts once and makes `minibatches_per_rollout` updates."""
@@ -623,7 +621,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         c = self.controller
-        learned = self.train.method in LEARNED
+        learned = METHODS[self.train.method].learned
         if learned and not c.mu_min <= c.mu_init <= c.mu_max:
             raise ValueError(
                 f"controller.mu_init must lie in [mu_min, mu_max] = [{c.mu_min}, {c.mu_max}], got {c.mu_init}"

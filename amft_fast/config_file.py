@@ -15,13 +15,13 @@ from amft_fast.config import FILE, Config
 from amft_fast.errors import UserError
 
 
-def _fields(model: type[BaseModel], prefix: str = "") -> list[str]:
+def setting_names(model: type[BaseModel], prefix: str = "") -> list[str]:
     """All dotted names of leaf settings below `model`."""
     names: list[str] = []
     for name, info in model.model_fields.items():
         sub = info.annotation
         if isinstance(sub, type) and issubclass(sub, BaseModel):
-            names += _fields(sub, f"{prefix}{name}.")
+            names += setting_names(sub, f"{prefix}{name}.")
         else:
             names.append(prefix + name)
     return names
@@ -41,7 +41,7 @@ def _did_you_mean(name: str, known: list[str]) -> str:
 
 def _explain(error: ValidationError, source: str) -> UserError:
     """One line per mistake: which setting, what was got, what is expected."""
-    known = _fields(Config)
+    known = setting_names(Config)
     lines = []
     for e in error.errors():
         name = ".".join(str(p) for p in e["loc"])
@@ -74,7 +74,7 @@ def parse_flags(flags: list[str]) -> dict[str, Any]:
     class Flags(BaseSettings, Config):
         pass
 
-    known = _fields(Config)
+    known = setting_names(Config)
     args: list[str] = []
     for i, flag in enumerate(flags):
         args.append(flag)

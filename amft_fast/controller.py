@@ -27,10 +27,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from amft_fast.config import LEARNED, Config
+from amft_fast.config import Config
 from amft_fast.data.stream import sample_seed
+from amft_fast.methods import METHODS, Knobs
 from amft_fast.multi_tensor import mixing_slope, named_sums
 
 # Student's t, 97.5 %, for 1, 2, ... degrees of freedom.
@@ -108,7 +110,7 @@ class MetaController:
         if step < self.c.start_step:
             return {}
         if sums is not None:
-            self._take_probe(dict(named_sums(sums, self.value)), clip, lr)
+            self._take_probe(named_sums(sums, self.value), clip, lr)
         if entropy is not None and math.isfinite(entropy):  # a step that was not finite says nothing about μ
             self.sums["entropy"] += entropy
             self.seen += 1
@@ -116,26 +118,26 @@ class MetaController:
         return self._move(target) if last else {}
 
     def _take_probe(self, n: dict[str, float], clip: float, lr: float) -> None:
-        norm_u = math.sqrt(max(n["v1_v1"] + n["v2_v2"] + 2 * n["v1_v2"], 0.0)) / 2
+        norm_u = math.sqrt(max(n["u1_u1"] + n["u2_u2"] + 2 * n["u1_u2"], 0.0)) / 2
         norm_sft, norm_rl = math.sqrt(n["sft_sft"]), math.sqrt(n["rl_rl"])
-        halves = [self._signal(n, v, norm_u, clip, lr) for v in ("v1", "v2")]
+        halves = [self._signal(n, u, norm_u, clip, lr) for u in ("u1", "u2")]
         if not all(map(math.isfinite, halves)):
             return
         self.sums["half1"] += halves[0]
         self.sums["half2"] += halves[1]
-        self.sums["cos_sft"] += _ratio(n["v1_sft"] + n["v2_sft"], 2 * norm_u * norm_sft)
-        self.sums["cos_rl"] += _ratio(n["v1_rl"] + n["v2_rl"], 2 * norm_u * norm_rl)
+        self.sums["cos_sft"] += _ratio(n["u1_sft"] + n["u2_sft"], 2 * norm_u * norm_sft)
+        self.sums["cos_rl"] += _ratio(n["u1_rl"] + n["u2_rl"], 2 * norm_u * norm_rl)
         self.probed += 1
 
-    def _signal(self, n: dict[str, float], v: str, norm_u: float, clip: float, lr: float) -> float:
+    def _signal(self, n: dict[str, float], u: str, norm_u: float, clip: float, lr: float) -> float:
         """The signal of one half of u: it is linear in u, so the whole signal is the mean of the two."""
         kind = self.c.signal
         if kind in ("balanced", "random"):
             norm_sft, norm_rl = math.sqrt(n["sft_sft"]), math.sqrt(n["rl_rl"])
-            return _ratio(n[f"{v}_sft"], norm_u * norm_sft) - _ratio(n[f"{v}_rl"], norm_u * norm_rl)
+            return _ratio(n[f"{u}_sft"], norm_u * norm_sft) - _ratio(n[f"{u}_rl"], norm_u * norm_rl)
         if kind == "cosine":
-            return _ratio(n[f"{v}_d"], norm_u * math.sqrt(max(n["d_d"], 0.0)))
-        return lr * mixing_slope(n, v, self._diagonal(), clip)
+            return _ratio(n[f"{u}_d"], norm_u * math.sqrt(max(n["d_d"], 0.0)))
+        return lr * mixing_slope(n, u, self._diagonal(), clip)
 
     def _diagonal(self) -> str | None:
         p = self.cfg.meta.precondition
@@ -220,7 +222,7 @@ def _ratio(a: float, b: float) -> float:
 def inert(cfg: Config) -> str | None:
     """A sentence when the learned controller cannot move μ visibly, as with the published hyper-parameters."""
     c, lr = cfg.controller, cfg.train.lr
-    if cfg.train.method not in LEARNED or c.signal != "raw" or lr * c.eta_mu > 1e-6 or c.eta_entropy > 2e-3:
+    if not METHODS[cfg.train.method].learned or c.signal != "raw" or lr * c.eta_mu > 1e-6 or c.eta_entropy > 2e-3:
         return None
     return (
         f"controller: with signal raw mu moves by train.lr x controller.eta_mu = {lr * c.eta_mu:.0e} times a dot-product: it "
@@ -231,15 +233,8 @@ def inert(cfg: Config) -> str | None:
 def make(cfg: Config) -> Schedule | MetaController:
     """The controller that `train.method` names."""
     c, t = cfg.controller, cfg.train
-    if t.method in LEARNED:
-        return MetaController(cfg, meta=t.method != "amft_no_meta", entropy=t.method != "amft_no_entropy")
-    start, end = c.schedule_start, c.schedule_end
-    shapes: dict[str, Callable[[float], float]] = {
-        "sft": lambda x: 1.0,
-        "rl": lambda x: 0.0,
-        "sft_then_rl": lambda x: 1.0 if x < t.sft_share else 0.0,
-        "fixed": lambda x: c.mu_init,
-        "linear": lambda x: start + (end - start) * x,
-        "cosine": lambda x: end + (start - end) * 0.5 * (1 + math.cos(math.pi * x)),
-    }
-    return Schedule(shapes[t.method], t.steps)
+    method = METHODS[t.method]
+    if method.shape is None:
+        return MetaController(cfg, meta=method.learns_from_utility, entropy=method.learns_from_entropy)
+    knobs = Knobs(c.mu_init, c.schedule_start, c.schedule_end, t.sft_share)
+    return Schedule(partial(method.shape, k=knobs), t.steps)

@@ -184,15 +184,13 @@ class Completion:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Training uses temperature alone; top_p, top_k and min_p are for evaluation.
+    """How tokens are drawn. Training uses temperature alone; top_p is for evaluation.
 
     `temperature` 0 is greedy. `stop_token_ids` end a response.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
     stop_token_ids: tuple[int, ...] = ()
 
 

@@ -2,7 +2,7 @@
 
 One real optimizer step is θ'(μ) = θ − η·Opt(∇L(θ; μ)), so to first order
 
-    dU(θ')/dμ ≈ −η ⟨∇U, P ∘ (g_SFT − g_RL)⟩ = +η ⟨u, P ∘ (g_SFT − g_RL)⟩ ,     u = ∇(−U) = −v
+    dU(θ')/dμ ≈ −η ⟨∇U, P ∘ (g_SFT − g_RL)⟩ = +η ⟨u, P ∘ (g_SFT − g_RL)⟩ ,     u = ∇(−U)
 
 Everything here works with u, the gradient of the *loss* −U, as backward passes give it: a positive ⟨u, g_SFT⟩ means that a
 step down the SFT loss also steps down −U. U is the expected reward on validation prompts; its gradient is the policy
@@ -33,7 +33,7 @@ import torch
 from amft_fast import objective
 from amft_fast.advantages import group_advantages
 from amft_fast.config import MetaConfig, ObjectiveConfig
-from amft_fast.data.batch import Batch, Sequence
+from amft_fast.data.batch import Batch, TokenSequence
 from amft_fast.data.pictures import PackedImages, unpack_images
 from amft_fast.engine.parts import Part, Tensors
 from amft_fast.interfaces import Demo, Item, Sample, Turn, UpdateEngine
@@ -44,7 +44,7 @@ Draw = Callable[[list[Item], int], list[Sample]]
 
 
 @dataclass
-class Group:
+class RolloutGroup:
     """The rollouts of one validation prompt, and the step they were drawn at."""
 
     item: int
@@ -57,13 +57,13 @@ class RolloutCache:
 
     def __init__(self, items: list[Item], refresh_share: float) -> None:
         self.items, self.refresh_share = items, refresh_share
-        self.groups: list[Group] = []
+        self.groups: list[RolloutGroup] = []
 
     def refresh(self, step: int, draw: Draw, everything: bool = False) -> int:
         """Redraws the oldest share (all of it at first, or when asked); returns how many groups were drawn."""
         if not self.groups or everything:
             stale = list(range(len(self.items)))
-            self.groups = [Group(i, -1, []) for i in stale]
+            self.groups = [RolloutGroup(i, -1, []) for i in stale]
         else:
             count = -(-len(self.items) * self.refresh_share // 1)
             oldest = sorted(range(len(self.groups)), key=lambda i: (self.groups[i].step, i))
@@ -106,7 +106,7 @@ class RolloutCache:
                 )
                 for s in g["samples"]
             ]
-            self.groups.append(Group(g["item"], g["step"], samples))
+            self.groups.append(RolloutGroup(g["item"], g["step"], samples))
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class UtilityGradient:
         demos: dict[str, Demo],
         encoder: Encoder,
         engine: UpdateEngine,
-        batches: Callable[[list[Sequence]], list[Batch]],
+        batches: Callable[[list[TokenSequence]], list[Batch]],
         temperature: float,
     ) -> None:
         self.cfg, self.encoder, self.engine = cfg, encoder, engine
@@ -188,7 +188,7 @@ class UtilityGradient:
             halves.append(self.engine.take_gradient())
         return Utility((halves[0], halves[1]), self._figures(sums, counts, drawn))
 
-    def _sequences(self, indices: list[int], counts: dict[str, int]) -> list[Sequence]:
+    def _sequences(self, indices: list[int], counts: dict[str, int]) -> list[TokenSequence]:
         """The sequences of one half with their weights. Groups without spread add nothing and are left out."""
         if self.cfg.utility == "nll":
             chosen = [self.cache.items[i] for i in indices]
@@ -207,7 +207,7 @@ class UtilityGradient:
             out += self._weigh(self._demo_sequences(demos), share, objective.weigh_sft)
         return out
 
-    def _reward_sequences(self, groups: list[Group], tokens: int) -> list[Sequence]:
+    def _reward_sequences(self, groups: list[RolloutGroup], tokens: int) -> list[TokenSequence]:
         samples = [s for g in groups for s in g.samples]
         if not samples:
             return []
@@ -217,11 +217,11 @@ class UtilityGradient:
         advantages = group_advantages(rewards, ids, "grpo")
         return [s.with_fields(advantages=a, pg_weight=1 / tokens) for s, a in zip(sequences, advantages)]
 
-    def _demo_sequences(self, demos: list[Demo]) -> list[Sequence]:
+    def _demo_sequences(self, demos: list[Demo]) -> list[TokenSequence]:
         return [objective.demo_sequence(*self.encoder.demo(d)) for d in demos]
 
     @staticmethod
-    def _weigh(sequences: list[Sequence], share: float, weigh: Callable) -> list[Sequence]:
+    def _weigh(sequences: list[TokenSequence], share: float, weigh: Callable) -> list[TokenSequence]:
         return weigh(sequences, share, sum(int(s.trained.sum()) for s in sequences))
 
     def _figures(self, sums: Any, counts: dict[str, int], drawn: int) -> dict[str, float]:

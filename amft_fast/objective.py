@@ -19,7 +19,7 @@ import numpy as np
 
 from amft_fast import advantages as adv
 from amft_fast.config import AdvantageConfig, ObjectiveConfig
-from amft_fast.data.batch import Sequence
+from amft_fast.data.batch import TokenSequence
 from amft_fast.interfaces import Sample
 
 
@@ -36,26 +36,28 @@ def demo_sequence(
     response_ids: list[int],
     loss_mask: list[int] | None = None,
     images: tuple[Any, ...] = (),
-) -> Sequence:
+) -> TokenSequence:
     """A demonstration: the tokens of the response are imitated, all of them or those where `loss_mask` is 1."""
     ids = np.asarray(prompt_ids + response_ids, np.int64)
     trained = np.arange(len(ids)) >= len(prompt_ids)
     if loss_mask is not None:
         trained[len(prompt_ids) :] = np.asarray(loss_mask, bool)
-    return Sequence(ids, trained, images=images)
+    return TokenSequence(ids, trained, images=images)
 
 
-def rollout_sequence(sample: Sample, temperature: float) -> Sequence:
+def rollout_sequence(sample: Sample, temperature: float) -> TokenSequence:
     """A rollout: the policy's own tokens are trained on, the prompt's and the verifier's are not."""
     ids = np.asarray(sample.prompt_ids + sample.response_ids, np.int64)
     trained = np.zeros(len(ids), bool)
     trained[len(sample.prompt_ids) :] = np.asarray(sample.loss_mask, bool)
     behavior = np.zeros(len(ids))
     behavior[len(sample.prompt_ids) :] = sample.behavior_logprobs
-    return Sequence(ids, trained, images=sample.images).with_fields(behavior_logprobs=behavior, temperature=temperature)
+    return TokenSequence(ids, trained, images=sample.images).with_fields(
+        behavior_logprobs=behavior, temperature=temperature
+    )
 
 
-def count_tokens(sft: list[Sequence], rl: list[Sequence]) -> Counts:
+def count_tokens(sft: list[TokenSequence], rl: list[TokenSequence]) -> Counts:
     """Trained tokens of each component on this rank; sum over ranks before use."""
     return Counts(int(sum(s.trained.sum() for s in sft)), int(sum(s.trained.sum() for s in rl)))
 
@@ -68,7 +70,7 @@ def token_rewards(sample: Sample) -> np.ndarray:
     return rewards
 
 
-def set_advantages(sequences: list[Sequence], samples: list[Sample], cfg: AdvantageConfig) -> None:
+def set_advantages(sequences: list[TokenSequence], samples: list[Sample], cfg: AdvantageConfig) -> None:
     """Gives every rollout its `advantages` field (and `returns` for gae, from the `values` that the value head left there).
 
     Needs whole groups: under several ranks it is called on all samples of the step.
@@ -95,7 +97,7 @@ def set_advantages(sequences: list[Sequence], samples: list[Sample], cfg: Advant
             seq.fields[name][seq.trained] = value
 
 
-def _set_turn_advantages(sequences: list[Sequence], samples: list[Sample], cfg: AdvantageConfig) -> None:
+def _set_turn_advantages(sequences: list[TokenSequence], samples: list[Sample], cfg: AdvantageConfig) -> None:
     """Every turn's advantage on the policy's tokens of it."""
     rewards = [np.array([t.reward for t in s.turns]) for s in samples]
     states = [[t.state for t in s.turns] for s in samples]
@@ -107,14 +109,14 @@ def _set_turn_advantages(sequences: list[Sequence], samples: list[Sample], cfg: 
         seq.fields["advantages"][len(sample.prompt_ids) :] = np.repeat(advantages, lengths)
 
 
-def weigh_sft(sequences: list[Sequence], mu: float, count: int) -> list[Sequence]:
+def weigh_sft(sequences: list[TokenSequence], mu: float, count: int) -> list[TokenSequence]:
     """SFT sequences with s_i = μ w_i / N_sft; a field `token_weight` w_i is used where a method set one."""
     return [s.with_fields(nll_weight=mu / max(count, 1) * s.fields.get("token_weight", 1.0)) for s in sequences]
 
 
 def weigh_rl(
-    sequences: list[Sequence], mu: float, count: int, objective: ObjectiveConfig, value_coef: float = 0.0
-) -> list[Sequence]:
+    sequences: list[TokenSequence], mu: float, count: int, objective: ObjectiveConfig, value_coef: float = 0.0
+) -> list[TokenSequence]:
     """RL sequences with r_i = (1−μ) / N_rl, e_i = c_H r_i and, for gae, the value loss's weight."""
     r = (1 - mu) / max(count, 1)
     weights = {"pg_weight": r, "entropy_weight": r * objective.entropy_coef}

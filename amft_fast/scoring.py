@@ -13,7 +13,7 @@ from torch import nn
 
 from amft_fast import objective
 from amft_fast.config import Config
-from amft_fast.data.batch import Batch, Sequence, micro_batches, scatter
+from amft_fast.data.batch import Batch, TokenSequence, micro_batches, scatter
 from amft_fast.engine.parts import Tensors
 from amft_fast.interfaces import Sample, UpdateEngine
 from amft_fast.model import attention
@@ -33,7 +33,7 @@ class Scorer:
         packing = self.cfg.train.packing
         return attention.packs(self.policy.model.config) if packing is None else packing
 
-    def batches(self, sequences: list[Sequence]) -> list[Batch]:
+    def batches(self, sequences: list[TokenSequence]) -> list[Batch]:
         """This rank's micro-batches of sequences that all ranks hold: equally many on each."""
         world = self.engine.world
         return micro_batches(
@@ -41,7 +41,7 @@ class Scorer:
         )
 
     def forward_only(
-        self, sequences: list[Sequence], model: nn.Module | None = None, temperature: float | None = None
+        self, sequences: list[TokenSequence], model: nn.Module | None = None, temperature: float | None = None
     ) -> list[Scores]:
         """Log-probs, entropies and values of all trained tokens, without gradients; on every rank those of all ranks."""
         batches, world = self.batches(sequences), self.engine.world
@@ -49,7 +49,7 @@ class Scorer:
         scores = [Scores(b.members, b.counts, o.logprobs, o.entropy, o.values) for b, o in zip(batches, outs)]
         return world.gather([s.cpu() for s in scores if s.members]) if world.size > 1 else scores
 
-    def judge(self, samples: list[Sample]) -> list[Sequence]:
+    def judge(self, samples: list[Sample]) -> list[TokenSequence]:
         """Rollouts as sequences with all that the loss reads: advantages, and old and reference log-probs where needed."""
         cfg = self.cfg
         rl = [objective.rollout_sequence(s, cfg.rollout.temperature) for s in samples]
@@ -70,12 +70,12 @@ class Scorer:
         objective.set_advantages(rl, samples, cfg.advantage)
         return rl
 
-    def entropy(self, sequences: list[Sequence], temperature: float | None = None) -> float:
+    def entropy(self, sequences: list[TokenSequence], temperature: float | None = None) -> float:
         """Mean over tokens, in nats; at the temperature that the sequences were drawn at, or at another one."""
         outs = [s.entropy for s in self.forward_only(sequences, temperature=temperature)]
         return torch.cat(outs).double().mean().item()
 
-    def figures(self, sft: list[Sequence], rl: list[Sequence]) -> dict[str, float]:
+    def figures(self, sft: list[TokenSequence], rl: list[TokenSequence]) -> dict[str, float]:
         """What only a pass of its own can tell of a step.
 
         `entropy` at temperature 1, as H* has it, where rollouts are drawn at another temperature. `implicit_reward/*`: mean

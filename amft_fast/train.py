@@ -22,7 +22,7 @@ import torch
 
 from amft_fast import controller, objective
 from amft_fast.config import Config
-from amft_fast.data.batch import Sequence
+from amft_fast.data.batch import TokenSequence
 from amft_fast.data.loader import Loader
 from amft_fast.data.stream import Stream, choose
 from amft_fast.engine.parts import Part, Tensors
@@ -105,7 +105,7 @@ class Trainer:
         temperature = cfg.rollout.temperature
         return UtilityGradient(cfg.meta, items, demos, self.encoder, self.engine, self.scorer.batches, temperature)
 
-    def _demo(self, i: int) -> Sequence:
+    def _demo(self, i: int) -> TokenSequence:
         return objective.demo_sequence(*self.encoder.demo(self.demonstrations[i]))
 
     # ------------------------------------------------------------------------------------------------------ the clock
@@ -187,7 +187,7 @@ class Trainer:
         """The u of the present window."""
         return self.utility_gradient.current if self.utility_gradient is not None else None
 
-    def update(self, sft: list[Sequence], rl: list[Sequence], mu: float, u: Utility | None = None) -> Update:
+    def update(self, sft: list[TokenSequence], rl: list[TokenSequence], mu: float, u: Utility | None = None) -> Update:
         """One optimizer update on L = μ L_SFT + (1−μ) L_RL.
 
         Plain: SFT and RL rows ride in the same calls of the head. With `u`: two sweeps, one for each gradient, and the probe's
@@ -206,7 +206,7 @@ class Trainer:
         probe = self.engine.probe(u.halves)
         return Update(sft_sums + rl_sums, torch.maximum(sft_maxes, rl_maxes), self.engine.step(), probe)
 
-    def sweep(self, sequences: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+    def sweep(self, sequences: list[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:
         """Backward over all micro-batches of these sequences; statistics as device sums and maxima."""
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.engine.device)
         maxes = torch.zeros(len(MAXES), dtype=torch.float64, device=self.engine.device)
@@ -242,7 +242,9 @@ class Trainer:
         over = self.cfg.train.token_budget is None and self.step + 1 >= self.total
         return None if over or mu == 1 else self.step + 1
 
-    def count_tokens(self, sft: list[Sequence], rl: list[Sequence], drawn: Drawn, utility: dict[str, float]) -> int:
+    def count_tokens(
+        self, sft: list[TokenSequence], rl: list[TokenSequence], drawn: Drawn, utility: dict[str, float]
+    ) -> int:
         """Tokens of a step, sampled plus trained on; added to those of the run."""
         tokens = int(sum(len(s.ids) for s in sft + rl) + sum(sum(s.loss_mask) for s in drawn.samples))
         tokens += int(utility.get("tokens", 0) + drawn.figures.get("dynamic/tokens", 0))
@@ -302,7 +304,7 @@ class Trainer:
         self.rollouts.engine.sync(self.engine.named_full_params(), self.step)
 
 
-def _share(sequences: list[Sequence], k: int, m: int) -> list[Sequence]:
+def _share(sequences: list[TokenSequence], k: int, m: int) -> list[TokenSequence]:
     """The k-th of m equal runs of the list."""
     n = len(sequences)
     return sequences[k * n // m : (k + 1) * n // m]

@@ -1,8 +1,8 @@
 """`python -m bench probe`: multi_tensor_dot against what torch offers for the same numbers.
 
-The workload is a probed step's: three lists of ragged fp32 tensors, v, G1 and G2, and the six products of two of them, from
-which every dot and norm of the first-order probe follows. Then the same with two v, and with AdamW's diagonals. Each
-candidate's numbers are compared with fp64 sums first; one that fails is not timed. On a CPU each runs with one thread and
+The workload is a probed step's: three lists of ragged fp32 tensors, u, G1 and the total G, and the six products of two of
+them, from which every dot and norm of the first-order probe follows. Then the same with two u, and with AdamW's diagonals.
+Each candidate's numbers are compared with fp64 sums first; one that fails is not timed. On a CPU each runs with one thread and
 with torch's number of them, since torch's own operations may be faster with one when the cores are busy. Candidates take
 turns, so that a busy moment hits all of them, and each is judged by its best time at its better number of threads.
 """
@@ -24,16 +24,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from amft_fast.multi_tensor import SUMS, AdamState, backends, multi_tensor_dot, multi_tensor_dot_reference
+from amft_fast.multi_tensor import PROBE_SUMS, AdamState, backends, multi_tensor_dot, multi_tensor_dot_reference
 from bench.results import commit, device_name
 
 MEASURED = ("csrc", "amft_fast/multi_tensor.py", "bench/probe.py", "setup.py")
 RESULTS = Path(__file__).parent / "results"
-PRODUCTS = (("v", "v"), ("v", "g1"), ("v", "g2"), ("g1", "g1"), ("g1", "g2"), ("g2", "g2"))
-THREE = (("v", "g1"), ("v", "g2"), ("g1", "g2"))
+PRODUCTS = (("u", "u"), ("u", "g1"), ("u", "total"), ("g1", "g1"), ("g1", "total"), ("total", "total"))
+THREE = (("u", "g1"), ("u", "total"), ("g1", "total"))
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "step": 100, "clip": 0.5}
 EXACT, LOOSE = 1e-12, 1e-2  # fp64 sums; and fp32 ones, which may be as bad as this and still be what a user would get
-ONE_V, WIDE = "one v: dots and norms", "two v; AdamW's diagonals"
+ONE_U, WIDE = "one u: dots and norms", "two u; AdamW's diagonals"
 SAME_NUMBERS = ("torch.dot, six loops", "torch._foreach", "one flat copy, matmul")  # the ways that the bar is about
 THREE_DOTS = "torch.dot, three loops"  # only half of the numbers
 
@@ -97,12 +97,12 @@ def make_lists(elements: int, tensors: int, device: str) -> dict[str, list[Tenso
     def normal(scale: float) -> list[Tensor]:
         return [torch.randn(n, generator=on_device, device=device) * scale for n in sizes]
 
-    lists = {"v": normal(1.0), "v2": normal(1.0), "g1": normal(0.8), "g2": normal(0.2), "m": normal(0.1)}
-    # As in training: G2 holds G1, and v leans towards the gradients. So no number is a mere remainder of cancellation.
-    for v, v2, g1, g2 in zip(lists["v"], lists["v2"], lists["g1"], lists["g2"]):
-        g2 += g1
-        v += 0.1 * g1
-        v2 += 0.1 * g2
+    lists = {"u": normal(1.0), "u2": normal(1.0), "g1": normal(0.8), "total": normal(0.2), "m": normal(0.1)}
+    # As in training: G holds G1, and u leans towards the gradients. So no number is a mere remainder of cancellation.
+    for u, u2, g1, total in zip(lists["u"], lists["u2"], lists["g1"], lists["total"]):
+        total += g1
+        u += 0.1 * g1
+        u2 += 0.1 * total
     lists["s"] = [x.square_() for x in normal(0.3)]
     return lists
 
@@ -116,11 +116,11 @@ def true_products(lists: dict[str, list[Tensor]]) -> dict[object, float]:
 
 
 def ours(lists: dict[str, list[Tensor]]) -> list[Tensor]:
-    sums = multi_tensor_dot([lists["v"]], lists["g1"], lists["g2"])
-    s = dict(zip(SUMS, sums.unbind()))
-    # (v, G2) and (G1, G2) are sums of two; everything else is there as it is.
-    v_g2, g1_g2 = s["v1", "g1"] + s["v1", "dg"], s["g1", "g1"] + s["g1", "dg"]
-    return [s["v1", "v1"], s["v1", "g1"], v_g2, s["g1", "g1"], g1_g2, s["g2", "g2"]]
+    sums = multi_tensor_dot([lists["u"]], lists["g1"], lists["total"])
+    s = dict(zip(PROBE_SUMS, sums.unbind()))
+    # (u, G) and (G1, G) are sums of two; everything else is there as it is.
+    u_total, g1_total = s["u1", "g1"] + s["u1", "dg"], s["g1", "g1"] + s["g1", "dg"]
+    return [s["u1", "u1"], s["u1", "g1"], u_total, s["g1", "g1"], g1_total, s["total", "total"]]
 
 
 def dot_loops(lists: dict[str, list[Tensor]], pairs: Sequence[tuple[str, str]]) -> list[Tensor]:
@@ -143,16 +143,16 @@ def gram(flat_LN: Tensor) -> list[Tensor]:
 
 
 def copy_and_gram(lists: dict[str, list[Tensor]], flat_LN: Tensor) -> list[Tensor]:
-    for i, name in enumerate(("v", "g1", "g2")):
+    for i, name in enumerate(("u", "g1", "total")):
         torch.cat(lists[name], out=flat_LN[i])
     return gram(flat_LN)
 
 
 def foreach_adam(lists: dict[str, list[Tensor]]) -> list[Tensor]:
-    """⟨v, P∘G1⟩ and ⟨v, P∘dG⟩ with the exact diagonal, in fp32 with torch's multi-tensor operations."""
+    """⟨u, P∘G1⟩ and ⟨u, P∘dG⟩ with the exact diagonal, in fp32 with torch's multi-tensor operations."""
     beta1, beta2, eps, step, clip = ADAM.values()
     bias1, bias2 = 1 - beta1**step, 1 - beta2**step
-    g = torch._foreach_mul(lists["g2"], clip)
+    g = torch._foreach_mul(lists["total"], clip)
     m = torch._foreach_lerp(lists["m"], g, 1 - beta1)
     s = torch._foreach_mul(lists["s"], beta2)
     torch._foreach_addcmul_(s, g, g, 1 - beta2)
@@ -161,37 +161,39 @@ def foreach_adam(lists: dict[str, list[Tensor]]) -> list[Tensor]:
     second = torch._foreach_mul(torch._foreach_mul(m, g), (1 - beta2) / (bias1 * bias2))
     second = torch._foreach_div(torch._foreach_div(torch._foreach_div(second, root), denom), denom)
     p = torch._foreach_mul(torch._foreach_reciprocal(denom), (1 - beta1) / bias1)
-    pv = torch._foreach_mul(torch._foreach_sub(p, second), lists["v"])
-    products = (torch._foreach_mul(pv, x) for x in (lists["g1"], torch._foreach_sub(lists["g2"], lists["g1"])))
+    pu = torch._foreach_mul(torch._foreach_sub(p, second), lists["u"])
+    products = (torch._foreach_mul(pu, x) for x in (lists["g1"], torch._foreach_sub(lists["total"], lists["g1"])))
     return [torch.stack([x.sum() for x in product]).sum() for product in products]
 
 
 def candidates(lists: dict[str, list[Tensor]]) -> list[Candidate]:
-    v, v2, g1, g2 = (lists[name] for name in ("v", "v2", "g1", "g2"))
+    u, u2, g1, total = (lists[name] for name in ("u", "u2", "g1", "total"))
     adam = AdamState(lists["m"], lists["s"], **ADAM)
-    flat_LN = torch.stack([torch.cat(x) for x in (v, g1, g2)])
-    two = [i for i, pair in enumerate(SUMS) if "plain" not in pair[1] and "exact" not in pair[1]]
-    exact = [SUMS.index(("v1", "exact_g1")), SUMS.index(("v1", "exact_dg"))]
-    every = range(len(SUMS))
+    flat_LN = torch.stack([torch.cat(x) for x in (u, g1, total)])
+    two = [i for i, pair in enumerate(PROBE_SUMS) if "plain" not in pair[1] and "exact" not in pair[1]]
+    exact = [PROBE_SUMS.index(("u1", "exact_g1")), PROBE_SUMS.index(("u1", "exact_dg"))]
+    every = range(len(PROBE_SUMS))
     return [
-        Candidate(ONE_V, "multi_tensor_dot", lambda: ours(lists), PRODUCTS, 3, EXACT),
-        Candidate(ONE_V, THREE_DOTS, lambda: dot_loops(lists, THREE), THREE, 3),
-        Candidate(ONE_V, SAME_NUMBERS[0], lambda: dot_loops(lists, PRODUCTS), PRODUCTS, 3),
-        Candidate(ONE_V, SAME_NUMBERS[1], lambda: foreach(lists, PRODUCTS), PRODUCTS, 3),
-        Candidate(ONE_V, SAME_NUMBERS[2], lambda: copy_and_gram(lists, flat_LN), PRODUCTS, 3),
-        Candidate(ONE_V, "matmul, already flat", lambda: gram(flat_LN), PRODUCTS, 3),
-        Candidate(ONE_V, "torch in fp64 blocks", lambda: fallback_products(lists), PRODUCTS, 3, EXACT, rounds=2),
-        Candidate(WIDE, "two v", lambda: multi_tensor_dot([v, v2], g1, g2)[two].unbind(), two, 4, EXACT),
-        Candidate(WIDE, "one v, AdamW", lambda: multi_tensor_dot([v], g1, g2, adam)[exact].unbind(), exact, 5, EXACT),
-        Candidate(WIDE, "two v, AdamW", lambda: multi_tensor_dot([v, v2], g1, g2, adam).unbind(), every, 6, EXACT),
+        Candidate(ONE_U, "multi_tensor_dot", lambda: ours(lists), PRODUCTS, 3, EXACT),
+        Candidate(ONE_U, THREE_DOTS, lambda: dot_loops(lists, THREE), THREE, 3),
+        Candidate(ONE_U, SAME_NUMBERS[0], lambda: dot_loops(lists, PRODUCTS), PRODUCTS, 3),
+        Candidate(ONE_U, SAME_NUMBERS[1], lambda: foreach(lists, PRODUCTS), PRODUCTS, 3),
+        Candidate(ONE_U, SAME_NUMBERS[2], lambda: copy_and_gram(lists, flat_LN), PRODUCTS, 3),
+        Candidate(ONE_U, "matmul, already flat", lambda: gram(flat_LN), PRODUCTS, 3),
+        Candidate(ONE_U, "torch in fp64 blocks", lambda: fallback_products(lists), PRODUCTS, 3, EXACT, rounds=2),
+        Candidate(WIDE, "two u", lambda: multi_tensor_dot([u, u2], g1, total)[two].unbind(), two, 4, EXACT),
+        Candidate(
+            WIDE, "one u, AdamW", lambda: multi_tensor_dot([u], g1, total, adam)[exact].unbind(), exact, 5, EXACT
+        ),
+        Candidate(WIDE, "two u, AdamW", lambda: multi_tensor_dot([u, u2], g1, total, adam).unbind(), every, 6, EXACT),
         Candidate(WIDE, "torch._foreach: two dots, AdamW", lambda: foreach_adam(lists), exact, 5, rounds=3),
     ]
 
 
 def fallback_products(lists: dict[str, list[Tensor]]) -> list[Tensor]:
-    s = dict(zip(SUMS, multi_tensor_dot_reference([lists["v"]], lists["g1"], lists["g2"]).unbind()))
-    v_g2, g1_g2 = s["v1", "g1"] + s["v1", "dg"], s["g1", "g1"] + s["g1", "dg"]
-    return [s["v1", "v1"], s["v1", "g1"], v_g2, s["g1", "g1"], g1_g2, s["g2", "g2"]]
+    s = dict(zip(PROBE_SUMS, multi_tensor_dot_reference([lists["u"]], lists["g1"], lists["total"]).unbind()))
+    u_total, g1_total = s["u1", "g1"] + s["u1", "dg"], s["g1", "g1"] + s["g1", "dg"]
+    return [s["u1", "u1"], s["u1", "g1"], u_total, s["g1", "g1"], g1_total, s["total", "total"]]
 
 
 def check(candidate: Candidate, truth: dict[object, float]) -> None:
@@ -255,7 +257,7 @@ def report(all_candidates: list[Candidate], elements: int) -> dict:
 
 def table(result: dict) -> str:
     lines = []
-    for group in (ONE_V, WIDE):
+    for group in (ONE_U, WIDE):
         lines.append(
             f"{group:<34}{'numbers':>8}{'best ms':>10}{'median':>10}{'threads':>9}{'GB/s':>8}{'rel. error':>12}  check"
         )
@@ -298,7 +300,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     lists = make_lists(arguments.elements, arguments.tensors, arguments.device)
     truth = true_products(lists)
     adam = AdamState(lists["m"], lists["s"], **ADAM)
-    truth |= enumerate(multi_tensor_dot_reference([lists["v"], lists["v2"]], lists["g1"], lists["g2"], adam).tolist())
+    truth |= enumerate(
+        multi_tensor_dot_reference([lists["u"], lists["u2"]], lists["g1"], lists["total"], adam).tolist()
+    )
     all_candidates = candidates(lists)
     for candidate in all_candidates:
         check(candidate, truth)

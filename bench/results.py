@@ -8,7 +8,9 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -70,6 +72,24 @@ def commit(measured: Sequence[str]) -> str:
 def write_json(path: Path, result: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def prepare_vllm(device: str) -> None:
+    """vLLM says errors alone; on a CPU torch takes one thread, beside the engine's."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if device == "cpu":
+        torch.set_num_threads(1)
+
+
+def write_rows(name: str, args: Namespace, measured: Sequence[str], rows: list[dict], table: Callable) -> int:
+    """The rows of a benchmark with vLLM as JSON (at `args.out`, or NAME_DEVICE.json here), their table as Markdown beside it;
+    returns the exit code 0."""
+    path = args.out or RESULTS / f"{name.replace('-', '_')}_{args.device}.json"
+    result = {"benchmark": name, **environment(args.device, measured), "vllm": version("vllm")}
+    write_json(path, result | {"rounds": args.rounds, "results": rows})
+    path.with_suffix(".md").write_text(table(rows) + "\n", encoding="utf-8")
+    print(f"written to {path}", file=sys.stderr)
+    return 0
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,9 +7,7 @@ first: greedy tokens are the same. Sampled tokens count, prompts do not.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +18,7 @@ import torch
 from amft_fast.interfaces import Request, Sampling
 from amft_fast.rollout import vllm
 from amft_fast.rollout.transformers import TransformersEngine
-from bench.results import RESULTS, environment, markdown_table, write_json
+from bench.results import markdown_table, prepare_vllm, write_rows
 from bench.weight_sync import greedy_agrees, make_model, named, setup
 
 MEASURED = ("amft_fast/rollout", "bench/rollout.py", "bench/weight_sync.py")
@@ -109,22 +107,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=None, help="default bench/results/rollout_DEVICE.json")
     args = parser.parse_args(argv)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if args.device == "cpu":
-        torch.set_num_threads(1)
+    prepare_vllm(args.device)
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for case in CASES:
             results.append(measure(case, args.device, args.rounds, Path(folder)))
             print(table(results[-1:]), flush=True)
-    import vllm as vllm_package
-
-    out = args.out or RESULTS / f"rollout_{args.device}.json"
-    result = {"benchmark": "rollout", **environment(args.device, MEASURED), "vllm": vllm_package.__version__}
-    write_json(out, result | {"rounds": args.rounds, "results": results})
-    out.with_suffix(".md").write_text(table(results) + "\n", encoding="utf-8")
-    print(f"written to {out}", file=sys.stderr)
-    return 0
+    return write_rows("rollout", args, MEASURED, results, table)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch import nn
 
 from amft_fast import objective
 from amft_fast.config import ObjectiveConfig, TrainConfig
-from amft_fast.data.batch import Sequence, micro_batches
+from amft_fast.data.batch import TokenSequence, micro_batches
 from amft_fast.engine.local import LocalEngine
 from amft_fast.interfaces import Sample
 from amft_fast.model import attention
@@ -87,7 +87,7 @@ class Ours:
         self.engine = LocalEngine(Policy(model, cfg), TrainConfig(lr=LR))
         self.rl = objective.weigh_rl(self._sequences(), 0.0, work.trained, cfg)
 
-    def _sequences(self) -> list[Sequence]:
+    def _sequences(self) -> list[TokenSequence]:
         made = [objective.rollout_sequence(s, 1.0) for s in self.work.samples]
         return [s.with_fields(advantages=a) for s, a in zip(made, self.work.advantages)]
 

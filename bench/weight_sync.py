@@ -8,9 +8,7 @@ kind of group, here over gloo on a CPU. On a GPU the same command takes ipc.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -27,7 +25,7 @@ from amft_fast.rollout.transformers import TransformersEngine
 from amft_fast.rollout.vllm.channels import broadcast, gloo_group
 from amft_fast.rollout.vllm.colocated import ColocatedEngine
 from amft_fast.rollout.vllm.setup import Setup
-from bench.results import RESULTS, environment, markdown_table, mib, write_json
+from bench.results import markdown_table, mib, prepare_vllm, write_rows
 
 MEASURED = ("amft_fast/rollout", "bench/weight_sync.py")
 # hidden, layers, heads, intermediate, vocabulary of the Qwen3 that is measured beside the demo's
@@ -197,23 +195,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--server", action="store_true", help="over HTTP as well, with a server of its own")
     parser.add_argument("--out", type=Path, default=None, help="default bench/results/weight_sync_DEVICE.json")
     args = parser.parse_args(argv)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if args.device == "cpu":
-        torch.set_num_threads(1)
+    prepare_vllm(args.device)
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for mode in ("colocate", "server") if args.server else ("colocate",):
             for name in args.models.split(","):
                 results.append(measure(name, args.device, mode, args.rounds, Path(folder)))
                 print(table(results[-1:]), flush=True)
-    import vllm as vllm_package
-
-    out = args.out or RESULTS / f"weight_sync_{args.device}.json"
-    result = {"benchmark": "weight-sync", **environment(args.device, MEASURED), "vllm": vllm_package.__version__}
-    write_json(out, result | {"rounds": args.rounds, "results": results})
-    out.with_suffix(".md").write_text(table(results) + "\n", encoding="utf-8")
-    print(f"written to {out}", file=sys.stderr)
-    return 0
+    return write_rows("weight-sync", args, MEASURED, results, table)
 
 
 if __name__ == "__main__":

@@ -16,26 +16,27 @@
 // Raised with every change of the structs or of the order of the sums; the loader refuses a library of another version.
 #define AMFT_ABI 1
 
-// The same order as SUMS in amft_fast/multi_tensor.py. dg is G2 - G1; p and q are the plain and the exact diagonal.
+// The same order as PROBE_SUMS in amft_fast/multi_tensor.py. dg is total - g1; p and q are the plain and the exact
+// diagonal.
 enum Sum {
-  V1_V1, V1_G1, V1_DG, V2_V2, V2_G1, V2_DG, V1_V2,
-  G1_G1, G1_DG, DG_DG, G2_G2,
-  V1_P_G1, V1_P_DG, V2_P_G1, V2_P_DG, G2_P_G1, G2_P_DG, PG1_PG1, PDG_PDG,
-  V1_Q_G1, V1_Q_DG, V2_Q_G1, V2_Q_DG, G2_Q_G1, G2_Q_DG, QG1_QG1, QDG_QDG,
+  U1_U1, U1_G1, U1_DG, U2_U2, U2_G1, U2_DG, U1_U2,
+  G1_G1, G1_DG, DG_DG, TOTAL_TOTAL,
+  U1_P_G1, U1_P_DG, U2_P_G1, U2_P_DG, TOTAL_P_G1, TOTAL_P_DG, PG1_PG1, PDG_PDG,
+  U1_Q_G1, U1_Q_DG, U2_Q_G1, U2_Q_DG, TOTAL_Q_G1, TOTAL_Q_DG, QG1_QG1, QDG_QDG,
   NUM_SUMS
 };
 
-// Whether a call with K v, with or without AdamW, asks for a sum; the others stay 0.
+// Whether a call with K u, with or without AdamW, asks for a sum; the others stay 0.
 static AMFT_INLINE constexpr bool is_used(int sum, int k, bool adam) {
-  const bool of_v2 =
-      (sum >= V2_V2 && sum <= V1_V2) || sum == V2_P_G1 || sum == V2_P_DG || sum == V2_Q_G1 || sum == V2_Q_DG;
-  return (k == 2 || !of_v2) && (adam || sum < V1_P_G1);
+  const bool of_u2 =
+      (sum >= U2_U2 && sum <= U1_U2) || sum == U2_P_G1 || sum == U2_P_DG || sum == U2_Q_G1 || sum == U2_Q_DG;
+  return (k == 2 || !of_u2) && (adam || sum < U1_P_G1);
 }
 
 enum Dtype { F32 = 0, BF16 = 1, F64 = 2 };
 
-// The lists, in the order of the pointers in a table row. v2 is null with one v; the last two are null without AdamW.
-enum List { V1, V2, G1, G2, EXP_AVG, EXP_AVG_SQ, NUM_LISTS };
+// The lists, in the order of the pointers in a table row. u2 is null with one u; the last two are null without AdamW.
+enum List { U1, U2, G1, TOTAL, EXP_AVG, EXP_AVG_SQ, NUM_LISTS };
 
 // One row of the table: the tensors that lie at one index of the lists. `dtypes` holds 4 bits per list.
 struct Row {
@@ -53,23 +54,24 @@ struct Adam {
 };
 
 template <int K, bool ADAM, class R>
-static AMFT_INLINE void accumulate(R *s, R v1, R v2, R g1, R g2, R exp_avg, R exp_avg_sq, const Adam &a) {
-  const R dg = g2 - g1;
-  s[V1_V1] += v1 * v1;
-  s[V1_G1] += v1 * g1;
-  s[V1_DG] += v1 * dg;
+static AMFT_INLINE void accumulate(R *s, R u1, R u2, R g1, R total, R exp_avg, R exp_avg_sq, const Adam &a) {
+  const R dg = total - g1;
+  s[U1_U1] += u1 * u1;
+  s[U1_G1] += u1 * g1;
+  s[U1_DG] += u1 * dg;
   if (K == 2) {
-    s[V2_V2] += v2 * v2;
-    s[V2_G1] += v2 * g1;
-    s[V2_DG] += v2 * dg;
-    s[V1_V2] += v1 * v2;
+    s[U2_U2] += u2 * u2;
+    s[U2_G1] += u2 * g1;
+    s[U2_DG] += u2 * dg;
+    s[U1_U2] += u1 * u2;
   }
   s[G1_G1] += g1 * g1;
   s[G1_DG] += g1 * dg;
   s[DG_DG] += dg * dg;
-  s[G2_G2] += g2 * g2;  // summed by itself: from the three above it would cancel where G1 and dg oppose each other
+  // Summed by itself: from the three above it would cancel where g1 and dg oppose each other.
+  s[TOTAL_TOTAL] += total * total;
   if (ADAM) {
-    const R g = a.clip * g2;
+    const R g = a.clip * total;
     const R m = a.beta1 * exp_avg + a.one_minus_beta1 * g;
     const R vhat = (a.beta2 * exp_avg_sq + a.one_minus_beta2 * g * g) * a.inv_bias2;
     const R root = square_root(vhat);
@@ -81,20 +83,20 @@ static AMFT_INLINE void accumulate(R *s, R v1, R v2, R g1, R g2, R exp_avg, R ex
     const R p = a.plain_scale * inv_denom;
     const R q = p - a.exact_scale * m * g * inv * inv_denom;
     const R pg1 = p * g1, pdg = p * dg, qg1 = q * g1, qdg = q * dg;
-    s[V1_P_G1] += v1 * pg1;
-    s[V1_P_DG] += v1 * pdg;
-    s[V1_Q_G1] += v1 * qg1;
-    s[V1_Q_DG] += v1 * qdg;
+    s[U1_P_G1] += u1 * pg1;
+    s[U1_P_DG] += u1 * pdg;
+    s[U1_Q_G1] += u1 * qg1;
+    s[U1_Q_DG] += u1 * qdg;
     if (K == 2) {
-      s[V2_P_G1] += v2 * pg1;
-      s[V2_P_DG] += v2 * pdg;
-      s[V2_Q_G1] += v2 * qg1;
-      s[V2_Q_DG] += v2 * qdg;
+      s[U2_P_G1] += u2 * pg1;
+      s[U2_P_DG] += u2 * pdg;
+      s[U2_Q_G1] += u2 * qg1;
+      s[U2_Q_DG] += u2 * qdg;
     }
-    s[G2_P_G1] += g2 * pg1;
-    s[G2_P_DG] += g2 * pdg;
-    s[G2_Q_G1] += g2 * qg1;
-    s[G2_Q_DG] += g2 * qdg;
+    s[TOTAL_P_G1] += total * pg1;
+    s[TOTAL_P_DG] += total * pdg;
+    s[TOTAL_Q_G1] += total * qg1;
+    s[TOTAL_Q_DG] += total * qdg;
     s[PG1_PG1] += pg1 * pg1;
     s[PDG_PDG] += pdg * pdg;
     s[QG1_QG1] += qg1 * qg1;

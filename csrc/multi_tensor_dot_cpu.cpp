@@ -69,7 +69,7 @@ struct Chunk {
 struct Work {
   std::vector<Chunk> chunks;
   std::vector<double> sums;
-  int num_v;
+  int num_u;
   const Adam *adam;
   ChunkSums *chunk_sums;
   std::atomic<int64_t> next{0}, done{0};
@@ -80,7 +80,7 @@ struct Work {
 
   void take_chunks() {
     for (int64_t i; (i = next.fetch_add(1)) < size();) {
-      chunk_sums(&sums[i * NUM_SUMS], chunks[i].row, chunks[i].begin, chunks[i].end, num_v, adam);
+      chunk_sums(&sums[i * NUM_SUMS], chunks[i].row, chunks[i].begin, chunks[i].end, num_u, adam);
       if (done.fetch_add(1) + 1 == size()) {
         std::lock_guard<std::mutex> lock(mutex);
         all_done.notify_one();
@@ -95,14 +95,14 @@ struct Work {
 };
 
 // Writes NUM_SUMS doubles. `adam` is null where no diagonal is asked for. Returns 0, or 1 when memory ran out.
-AMFT_EXPORT int amft_multi_tensor_dot_cpu(const Row *rows, int64_t num_rows, int num_v, const Adam *adam,
+AMFT_EXPORT int amft_multi_tensor_dot_cpu(const Row *rows, int64_t num_rows, int num_u, const Adam *adam,
                                           int num_threads, double *out) try {
   auto work = std::make_shared<Work>();
   for (const Row *row = rows; row < rows + num_rows; row++)
     for (int64_t begin = 0; begin < row->numel; begin += CHUNK)
       work->chunks.push_back({row, begin, begin + CHUNK < row->numel ? begin + CHUNK : row->numel});
   work->sums.resize(work->size() * NUM_SUMS);
-  work->num_v = num_v;
+  work->num_u = num_u;
   work->adam = adam;
   work->chunk_sums = pick_isa().sums;
   try {

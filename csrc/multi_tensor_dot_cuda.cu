@@ -15,7 +15,7 @@ static __host__ __device__ __forceinline__ double one_where_zero(double x) { ret
 
 #define AMFT_EXPORT extern "C" __attribute__((visibility("default")))
 
-// 128 threads, because with both v and AdamW a thread needs about 150 registers: three such blocks fit on an SM, but
+// 128 threads, because with both u and AdamW a thread needs about 150 registers: three such blocks fit on an SM, but
 // only one of 256 threads. A chunk of 8192 gives each thread 64 elements, and 50 M elements 6100 blocks: five or more
 // waves on 132 SMs. MAX_BLOCKS bounds the workspace at 3.5 MB.
 static const int THREADS = 128;
@@ -69,43 +69,43 @@ static AMFT_INLINE void load(T *out, const T *tile, int thread) {
   }
 }
 
-// Elements [begin, end) of a row whose lists have the dtypes V, G and S (v, gradients, AdamW's state).
-template <bool VECTOR, int WIDTH, class V, class G, class S, int K, bool ADAM>
+// Elements [begin, end) of a row whose lists have the dtypes U, G and S (u, gradients, AdamW's state).
+template <bool VECTOR, int WIDTH, class U, class G, class S, int K, bool ADAM>
 static AMFT_INLINE void sum_typed(double *s, const Row &row, int64_t begin, int64_t end, int thread, const Adam &adam) {
-  const V *v1 = (const V *)row.data[V1], *v2 = (const V *)row.data[V2];
-  const G *g1 = (const G *)row.data[G1], *g2 = (const G *)row.data[G2];
+  const U *u1 = (const U *)row.data[U1], *u2 = (const U *)row.data[U2];
+  const G *g1 = (const G *)row.data[G1], *total = (const G *)row.data[TOTAL];
   const S *m = (const S *)row.data[EXP_AVG], *q = (const S *)row.data[EXP_AVG_SQ];
-  V v1_x[WIDTH], v2_x[WIDTH];
-  G g1_x[WIDTH], g2_x[WIDTH];
+  U u1_x[WIDTH], u2_x[WIDTH];
+  G g1_x[WIDTH], total_x[WIDTH];
   S m_x[WIDTH], q_x[WIDTH];
   int64_t i = begin;
 #pragma unroll 1
   for (; i + THREADS * WIDTH <= end; i += THREADS * WIDTH) {
-    load<VECTOR, WIDTH>(v1_x, v1 + i, thread);
-    if (K == 2) load<VECTOR, WIDTH>(v2_x, v2 + i, thread);
+    load<VECTOR, WIDTH>(u1_x, u1 + i, thread);
+    if (K == 2) load<VECTOR, WIDTH>(u2_x, u2 + i, thread);
     load<VECTOR, WIDTH>(g1_x, g1 + i, thread);
-    load<VECTOR, WIDTH>(g2_x, g2 + i, thread);
+    load<VECTOR, WIDTH>(total_x, total + i, thread);
     if (ADAM) load<VECTOR, WIDTH>(m_x, m + i, thread);
     if (ADAM) load<VECTOR, WIDTH>(q_x, q + i, thread);
 #pragma unroll
     for (int j = 0; j < WIDTH; j++)
-      accumulate<K, ADAM>(s, widen(v1_x[j]), K == 2 ? widen(v2_x[j]) : 0.0, widen(g1_x[j]), widen(g2_x[j]),
+      accumulate<K, ADAM>(s, widen(u1_x[j]), K == 2 ? widen(u2_x[j]) : 0.0, widen(g1_x[j]), widen(total_x[j]),
                           ADAM ? widen(m_x[j]) : 0.0, ADAM ? widen(q_x[j]) : 0.0, adam);
   }
 #pragma unroll 1
   for (i += thread; i < end; i += THREADS)  // what is left when no whole tile is
-    accumulate<K, ADAM>(s, widen(v1[i]), K == 2 ? widen(v2[i]) : 0.0, widen(g1[i]), widen(g2[i]),
+    accumulate<K, ADAM>(s, widen(u1[i]), K == 2 ? widen(u2[i]) : 0.0, widen(g1[i]), widen(total[i]),
                         ADAM ? widen(m[i]) : 0.0, ADAM ? widen(q[i]) : 0.0, adam);
 }
 
-template <int WIDTH, class V, class G, class S, int K, bool ADAM>
+template <int WIDTH, class U, class G, class S, int K, bool ADAM>
 static AMFT_INLINE void sum_aligned_or_not(double *s, const Row &row, int64_t begin, int64_t end, int thread,
                                            const Adam &adam) {
   uintptr_t addresses = 0;  // views into a flat buffer, as ZeRO keeps them, need not start at 16 bytes
 #pragma unroll
   for (int list = 0; list < NUM_LISTS; list++) addresses |= (uintptr_t)row.data[list];
-  if (addresses % 16 == 0) sum_typed<true, WIDTH, V, G, S, K, ADAM>(s, row, begin, end, thread, adam);
-  else sum_typed<false, WIDTH, V, G, S, K, ADAM>(s, row, begin, end, thread, adam);
+  if (addresses % 16 == 0) sum_typed<true, WIDTH, U, G, S, K, ADAM>(s, row, begin, end, thread, adam);
+  else sum_typed<false, WIDTH, U, G, S, K, ADAM>(s, row, begin, end, thread, adam);
 }
 
 static AMFT_INLINE double element(const Row &row, int list, int64_t i) {
@@ -120,17 +120,17 @@ template <int K, bool ADAM>
 static AMFT_INLINE void sum_any(double *s, const Row &row, int64_t begin, int64_t end, int thread, const Adam &adam) {
 #pragma unroll 1
   for (int64_t i = begin + thread; i < end; i += THREADS)
-    accumulate<K, ADAM>(s, element(row, V1, i), K == 2 ? element(row, V2, i) : 0.0, element(row, G1, i),
-                        element(row, G2, i), ADAM ? element(row, EXP_AVG, i) : 0.0,
+    accumulate<K, ADAM>(s, element(row, U1, i), K == 2 ? element(row, U2, i) : 0.0, element(row, G1, i),
+                        element(row, TOTAL, i), ADAM ? element(row, EXP_AVG, i) : 0.0,
                         ADAM ? element(row, EXP_AVG_SQ, i) : 0.0, adam);
 }
 
-// The dtypes of v, gradients and state as one number; -1 where a pair of lists differs.
-static AMFT_INLINE int mixture(const Row &row, int num_v, bool adam) {
-  const int v = dtype_of(row, V1), g = dtype_of(row, G1), s = adam ? dtype_of(row, EXP_AVG) : (int)F32;
-  if (num_v == 2 && dtype_of(row, V2) != v) return -1;
-  if (dtype_of(row, G2) != g || (adam && dtype_of(row, EXP_AVG_SQ) != s)) return -1;
-  return v | g << 4 | s << 8;
+// The dtypes of u, gradients and state as one number; -1 where a pair of lists differs.
+static AMFT_INLINE int mixture(const Row &row, int num_u, bool adam) {
+  const int u = dtype_of(row, U1), g = dtype_of(row, G1), s = adam ? dtype_of(row, EXP_AVG) : (int)F32;
+  if (num_u == 2 && dtype_of(row, U2) != u) return -1;
+  if (dtype_of(row, TOTAL) != g || (adam && dtype_of(row, EXP_AVG_SQ) != s)) return -1;
+  return u | g << 4 | s << 8;
 }
 
 // What thread `thread` of block `block` adds up: its part of chunks block, block + num_blocks, ...
@@ -194,10 +194,10 @@ static __global__ void __launch_bounds__(THREADS) finish_kernel(const double *pa
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
   __syncthreads();
   if (threadIdx.x == 0) {
-    double total = 0;
+    double sum = 0;
 #pragma unroll
-    for (int i = 0; i < WARPS; i++) total += shared[i];
-    out[blockIdx.x] = total;
+    for (int i = 0; i < WARPS; i++) sum += shared[i];
+    out[blockIdx.x] = sum;
   }
 }
 
@@ -209,15 +209,15 @@ AMFT_EXPORT const char *amft_cuda_error(int code) { return cudaGetErrorString((c
 // Everything but `adam` lies on `device`; `partials` has room for NUM_SUMS * min(num_chunks, MAX_BLOCKS) doubles, `out`
 // for NUM_SUMS. `clip` may be null: adam->clip counts then. Returns a CUDA error code, 0 for none.
 AMFT_EXPORT int amft_multi_tensor_dot_cuda(const Row *rows, const int64_t *first_chunk, int64_t num_rows,
-                                           int64_t num_chunks, int num_v, const Adam *adam, const double *clip,
+                                           int64_t num_chunks, int num_u, const Adam *adam, const double *clip,
                                            double *partials, double *out, int device, void *stream) {
   cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return error;
   const Table table = {rows, first_chunk, num_rows};
   const int blocks = (int)(num_chunks < MAX_BLOCKS ? num_chunks : MAX_BLOCKS);
   const Adam scalars = adam ? *adam : Adam{};
-  auto *kernel = adam ? (num_v == 2 ? sum_kernel<2, true> : sum_kernel<1, true>)
-                      : (num_v == 2 ? sum_kernel<2, false> : sum_kernel<1, false>);
+  auto *kernel = adam ? (num_u == 2 ? sum_kernel<2, true> : sum_kernel<1, true>)
+                      : (num_u == 2 ? sum_kernel<2, false> : sum_kernel<1, false>);
   kernel<<<blocks, THREADS, 0, (cudaStream_t)stream>>>(table, num_chunks, scalars, clip, partials);
   error = cudaGetLastError();
   if (error != cudaSuccess) return error;
@@ -228,16 +228,16 @@ AMFT_EXPORT int amft_multi_tensor_dot_cuda(const Row *rows, const int64_t *first
 #ifdef AMFT_HOST_TEST
 // The same work on the host, one thread after the other: everything but the launch and the two reductions.
 AMFT_EXPORT void amft_multi_tensor_dot_emulated(const Row *rows, const int64_t *first_chunk, int64_t num_rows,
-                                                int64_t num_chunks, int num_v, const Adam *adam, double *out) {
+                                                int64_t num_chunks, int num_u, const Adam *adam, double *out) {
   const Table table = {rows, first_chunk, num_rows};
   const int64_t blocks = num_chunks < MAX_BLOCKS ? num_chunks : MAX_BLOCKS;
   const Adam scalars = adam ? *adam : Adam{};
   for (int i = 0; i < NUM_SUMS; i++) out[i] = 0;
   for (int64_t block = 0; block < blocks; block++)
     for (int thread = 0; thread < THREADS; thread++) {
-      if (adam && num_v == 2) sum_chunks<2, true>(out, table, num_chunks, block, blocks, thread, scalars);
+      if (adam && num_u == 2) sum_chunks<2, true>(out, table, num_chunks, block, blocks, thread, scalars);
       else if (adam) sum_chunks<1, true>(out, table, num_chunks, block, blocks, thread, scalars);
-      else if (num_v == 2) sum_chunks<2, false>(out, table, num_chunks, block, blocks, thread, scalars);
+      else if (num_u == 2) sum_chunks<2, false>(out, table, num_chunks, block, blocks, thread, scalars);
       else sum_chunks<1, false>(out, table, num_chunks, block, blocks, thread, scalars);
     }
 }

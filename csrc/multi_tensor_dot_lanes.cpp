@@ -41,26 +41,26 @@ static AMFT_INLINE Lanes load(const double *x) {
 }
 
 template <class T, int K, bool ADAM>
-static void sum_block(Lanes *total, const T *const *data, int64_t n, const Adam &adam) {
+static void sum_block(Lanes *sums, const T *const *data, int64_t n, const Adam &adam) {
   Lanes s[NUM_SUMS];
-  memcpy(s, total, sizeof s);
+  memcpy(s, sums, sizeof s);
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) {
     // The hardware's own prefetch leaves one thread at 31 GB/s of its 38 (EPYC 9005). Beyond the end it does no harm.
     for (int list = 0; list < NUM_LISTS; list++)
-      if ((list != V2 || K == 2) && (list < EXP_AVG || ADAM)) __builtin_prefetch(data[list] + i + PREFETCH);
-    accumulate<K, ADAM>(s, load(data[V1] + i), K == 2 ? load(data[V2] + i) : Lanes{}, load(data[G1] + i),
-                        load(data[G2] + i), ADAM ? load(data[EXP_AVG] + i) : Lanes{},
+      if ((list != U2 || K == 2) && (list < EXP_AVG || ADAM)) __builtin_prefetch(data[list] + i + PREFETCH);
+    accumulate<K, ADAM>(s, load(data[U1] + i), K == 2 ? load(data[U2] + i) : Lanes{}, load(data[G1] + i),
+                        load(data[TOTAL] + i), ADAM ? load(data[EXP_AVG] + i) : Lanes{},
                         ADAM ? load(data[EXP_AVG_SQ] + i) : Lanes{}, adam);
   }
   if (i < n) {  // padded with zeros, which add nothing to any sum
     T tail[NUM_LISTS][LANES] = {};
     for (int list = 0; list < NUM_LISTS; list++)
       if (data[list]) memcpy(tail[list], data[list] + i, (n - i) * sizeof(T));
-    accumulate<K, ADAM>(s, load(tail[V1]), load(tail[V2]), load(tail[G1]), load(tail[G2]), load(tail[EXP_AVG]),
+    accumulate<K, ADAM>(s, load(tail[U1]), load(tail[U2]), load(tail[G1]), load(tail[TOTAL]), load(tail[EXP_AVG]),
                         load(tail[EXP_AVG_SQ]), adam);
   }
-  memcpy(total, s, sizeof s);
+  memcpy(sums, s, sizeof s);
 }
 
 template <class T>
@@ -82,7 +82,7 @@ static void convert(T *out, const void *data, int dtype, int64_t first, int64_t 
 
 // Lists that are not of type T pass through a buffer in L1, so that one kernel serves every mixture of dtypes.
 template <class T, int K, bool ADAM>
-static void sum_chunk(Lanes *total, const Row &row, int64_t begin, int64_t end, const Adam &adam) {
+static void sum_chunk(Lanes *sums, const Row &row, int64_t begin, int64_t end, const Adam &adam) {
   const int own = sizeof(T) == 4 ? F32 : F64;
   const int64_t block = 512;  // 6 lists x 512 x 8 bytes = 24 KB, within L1; a multiple of LANES
   T buffer[NUM_LISTS][block];
@@ -101,26 +101,26 @@ static void sum_chunk(Lanes *total, const Row &row, int64_t begin, int64_t end, 
       convert(buffer[list], row.data[list], dtype, first, n);
       data[list] = buffer[list];
     }
-    sum_block<T, K, ADAM>(total, data, n, adam);
+    sum_block<T, K, ADAM>(sums, data, n, adam);
   }
 }
 
 // Writes the NUM_SUMS sums over elements [begin, end) of a row.
-extern "C" void AMFT_NAME(AMFT_ISA)(double *out, const Row *row, int64_t begin, int64_t end, int num_v,
+extern "C" void AMFT_NAME(AMFT_ISA)(double *out, const Row *row, int64_t begin, int64_t end, int num_u,
                                     const Adam *adam) {
-  Lanes total[NUM_SUMS] = {};
+  Lanes sums[NUM_SUMS] = {};
   bool wide = false;
   for (int list = 0; list < NUM_LISTS; list++) wide |= row->data[list] && dtype_of(*row, list) == F64;
   const Adam none = {};
   if (wide) {
-    if (adam) (num_v == 2 ? sum_chunk<double, 2, true> : sum_chunk<double, 1, true>)(total, *row, begin, end, *adam);
-    else (num_v == 2 ? sum_chunk<double, 2, false> : sum_chunk<double, 1, false>)(total, *row, begin, end, none);
+    if (adam) (num_u == 2 ? sum_chunk<double, 2, true> : sum_chunk<double, 1, true>)(sums, *row, begin, end, *adam);
+    else (num_u == 2 ? sum_chunk<double, 2, false> : sum_chunk<double, 1, false>)(sums, *row, begin, end, none);
   } else {
-    if (adam) (num_v == 2 ? sum_chunk<float, 2, true> : sum_chunk<float, 1, true>)(total, *row, begin, end, *adam);
-    else (num_v == 2 ? sum_chunk<float, 2, false> : sum_chunk<float, 1, false>)(total, *row, begin, end, none);
+    if (adam) (num_u == 2 ? sum_chunk<float, 2, true> : sum_chunk<float, 1, true>)(sums, *row, begin, end, *adam);
+    else (num_u == 2 ? sum_chunk<float, 2, false> : sum_chunk<float, 1, false>)(sums, *row, begin, end, none);
   }
   for (int i = 0; i < NUM_SUMS; i++) {
     out[i] = 0;
-    for (int lane = 0; lane < LANES; lane++) out[i] += total[i][lane];
+    for (int lane = 0; lane < LANES; lane++) out[i] += sums[i][lane];
   }
 }

@@ -22,11 +22,11 @@ stays in cache).
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from amft_kernels.backends import choose_backend, plain_arithmetic
 from amft_kernels.checks import check_chunk_bytes, check_head, check_number, check_per_token, check_weight_grad
 from amft_kernels.chunks import RowPlan, plan_rows
 from amft_kernels.gradients import GradientBuffers, attach
+from amft_kernels.linear_logprob import linear_logprob_reference
 from amft_kernels.matmul import compute_dtype, logits_into, narrowed, widened
 from amft_kernels.policy_terms import LOG_RATIO_LIMIT, PolicyLoss, PolicyOptions, Rows, logprob_grad, loss_and_sums
 from amft_kernels.row_math import GradCoefficients, Head, logit_grad_, make_head, scale_, times_p_
@@ -59,18 +59,17 @@ def linear_policy_loss_reference(
     ignore_index: int = -100,
 ) -> PolicyLoss:
     """The definition, on plain logits with autograd; in fp64 it is the truth that the tests measure against."""
-    vocab = weight.shape[0] if vocab_size is None else vocab_size
+    logp, entropy = linear_logprob_reference(
+        hidden,
+        weight,
+        targets,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        bias=bias,
+        vocab_size=vocab_size,
+        ignore_index=ignore_index,
+    )
     valid = targets != ignore_index
-    logits = F.linear(hidden, weight[:vocab], None if bias is None else bias[:vocab])
-    logits = logits.to(compute_dtype(logits.dtype))
-    if logit_softcap is not None:
-        logits = logit_softcap * torch.tanh(logits / logit_softcap)
-    logits = logits / (temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature)
-    log_probs = F.log_softmax(logits, dim=1)
-    logp = log_probs.gather(1, targets.where(valid, 0).long()[:, None])[:, 0].where(valid, 0.0)
-    if bias is not None:  # −inf columns: 0 · log 0 is 0
-        log_probs = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
-    entropy = -(log_probs.exp() * log_probs).sum(1).where(valid, 0.0)
 
     zero = logp.new_zeros(())
     nll = pg = kl = entropy_sum = pg_tokens = clipped = approx_kl = ratio_sum = ratio_max = zero

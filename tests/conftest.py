@@ -8,11 +8,24 @@ import signal
 import pytest
 import torch
 from fakes import make_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from amft_fast.rollout.encoder import Encoder
 
 
 @pytest.fixture(scope="session")
 def checkpoint_folder(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint_folder):
+    return AutoModelForCausalLM.from_pretrained(checkpoint_folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def encoder(checkpoint_folder):
+    return Encoder(AutoTokenizer.from_pretrained(checkpoint_folder))
 
 
 @pytest.fixture(autouse=True)

@@ -6,30 +6,34 @@ from pathlib import Path
 
 import torch
 
+from amft_fast import config_file
+from amft_fast.config import Config
 from amft_fast.interfaces import Completion, Demo, Item, Message, StepResult
 
 WORDS = ["a", "b", "c", "d", "e", "f", "yes", "no", "again"]
 
 
-def make_checkpoint(folder: Path, hidden: int = 16, layers: int = 2, tie: bool = True, seed: int = 0) -> Path:
-    """A random Qwen3 with a word-level tokenizer, as a transformers folder."""
+def word_tokenizer(vocabulary: list[str], marks: list[str], template: str):
+    """One token a word; `marks` are the special ones beside <pad>, <eos> and <unk>."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
-    vocabulary = ["<pad>", "<eos>", "<user>", "<answer>", "<unk>", *WORDS]
     raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        additional_special_tokens=["<user>", "<answer>"],
-    )
-    tokenizer.chat_template = (
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>", "additional_special_tokens": marks}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=template, **special)
+
+
+def make_checkpoint(folder: Path, hidden: int = 16, layers: int = 2, tie: bool = True, seed: int = 0) -> Path:
+    """A random Qwen3 with a word-level tokenizer, as a transformers folder."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    vocabulary = ["<pad>", "<eos>", "<user>", "<answer>", "<unk>", *WORDS]
+    template = (
         "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<answer> ' }}{{ m.content }} "
         "{% if m.role == 'assistant' %}<eos> {% endif %}{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
     )
+    tokenizer = word_tokenizer(vocabulary, ["<user>", "<answer>"], template)
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(vocabulary),
@@ -54,6 +58,17 @@ def make_checkpoint(folder: Path, hidden: int = 16, layers: int = 2, tie: bool =
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def copy_run(folder: Path, model: Path, *flags: str) -> Config:
+    """Settings of a small run without checkpoints, export and evaluations in between; `flags` add to them."""
+    base = [
+        *("--run.dir", str(folder), "--model.path", str(model), "--run.threads", "1", "--train.lr", "0.01"),
+        *("--train.prompts_per_step", "4", "--train.demos_per_step", "4", "--rollout.max_new_tokens", "4"),
+        *("--eval.every", "0", "--checkpoint.every", "0", "--checkpoint.keep_best", "false"),
+        *("--checkpoint.export", "false", "--log.tensorboard", "false"),
+    ]
+    return config_file.load(None, [*base, *flags])
 
 
 class CopyEpisode:

@@ -163,3 +163,19 @@ def check_logprob(place, hidden, weight, targets, *, chunk_bytes=None, **options
     assert_accurate(place, got, run_logprob, linear_logprob_reference, arguments)
     assert (got["logprobs"] <= 0).all() and (got["entropy"] >= 0).all()
     return got
+
+
+def check_policy_case(place, form, head, n, h, v):
+    """A form of the loss under a kind of head, in chunks of five rows."""
+    hidden, weight, targets = make_inputs(place, n, h, v)
+    options = make_terms(place, n, form) | make_head(place, n, v, head)
+    targets = targets.clamp(max=options.get("vocab_size", v) - 1)
+    check_policy(place, hidden, weight, targets, chunk_bytes=8 * v * 5, **options)
+
+
+def check_logprob_case(place, head, n, h, v, chunk_rows):
+    """Log-probs and entropies under a kind of head."""
+    hidden, weight, targets = make_inputs(place, n, h, v)
+    options = make_head(place, n, v, head)
+    targets = targets.clamp(max=options.get("vocab_size", v) - 1)
+    check_logprob(place, hidden, weight, targets, chunk_bytes=8 * v * chunk_rows, **options)

@@ -90,13 +90,13 @@ def whole(engine, flats):
 def signals(probe):
     """What the controller makes of a probe, in units in which 1 is large: cosines, and the slope over its factors' lengths."""
     n, out = probe, {"clip": probe["clip"]}
-    for v in ("v1", "v2"):
-        for g in ("sft", "rl", "d", "g2"):
-            out[f"{v}_{g}"] = n[f"{v}_{g}"] / (n[f"{v}_{v}"] * n[f"{g}_{g}"]) ** 0.5
+    for u in ("u1", "u2"):
+        for g in ("sft", "rl", "d", "total"):
+            out[f"{u}_{g}"] = n[f"{u}_{g}"] / (n[f"{u}_{u}"] * n[f"{g}_{g}"]) ** 0.5
         for diagonal in (None, "plain", "exact"):
             lengths = n["d_d"] if diagonal is None else n[f"{diagonal}_sft_sq"] + n[f"{diagonal}_rl_sq"]
-            slope = mixing_slope(n, v, diagonal, n["clip"])
-            out[f"{v}_{diagonal}"] = slope / (n[f"{v}_{v}"] * lengths) ** 0.5 if lengths else slope
+            slope = mixing_slope(n, u, diagonal, n["clip"])
+            out[f"{u}_{diagonal}"] = slope / (n[f"{u}_{u}"] * lengths) ** 0.5 if lengths else slope
     return out
 
 

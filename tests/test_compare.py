@@ -5,10 +5,12 @@ import math
 from pathlib import Path
 
 import pytest
+from markupsafe import Markup
 
 from amft_fast import cli
 from amft_fast.errors import UserError
-from amft_fast.study import compare
+from amft_fast.study import compare, stats
+from amft_fast.study.tables import Table, page
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,16 +26,25 @@ def test_method_specifications():
 
 
 def test_interval_of_the_mean_is_students():
-    mean, half = compare.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    mean, half = stats.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     # t(4) = 2.776, s = sqrt(2.5)
     assert mean == 3 and half == pytest.approx(2.776 * math.sqrt(2.5 / 5))
-    assert compare.interval([0.5])[0] == 0.5 and math.isnan(compare.interval([0.5])[1])
+    assert stats.interval([0.5])[0] == 0.5 and math.isnan(stats.interval([0.5])[1])
 
 
 def test_area_under_the_curve():
-    assert compare.area_under_curve([(0, 0.0), (10, 1.0)], 10) == pytest.approx(0.5)
-    assert compare.area_under_curve([(0, 0.2), (5, 0.4)], 10) == pytest.approx((5 * 0.3 + 5 * 0.4) / 10)
-    assert compare.area_under_curve([(5, 1.0), (0, 0.0), (12, 1.0)], 10) == pytest.approx(0.75)
+    assert stats.area_under_curve([(0, 0.0), (10, 1.0)], 10) == pytest.approx(0.5)
+    assert stats.area_under_curve([(0, 0.2), (5, 0.4)], 10) == pytest.approx((5 * 0.3 + 5 * 0.4) / 10)
+    assert stats.area_under_curve([(5, 1.0), (0, 0.0), (12, 1.0)], 10) == pytest.approx(0.75)
+
+
+def test_a_page_shows_its_tables_and_escapes_what_they_hold():
+    table = Table("Results", ("method", "test"), [("a <b>", "1 & 2"), ("c", "3")])
+    assert table.markdown() == "| method | test |\n| --- | --- |\n| a <b> | 1 & 2 |\n| c | 3 |"
+    plain = page("benchmarks", "configs/<x>", "One sentence.", [table, table], ["A note."])
+    assert plain.count("<h2>Results</h2>") == 2 and '<th scope="row">a &lt;b&gt;</th><td>1 &amp; 2</td>' in plain
+    assert "configs/&lt;x&gt;" in plain and "A note." in plain and "Curves" not in plain
+    assert "<svg></svg>" in page("comparison", "x", "", [table], [], Markup("<svg></svg>"))
 
 
 def test_mistakes_come_before_the_first_run(tmp_path, capsys):

@@ -29,9 +29,9 @@ def probe(c, u1, u2, g_sft, g_rl):
     """The sums that the engine's probe would give for these gradients at the controller's μ."""
     mu = c.value
     g1 = mu * g_sft
-    g2 = g1 + (1 - mu) * g_rl
+    total = g1 + (1 - mu) * g_rl
     t = lambda x: [torch.from_numpy(x)]  # noqa: E731
-    return multi_tensor_dot([t(u1), t(u2)], t(g1), t(g2)).tolist()
+    return multi_tensor_dot([t(u1), t(u2)], t(g1), t(total)).tolist()
 
 
 def window(c, step, halves, gradients, entropy=1.0, target=1.0):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from amft_fast import config_file, objective
 from amft_fast.config import ObjectiveConfig, TrainConfig
-from amft_fast.data.batch import deal, micro_batches, plan
+from amft_fast.data.batch import FIELDS, deal, micro_batches, padded_groups
 from amft_fast.engine import world as distributed
 from amft_fast.engine.local import LocalEngine
 from amft_fast.engine.parts import Part, Tensors
@@ -40,7 +40,7 @@ def test_dealt_micro_batches_are_equally_many_within_the_bound_and_hold_everythi
     assert len({len(s) for s in shares}) == 1 and len(shares) == ranks
     groups = [g for share in shares for g in share]
     assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
-    assert len(shares[0]) == -(-len(plan(lengths, bound)) // ranks), "no more rounds than needed"
+    assert len(shares[0]) == -(-len(padded_groups(lengths, bound)) // ranks), "no more rounds than needed"
     for g in groups:
         assert len(g) <= 1 or len(g) * max(lengths[i] for i in g) <= bound
 
@@ -67,6 +67,23 @@ def test_dummies_weigh_nothing(checkpoint_folder):
         assert not out.sums.any() and not out.maxes.any()
     assert not any(g.grad.any() for g in engine.all_groups)
     assert micro_batches([], 100, False, rank=1, ranks=3) == []
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("name", [*FIELDS, "values", "token_weight"])
+def test_a_dummy_carries_any_field_of_the_others(name, packed):
+    """Two sequences for four ranks, one of which has the field: whatever the loss reads, and what is read before it."""
+    plain = objective.demo_sequence([2, 5, 3], [6, 7, 1])
+    with_it = objective.demo_sequence([2, 5], [6, 1]).with_fields(**{name: 0.5})
+    owns = [micro_batches([plain, with_it], 6, packed, torch.float64, rank=r, ranks=4) for r in range(4)]
+    assert sorted(i for (b,) in owns for i in b.members) == [0, 1]
+    dummies = [b for (b,) in owns if not b.members]
+    assert len(dummies) == 2
+    for dummy in dummies:
+        assert dummy.fields.keys() == ({name} & FIELDS.keys())
+        assert dummy.counts == [] and dummy.rows.shape == dummy.targets.shape == (1,)
+        for field in dummy.fields.values():
+            assert field.dtype == torch.float64 and field.tolist() == [FIELDS[name]]
 
 
 def test_parts_of_tensors_in_several_files_are_read_at_any_cut(tmp_path):

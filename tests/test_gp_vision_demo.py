@@ -15,7 +15,6 @@ from amft_fast.model.policy import load_model, load_tokenizer
 from amft_fast.model.vision import load_vision
 from amft_fast.rollout.encoder import Encoder
 from amft_fast.run import launch
-from amft_fast.tasks.general_points.pretrain import leak
 from amft_fast.tasks.general_points.vision import GeneralPointsVision, split_answer
 from amft_fast.tasks.general_points.vision_pretrain import CARD_SIZE, Examples, Recipe, build_tokenizer, main
 
@@ -66,8 +65,8 @@ def test_the_base_sees_no_hand_that_a_task_holds_out_and_no_red_card(task, examp
             assert trained[0] is False and trained[-1] and len(images) == 1
             red, green, blue = np.asarray(images[0]).astype(int).transpose(2, 0, 1)
             assert (red - np.maximum(green, blue)).max() < 60
-    assert leak(str(SHIPPED), task) is None
-    assert "seed" in leak(str(SHIPPED), GeneralPointsVision(GeneralPointsConfig(**SETTINGS, seed=1)))
+    assert task.warn_of_base(str(SHIPPED)) is None
+    assert "seed" in GeneralPointsVision(GeneralPointsConfig(**SETTINGS, seed=1)).warn_of_base(str(SHIPPED))
 
 
 def test_the_shipped_base_is_what_its_recipe_says():

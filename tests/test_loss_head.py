@@ -9,7 +9,18 @@ from amft_kernels.linear_logprob import linear_logprob
 from amft_kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_head_cases import FORMS, HEADS, Place, check_logprob, check_policy, make_head, make_inputs, make_terms
+from loss_head_cases import (
+    FORMS,
+    HEADS,
+    Place,
+    check_logprob,
+    check_logprob_case,
+    check_policy,
+    check_policy_case,
+    make_head,
+    make_inputs,
+    make_terms,
+)
 from loss_head_edges import EDGES
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -38,22 +49,14 @@ def _poison():
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("form", FORMS)
 def test_policy_loss_is_its_definition(form, head, place):
-    n, h, v = 23, 7, 53
-    hidden, weight, targets = make_inputs(place, n, h, v)
-    options = make_terms(place, n, form) | make_head(place, n, v, head)
-    targets = targets.clamp(max=options.get("vocab_size", v) - 1)
-    check_policy(place, hidden, weight, targets, chunk_bytes=8 * v * 5, **options)
+    check_policy_case(place, form, head, 23, 7, 53)
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("chunk_rows", [1, 5, 1000])
 def test_logprob_is_its_definition(head, chunk_rows, place):
-    n, h, v = 23, 7, 53
-    hidden, weight, targets = make_inputs(place, n, h, v)
-    options = make_head(place, n, v, head)
-    targets = targets.clamp(max=options.get("vocab_size", v) - 1)
-    check_logprob(place, hidden, weight, targets, chunk_bytes=8 * v * chunk_rows, **options)
+    check_logprob_case(place, head, 23, 7, 53, chunk_rows)
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)

@@ -10,9 +10,10 @@ from loss_head_cases import (
     HEADS,
     Place,
     check_logprob,
+    check_logprob_case,
     check_policy,
+    check_policy_case,
     leaf,
-    make_head,
     make_inputs,
     make_terms,
     run_logprob,
@@ -45,11 +46,7 @@ def _poison():
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("form", FORMS)
 def test_policy_loss_is_its_definition(form, head, place):
-    n, h, v = 23, 7, 1053
-    hidden, weight, targets = make_inputs(place, n, h, v)
-    options = make_terms(place, n, form) | make_head(place, n, v, head)
-    targets = targets.clamp(max=options.get("vocab_size", v) - 1)
-    check_policy(place, hidden, weight, targets, chunk_bytes=8 * v * 5, **options)
+    check_policy_case(place, form, head, 23, 7, 1053)
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
@@ -57,11 +54,7 @@ def test_policy_loss_is_its_definition(form, head, place):
 @pytest.mark.parametrize("shape", [(23, 7, 1053), (130, 128, 700), (700, 512, 5000)], ids=str)
 def test_logprob_is_its_definition(shape, head, place):
     """The last two shapes take the fused forward."""
-    n, h, v = shape
-    hidden, weight, targets = make_inputs(place, n, h, v)
-    options = make_head(place, n, v, head)
-    targets = targets.clamp(max=options.get("vocab_size", v) - 1)
-    check_logprob(place, hidden, weight, targets, chunk_bytes=8 * v * 40, **options)
+    check_logprob_case(place, head, *shape, 40)
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)

@@ -113,7 +113,7 @@ def slope_by_probe(engine, mu, lr, diagonal):
     sweeps(engine, mu)
     sums, clip = engine.probe([u, u])
     engine.zero_grad()
-    return lr * float(mixing_slope(named_sums(sums, mu), "v1", diagonal, clip)), float(clip)
+    return lr * mixing_slope(named_sums(sums.tolist(), mu), "u1", diagonal, float(clip)), float(clip)
 
 
 def slope_by_finite_difference(engine, mu, delta=0.02):
@@ -158,9 +158,9 @@ def test_the_sign_raises_mu_when_demonstrations_help(checkpoint_folder):
         engine.backward(b)
     u = engine.take_gradient()
     sweeps(engine, 0.5)
-    n = named_sums(engine.probe([u, u])[0], 0.5)
-    assert n["v1_sft"] / math.sqrt(n["v1_v1"] * n["sft_sft"]) == pytest.approx(1.0, abs=1e-9)
-    assert n["v1_d"] > 0 and mixing_slope(n) > 0
+    n = named_sums(engine.probe([u, u])[0].tolist(), 0.5)
+    assert n["u1_sft"] / math.sqrt(n["u1_u1"] * n["sft_sft"]) == pytest.approx(1.0, abs=1e-9)
+    assert n["u1_d"] > 0 and mixing_slope(n) > 0
 
 
 @pytest.mark.parametrize("mu", [0.1, 0.6])
@@ -175,11 +175,11 @@ def test_probe_equals_separately_computed_gradients(checkpoint_folder, mu):
             engine.backward(b)
         gradients.append(torch.cat(engine.take_gradient()))
     sweeps(engine, mu)
-    n = named_sums(engine.probe([u, u])[0], mu)
+    n = named_sums(engine.probe([u, u])[0].tolist(), mu)
     g_sft, g_rl = gradients
     flat = torch.cat(u)
     for name, want in {
-        "v1_sft": flat @ g_sft, "v1_rl": flat @ g_rl, "sft_sft": g_sft @ g_sft, "rl_rl": g_rl @ g_rl, "sft_rl": g_sft @ g_rl,
+        "u1_sft": flat @ g_sft, "u1_rl": flat @ g_rl, "sft_sft": g_sft @ g_sft, "rl_rl": g_rl @ g_rl, "sft_rl": g_sft @ g_rl,
     }.items():  # fmt: skip
         assert float(n[name]) == pytest.approx(float(want), rel=1e-10, abs=1e-14), name
 

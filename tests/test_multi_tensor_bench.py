@@ -28,7 +28,7 @@ def test_results_are_written_with_device_versions_and_commit(probe, tmp_path, ca
     assert code == 0
     assert result["device"] and result["versions"]["torch"] and result["commit"]
     assert all(row["green"] and row["best_ms"] > 0 for row in rows.values())
-    assert rows["two v, AdamW"]["error"] <= 1e-12
+    assert rows["two u, AdamW"]["error"] <= 1e-12
     assert result["bar"]["best_library_way"] in probe.SAME_NUMBERS
     assert "multi_tensor_dot is" in capsys.readouterr().out
 

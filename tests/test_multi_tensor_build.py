@@ -44,7 +44,7 @@ def test_order_of_sums_is_that_of_csrc():
             return f"{short[a]}_{short[b]}".upper()
         return f"{a}_{b}".replace("plain", "p").replace("exact", "q").upper()
 
-    assert names == [in_csrc(a, b) for a, b in multi_tensor.SUMS]
+    assert names == [in_csrc(a, b) for a, b in multi_tensor.PROBE_SUMS]
     assert int(re.search(r"#define AMFT_ABI (\d+)", text)[1]) == multi_tensor._ABI
 
 
@@ -85,9 +85,9 @@ def test_nvcc_reports_no_warning_no_spills_and_registers_for_three_blocks(compil
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("num_v, with_adam", [(1, False), (2, False), (1, True), (2, True)])
+@pytest.mark.parametrize("num_u, with_adam", [(1, False), (2, False), (1, True), (2, True)])
 @pytest.mark.parametrize("mixture", MIXTURES.values(), ids=MIXTURES)
-def test_what_cuda_threads_do_gives_the_same_sums_on_the_host(compiled, mixture, num_v, with_adam, offset):
+def test_what_cuda_threads_do_gives_the_same_sums_on_the_host(compiled, mixture, num_u, with_adam, offset):
     library = ctypes.CDLL(str(compiled[0]))
     library.amft_cuda_chunk.restype = ctypes.c_int64
     i64, i32, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
@@ -95,15 +95,15 @@ def test_what_cuda_threads_do_gives_the_same_sums_on_the_host(compiled, mixture,
 
     lists = make_lists(mixture, offset=offset)
     adam = adam_state(lists) if with_adam else None
-    table = multi_tensor._table(multi_tensor._named_lists(lists[:num_v], lists[2], lists[3], adam))
+    table = multi_tensor._table(multi_tensor._named_lists(lists[:num_u], lists[2], lists[3], adam))
     starts = multi_tensor._chunk_starts(table, library.amft_cuda_chunk())
     assert starts.dtype == np.int64 and starts[-1] > len(table)
     scalars = None if adam is None else ctypes.byref(multi_tensor._adam_scalars(adam, adam.clip))
-    got = torch.empty(len(multi_tensor.SUMS), dtype=torch.float64)
+    got = torch.empty(len(multi_tensor.PROBE_SUMS), dtype=torch.float64)
     library.amft_multi_tensor_dot_emulated(
-        table.ctypes.data, starts.ctypes.data, len(table), int(starts[-1]), num_v, scalars, got.data_ptr()
+        table.ctypes.data, starts.ctypes.data, len(table), int(starts[-1]), num_u, scalars, got.data_ptr()
     )
-    want = call(multi_tensor.multi_tensor_dot_reference, lists, num_v, adam)
+    want = call(multi_tensor.multi_tensor_dot_reference, lists, num_u, adam)
     assert torch.allclose(got, want, rtol=1e-11, atol=0)
 
 

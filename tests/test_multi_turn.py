@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from fakes import CopyTask
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from amft_fast import config_file, objective
 from amft_fast.advantages import group_advantages, turn_advantages
@@ -15,21 +14,10 @@ from amft_fast.data.batch import micro_batches
 from amft_fast.interfaces import Demo, Message, Request, Sample, Sampling, Turn
 from amft_fast.model.policy import Policy
 from amft_fast.rollout import episodes
-from amft_fast.rollout.encoder import Encoder
 from amft_fast.rollout.transformers import TransformersEngine
 from amft_fast.run import checkpoint, launch
 
 STOP = (1,)
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint_folder):
-    return AutoModelForCausalLM.from_pretrained(checkpoint_folder, dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def encoder(checkpoint_folder):
-    return Encoder(AutoTokenizer.from_pretrained(checkpoint_folder))
 
 
 class OnlyCompletes:

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from amft_fast import objective
 from amft_fast.config import AdvantageConfig, ObjectiveConfig
-from amft_fast.data.batch import Sequence, collate, micro_batches, plan, scatter
+from amft_fast.data.batch import TokenSequence, collate, micro_batches, padded_groups, scatter
 from amft_fast.interfaces import Sample, Turn
 from amft_fast.model.policy import SUMS, Policy
 
@@ -109,7 +109,9 @@ def test_on_policy_gradient_is_that_of_the_ratio(policy):
     """old = None: ratio 1 with gradient, so the gradient is −A ∇log π, whatever the clip range."""
     _, rl, _ = sequences()
     bare = [
-        Sequence(s.ids, s.trained, {k: v for k, v in s.fields.items() if k not in ("old_logprobs", "ref_logprobs")})
+        TokenSequence(
+            s.ids, s.trained, {k: v for k, v in s.fields.items() if k not in ("old_logprobs", "ref_logprobs")}
+        )
         for s in rl
     ]
     policy.objective = ObjectiveConfig(entropy_coef=0.0)
@@ -152,7 +154,7 @@ def test_gae_gives_each_token_its_own_advantage():
 
 def test_padded_plan_covers_everything_once_within_the_bound():
     lengths = [int(x) for x in np.random.default_rng(0).integers(1, 60, 100)]
-    groups = plan(lengths, 128)
+    groups = padded_groups(lengths, 128)
     assert sorted(i for g in groups for i in g) == list(range(100))
     assert all(len(g) * max(lengths[i] for i in g) <= 128 for g in groups)
     assert 1 - sum(lengths) / (len(groups) * 128) < 0.25

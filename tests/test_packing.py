@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from amft_fast.config import ModelConfig, ObjectiveConfig
 from amft_fast.data import packing
-from amft_fast.data.batch import Sequence, collate, micro_batches
+from amft_fast.data.batch import TokenSequence, collate, micro_batches
 from amft_fast.doctor import installed as doctor
 from amft_fast.errors import UserError
 from amft_fast.model import attention
@@ -28,7 +28,7 @@ def family_of(rng, prompt, answers):
         trained = np.arange(len(ids)) >= prompt
         if n > 5:
             trained[prompt + 2] = False
-        out.append(Sequence(ids, trained).with_fields(nll_weight=1.0))
+        out.append(TokenSequence(ids, trained).with_fields(nll_weight=1.0))
     return out
 
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from fakes import CopyTask
 
-from amft_fast import config, config_file
+from amft_fast import config_file
 from amft_fast.data.stream import Stream, sample_seed
 from amft_fast.errors import UserError
+from amft_fast.methods import METHODS
 from amft_fast.run import checkpoint, launch
 
 TIMES = ("seconds", "tokens_per_s", "wall_s")
@@ -46,7 +47,7 @@ def without_times(records):
     return [{k: v for k, v in r.items() if k not in TIMES and not k.startswith("time/")} for r in records]
 
 
-@pytest.mark.parametrize("method", config.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_each_method_runs_and_leaves_what_it_should(tmp_path, checkpoint_folder, method):
     cfg = cfg_for(
         tmp_path, checkpoint_folder, "--train.method", method, "--checkpoint.export", "true", "--train.sft_share", "0.5",

@@ -11,7 +11,7 @@ from amft_fast.config import ModelConfig, ObjectiveConfig
 from amft_fast.data.batch import collate, micro_batches
 from amft_fast.errors import UserError
 from amft_fast.interfaces import Demo, Item, Message, Request, Sampling, StepResult
-from amft_fast.meta_gradient import Group, RolloutCache
+from amft_fast.meta_gradient import RolloutCache, RolloutGroup
 from amft_fast.model.policy import Policy, load_model, load_tokenizer
 from amft_fast.model.vision import load_vision, mrope_positions
 from amft_fast.rollout.encoder import Encoder
@@ -330,7 +330,7 @@ def test_cached_rollouts_keep_their_pictures_through_a_checkpoint(qwen):
         qwen.engine, Look(), items, qwen.encoder, sampling, num_generations=2, max_new_tokens=4, seed_parts=(1,)
     )
     cache, back = RolloutCache(items, 0.5), RolloutCache(items, 0.5)
-    cache.groups = [Group(0, 3, samples[:2]), Group(1, 3, samples[2:])]
+    cache.groups = [RolloutGroup(0, 3, samples[:2]), RolloutGroup(1, 3, samples[2:])]
     state = json.loads(json.dumps(cache.state_dict()))
     assert len(state[0]["images"]) == 2  # each once, whoever shares it
     back.load_state_dict(state)

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import CopyTask, make_checkpoint
+from fakes import CopyTask, copy_run, make_checkpoint
 from transformers import AutoModelForCausalLM
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-integration has an environment with it")
 
 from test_vllm_offline import GREEDY, SAMPLED, named, requests, shake
 
-from amft_fast import config_file
 from amft_fast.config import VllmConfig
 from amft_fast.errors import UserError
 from amft_fast.rollout import vllm
@@ -138,37 +137,11 @@ def test_a_stopped_server_is_found_and_replaced(fleet):
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def cfg_for(folder, model, *flags):
-    return config_file.load(
-        None,
-        [
-            *("--run.dir", str(folder), "--model.path", str(model), "--train.method", "rl", "--train.steps", "6"),
-            *(
-                "--train.lr",
-                "0.01",
-                "--train.prompts_per_step",
-                "4",
-                "--train.demos_per_step",
-                "4",
-                "--run.threads",
-                "1",
-            ),
-            *("--rollout.num_generations", "4", "--rollout.max_new_tokens", "4", "--log.tensorboard", "false"),
-            *(
-                "--eval.every",
-                "0",
-                "--eval.num_samples",
-                "2",
-                "--checkpoint.every",
-                "0",
-                "--checkpoint.keep_best",
-                "false",
-            ),
-            *("--checkpoint.export", "false", "--rollout.engine", "vllm", "--rollout.vllm.mode", "server"),
-            *("--rollout.vllm.kv_cache_bytes", str(16 << 20), "--rollout.vllm.call_timeout_s", "20"),
-            *flags,
-        ],
-    )
+SERVED = (
+    *("--train.method", "rl", "--train.steps", "6", "--rollout.num_generations", "4", "--eval.num_samples", "2"),
+    *("--rollout.engine", "vllm", "--rollout.vllm.mode", "server", "--rollout.vllm.kv_cache_bytes", str(16 << 20)),
+    *("--rollout.vllm.call_timeout_s", "20"),
+)
 
 
 def records(folder):
@@ -177,7 +150,7 @@ def records(folder):
 
 def test_rollouts_ahead_are_one_step_old_and_the_engine_agrees_with_the_trainer(tmp_path):
     folder = make_checkpoint(tmp_path / "model")
-    assert launch.train(cfg_for(tmp_path / "run", folder, "--rollout.async_steps", "1"), task=CopyTask()) == 0
+    assert launch.train(copy_run(tmp_path / "run", folder, *SERVED, "--rollout.async_steps", "1"), task=CopyTask()) == 0
     steps = records(tmp_path / "run")
     assert [r["staleness"] for r in steps] == [0, 1, 1, 1, 1, 1]
     assert steps[0]["mismatch_max"] < 1e-3, "drawn with the very weights that it is trained on"

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from fakes import CopyTask, make_checkpoint
+from fakes import CopyTask, copy_run, make_checkpoint
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-integration has an environment with it")
 
@@ -15,25 +15,17 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 def train(folder, model, *flags):
-    cfg = config_file.load(
-        None,
-        [
-            *("--run.dir", str(folder), "--model.path", str(model), "--train.method", "fixed", "--train.steps", "25"),
-            *(
-                "--train.lr",
-                "0.01",
-                "--train.prompts_per_step",
-                "4",
-                "--train.demos_per_step",
-                "4",
-                "--run.threads",
-                "1",
-            ),
-            *("--rollout.num_generations", "8", "--rollout.max_new_tokens", "4", "--log.tensorboard", "false"),
-            *("--eval.every", "0", "--eval.splits", '["train"]', "--eval.num_samples", "8", "--checkpoint.every", "0"),
-            *("--checkpoint.keep_best", "false", "--checkpoint.export", "false", *flags),
-        ],
+    settings = (
+        "--train.method",
+        "fixed",
+        "--train.steps",
+        "25",
+        "--rollout.num_generations",
+        "8",
+        "--eval.num_samples",
+        "8",
     )
+    cfg = copy_run(folder, model, *settings, "--eval.splits", '["train"]', *flags)
     assert launch.train(cfg, task=CopyTask()) == 0
     steps = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((Path(folder) / "summary.json").read_text())

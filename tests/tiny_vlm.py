@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from fakes import word_tokenizer
 
 WORDS = ["a", "b", "c", "d", "e", "f", "yes", "no", "again"]
 SPECIAL = ["<pad>", "<eos>", "<user>", "<answer>", "<unk>", "<see>", "<image>", "</see>"]
@@ -32,40 +33,20 @@ def make_vlm(folder: Path, kind: str, seed: int = 0) -> Path:
                 p.fill_(0.7)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    _tokenizer(SPECIAL + WORDS if kind != "mllama" else MLLAMA_WORDS).save_pretrained(folder)
+    words = SPECIAL + WORDS if kind != "mllama" else MLLAMA_WORDS
+    word_tokenizer(words, ["<user>", "<answer>", "<see>", "<image>", "</see>"], TEMPLATE).save_pretrained(folder)
     return folder
 
 
-def _tokenizer(words: list[str]):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        additional_special_tokens=["<user>", "<answer>", "<see>", "<image>", "</see>"],
-        chat_template=TEMPLATE,
-    )
-
-
 def _text(**more) -> dict:
-    return dict(
-        vocab_size=len(SPECIAL) + len(WORDS),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        **more,
-    )
+    sizes = {
+        "vocab_size": len(SPECIAL) + len(WORDS),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+    }
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
+    return sizes | heads | {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1} | more
 
 
 def _qwen_processor():
@@ -87,19 +68,15 @@ def _qwen_ids() -> dict:
     }
 
 
+def _qwen_vision() -> dict:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 16}
+    return sizes | {"depth": 2, "num_heads": 2, "patch_size": 4}
+
+
 def _qwen2_5():
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    vision = {
-        "depth": 2,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_heads": 2,
-        "patch_size": 4,
-        "out_hidden_size": 16,
-        "window_size": 16,
-        "fullatt_block_indexes": [1],
-    }
+    vision = _qwen_vision() | {"window_size": 16, "fullatt_block_indexes": [1]}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
     config = Qwen2_5_VLConfig(text_config=_text(rope_parameters=rope), vision_config=vision, **_qwen_ids())
     return Qwen2_5_VLForConditionalGeneration(config), _qwen_processor()
@@ -108,16 +85,7 @@ def _qwen2_5():
 def _qwen3():
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    vision = {
-        "depth": 2,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_heads": 2,
-        "patch_size": 4,
-        "out_hidden_size": 16,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0],
-    }
+    vision = _qwen_vision() | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
     config = Qwen3VLConfig(text_config=_text(rope_parameters=rope, head_dim=8), vision_config=vision, **_qwen_ids())
     return Qwen3VLForConditionalGeneration(config), _qwen_processor()

@@ -14,7 +14,7 @@ import torch
 
 from amft_fast.data import packing
 
-# Per-token numbers that a sequence may carry, with the value of a token that has none.
+# Per-token numbers that the losses read, with the value of a token that has none.
 FIELDS = {
     "nll_weight": 0.0,
     "pg_weight": 0.0,
@@ -30,11 +30,12 @@ FIELDS = {
 
 
 @dataclass
-class Sequence:
+class TokenSequence:
     """One token sequence on the CPU.
 
     `ids` [T] int64; `trained` [T] bool marks the tokens that some loss reads (never the first: nothing predicts it);
-    `fields` holds [T] float arrays under names of `FIELDS`; `images` the pictures that the ids have places for.
+    `fields` holds [T] float arrays: those named in `FIELDS` go into micro-batches, others (`values`, `token_weight`) are read
+    before and stay with the sequence. `images` are the pictures that the ids have places for.
     """
 
     ids: np.ndarray
@@ -45,7 +46,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.trained[0] = False
 
-    def with_fields(self, **fields: np.ndarray | float) -> Sequence:
+    def with_fields(self, **fields: np.ndarray | float) -> TokenSequence:
         """A copy that shares the ids and has these fields as well; a number fills all tokens."""
         arrays = {k: np.broadcast_to(np.asarray(v, np.float64), self.ids.shape) for k, v in fields.items()}
         return replace(self, fields={**self.fields, **arrays})
@@ -94,7 +95,7 @@ class Batch:
         )
 
 
-def plan(lengths: list[int], max_tokens: int) -> list[list[int]]:
+def padded_groups(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Padded rows: neighbours in length share a micro-batch of at most `max_tokens` tokens, padding included, longest first; a
     longer sequence rides alone."""
     groups: list[list[int]] = []
@@ -111,7 +112,7 @@ def deal(lengths: list[int], max_tokens: int, ranks: int) -> list[list[list[int]
 
     The k-th micro-batches of all ranks run at the same time and are neighbours in size. A list may be empty.
     """
-    groups = plan(lengths, max_tokens)
+    groups = padded_groups(lengths, max_tokens)
     rounds = -(-len(groups) // ranks)
     groups = _tighten(lengths, groups, rounds * ranks)
     groups.sort(key=lambda g: (-sum(lengths[i] for i in g), g))
@@ -120,11 +121,11 @@ def deal(lengths: list[int], max_tokens: int, ranks: int) -> list[list[list[int]
 
 
 def _tighten(lengths: list[int], groups: list[list[int]], limit: int) -> list[list[int]]:
-    """The padded plan of the smallest bound that still needs at most `limit` micro-batches."""
+    """The groups of the smallest bound that still needs at most `limit` micro-batches."""
     low, high = 0, max((len(g) * lengths[g[0]] for g in groups), default=0)
     while high - low > max(high // 50, 1):
         middle = (low + high) // 2
-        tighter = plan(lengths, middle)
+        tighter = padded_groups(lengths, middle)
         if len(tighter) <= limit:
             groups, high = tighter, middle
         else:
@@ -132,7 +133,7 @@ def _tighten(lengths: list[int], groups: list[list[int]], limit: int) -> list[li
     return groups
 
 
-def _read(sequences: list[Sequence]) -> tuple[list[np.ndarray], list[int]]:
+def _read(sequences: list[TokenSequence]) -> tuple[list[np.ndarray], list[int]]:
     """The tokens that the model must read of each, and how many of them come before the first trained one.
 
     None from the last trained token on: its hidden state predicts nothing. Sequences with images are read whole and share
@@ -144,7 +145,9 @@ def _read(sequences: list[Sequence]) -> tuple[list[np.ndarray], list[int]]:
     return [s.ids[:n] for s, n in zip(sequences, ends)], [int(s.trained.argmax()) for s in sequences]
 
 
-def collate(sequences: list[Sequence], members: list[int], packed: bool, dtype: torch.dtype = torch.float32) -> Batch:
+def collate(
+    sequences: list[TokenSequence], members: list[int], packed: bool, dtype: torch.dtype = torch.float32
+) -> Batch:
     """One micro-batch of the sequences at `members`, each of which has a trained token; float fields in `dtype`."""
     chosen = [sequences[i] for i in members]
     ids, prefixes = _read(chosen)
@@ -182,7 +185,7 @@ def collate(sequences: list[Sequence], members: list[int], packed: bool, dtype: 
 
 
 def micro_batches(
-    sequences: list[Sequence],
+    sequences: list[TokenSequence],
     max_tokens: int,
     packed: bool,
     dtype: torch.dtype = torch.float32,
@@ -200,7 +203,7 @@ def micro_batches(
         groups = packing.deal(packing.units(ids, prefixes, max_tokens), max_tokens, ranks)[rank]
     else:
         lengths = [len(x) for x in ids]
-        groups = deal(lengths, max_tokens, ranks)[rank] if ranks > 1 else plan(lengths, max_tokens)
+        groups = deal(lengths, max_tokens, ranks)[rank] if ranks > 1 else padded_groups(lengths, max_tokens)
     return [
         collate(sequences, [used[i] for i in group], packed, dtype)
         if group
@@ -209,15 +212,15 @@ def micro_batches(
     ]
 
 
-def _dummy(sequences: list[Sequence], like: int, packed: bool, dtype: torch.dtype) -> Batch:
+def _dummy(sequences: list[TokenSequence], like: int, packed: bool, dtype: torch.dtype) -> Batch:
     """The smallest micro-batch with the fields of the others: it costs a pass and adds nothing."""
-    names = {n for s in sequences for n in s.fields}
-    fields = {n: np.full(2, FIELDS[n]) for n in names}
-    smallest = Sequence(sequences[like].ids[:2], np.array([False, True]), fields)
+    carried = {n for s in sequences for n in s.fields}
+    fields = {n: np.full(2, value) for n, value in FIELDS.items() if n in carried}
+    smallest = TokenSequence(sequences[like].ids[:2], np.array([False, True]), fields)
     return replace(collate([smallest], [0], packed, dtype), members=[], counts=[])
 
 
-def scatter(sequences: list[Sequence], batches: Iterable[Any], values: Iterable[torch.Tensor], name: str) -> None:
+def scatter(sequences: list[TokenSequence], batches: Iterable[Any], values: Iterable[torch.Tensor], name: str) -> None:
     """Writes per-row `values` [N] of each batch (anything with its `members` and `counts`) back into the sequences' field
     `name` (a [T] array each)."""
     for batch, rows in zip(batches, values, strict=True):

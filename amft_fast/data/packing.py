@@ -229,7 +229,7 @@ def _unit(members: list[int], common: int, ids: list[np.ndarray]) -> Unit:
     return Unit(members, tokens, tokens + pairs / BREAK_EVEN)
 
 
-def plan(all_units: list[Unit], max_tokens: int, ranks: int = 1) -> list[list[int]]:
+def packed_groups(all_units: list[Unit], max_tokens: int, ranks: int = 1) -> list[list[int]]:
     """Groups of sequences of at most `max_tokens` tokens each and nearly equal cost; a longer one rides alone.
 
     As few groups as first-fit decreasing needs, or up to an eighth more where balance asks for it; a multiple of `ranks` where
@@ -241,19 +241,19 @@ def plan(all_units: list[Unit], max_tokens: int, ranks: int = 1) -> list[list[in
     cost = _costs(all_units)
     rounds = -(-len(fewest) // ranks)
     counts = (ranks * n for n in range(rounds, rounds + 1 + -(-rounds // 8)))
-    plans = [fewest, *filter(None, (_spread(all_units, max_tokens, count) for count in counts))]
+    ways = [fewest, *filter(None, (_spread(all_units, max_tokens, count) for count in counts))]
 
     def slowest(groups: list[list[int]]) -> float:
         """What ranks that wait for one another would spend."""
         return -(-len(groups) // ranks) * max(map(cost, groups))
 
-    return min(plans, key=slowest)
+    return min(ways, key=slowest)
 
 
 def deal(all_units: list[Unit], max_tokens: int, ranks: int) -> list[list[list[int]]]:
-    """The plan for each rank: equally many groups, some empty where there are not enough; those that run at the same time are
+    """The groups of each rank: equally many groups, some empty where there are not enough; those that run at the same time are
     neighbours in cost."""
-    groups = plan(all_units, max_tokens, ranks)
+    groups = packed_groups(all_units, max_tokens, ranks)
     if ranks > 1:
         groups = sorted(groups, key=_costs(all_units), reverse=True)
         groups += [[] for _ in range(-len(groups) % ranks)]

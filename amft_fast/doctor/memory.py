@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 from amft_fast.config import Config
 from amft_fast.doctor.shapes import Shape, Tower
+from amft_fast.methods import METHODS
 
-PROBED = ("amft", "amft_no_entropy")  # methods that take a utility gradient
-NO_RL, NO_SFT = ("sft",), ("rl", "sft_then_rl")  # sft_then_rl: its dearer half is counted
 # DeepSpeed's defaults, in elements: stage3_max_live_parameters, and reduce_bucket_size (held twice while reductions overlap).
 LIVE, BUCKET = 10**9, 5 * 10**8
 # Beside tensors: CUDA context, cuBLAS and NCCL buffers (or Python with torch on a CPU), and the allocator's holes.
@@ -211,11 +210,11 @@ def memory(cfg: Config, shape: Shape, machine: Machine) -> Memory:
         static += [engine] if stays else []
     else:
         phases["rollouts"] = _rollouts(cfg, shape, at, machine)
-    if cfg.train.method in PROBED:
-        # Two old halves of v are in `static`; new ones are taken beside them, and once more when the cache is redrawn.
+    if METHODS[cfg.train.method].learns_from_utility:
+        # Two old halves of u are in `static`; new ones are taken beside them, and once more when the cache is redrawn.
         copies = 1 if cfg.meta.memory > 0 else 3
         words = f"{copies} new half" if copies == 1 else f"{copies} new halves"
-        phases["utility gradient"] = [Part("v, being renewed", copies * one_half, words), *sweep]
+        phases["utility gradient"] = [Part("u, being renewed", copies * one_half, words), *sweep]
     return Memory(static, phases, host, CONTEXT[machine.device])
 
 
@@ -230,9 +229,9 @@ def _states(cfg: Config, shape: Shape, at: Layout) -> tuple[list[Part], float]:
         Part("gradients", at.share(4 * count, 1), f"fp32, 4 P{cut}"),
         Part("optimizer moments", at.share(moments, 1), f"fp32, {moments // count} P{cut}"),
     ]
-    if cfg.train.method in PROBED:
+    if METHODS[cfg.train.method].learns_from_utility:
         owned += [
-            Part("v, two halves", at.share(8 * count, 1), f"fp32, 8 P{cut}"),
+            Part("u, two halves", at.share(8 * count, 1), f"fp32, 8 P{cut}"),
             Part("gradient of the SFT sweep", at.share(4 * count, 1), f"fp32, 4 P{cut}"),
         ]
     static = [Part("weights", at.share(b * (shape.parameters if mixed else count), 3), f"{b} P{at.of_ranks(3)}")]
@@ -318,8 +317,11 @@ def flops(cfg: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     image, response = machine.image_tokens, machine.response_tokens or cfg.rollout.max_new_tokens
     prompt = machine.prompt_tokens + image
     passes = 4 if cfg.model.gradient_checkpointing else 3
-    prompts = 0 if cfg.train.method in NO_RL else cfg.train.prompts_per_step
-    demos = 0 if cfg.train.method in NO_SFT else cfg.train.demos_per_step
+    method = METHODS[cfg.train.method]
+    prompts = cfg.train.prompts_per_step if method.has_rl else 0
+    demos = (
+        cfg.train.demos_per_step if method.has_sft and not method.staged else 0
+    )  # staged: the dearer half is counted
 
     def forward(sequences: float) -> float:
         return forward_flops(shape, sequences, prompt, response, image) + 2 * shape.head * sequences * response
@@ -336,7 +338,7 @@ def flops(cfg: Config, shape: Shape, machine: Machine) -> dict[str, float]:
         "SFT": both(demos),
         "old and reference log-probs": extra * forward(prompts * g),
     }
-    if cfg.train.method in PROBED:
+    if method.learns_from_utility:
         fresh = meta.refresh_share * meta.prompts
         drawn = rollout_flops(shape, fresh, meta.num_generations, prompt, response, image)
         trained = (fresh if meta.memory > 0 else meta.prompts) * meta.num_generations

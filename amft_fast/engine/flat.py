@@ -48,7 +48,7 @@ class Piece:
         return data.view(self.shape) if self.size == prod(self.shape) else Part(data, self.start, self.shape)
 
 
-class Group(Protocol):
+class ParamGroup(Protocol):
     """Parameters that share a learning rate."""
 
     pieces: list[Piece]
@@ -139,7 +139,7 @@ class FlatEngine:
             torch._foreach_copy_(self.sft_gradient, [g.grad for g in self.groups])
 
     def probe(self, halves: list[list[torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sums of `multi_tensor.SUMS` over (u₁, u₂, G₁, G₂) and the clip coefficient of the step about to be taken."""
+        """The sums of `multi_tensor.PROBE_SUMS` over (u₁, u₂, G₁, G) and the clip coefficient of the step to come."""
         clip = self._clip(self._norm()).double()
         gradients = [g.grad for g in self.groups]
         sums = ops.multi_tensor_dot(halves, self.sft_gradient, gradients, self._adam_state(clip))

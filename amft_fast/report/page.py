@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from amft_fast.data.pictures import shown_picture
 from amft_fast.errors import UserError
+from amft_fast.methods import METHODS
 from amft_fast.report import charts, templates
 from amft_fast.report.charts import number
 from amft_fast.report.controller import controller_section
@@ -30,17 +31,6 @@ from amft_fast.report.plots import (
 )
 from amft_fast.report.reader import Record, finite, read
 
-METHODS = {
-    "amft": "AMFT, μ learned by its meta-gradient",
-    "amft_no_meta": "AMFT without its meta-gradient",
-    "amft_no_entropy": "AMFT without its entropy term",
-    "sft": "SFT, imitation alone",
-    "rl": "RL alone",
-    "sft_then_rl": "SFT, then RL",
-    "fixed": "SFT + RL with a fixed μ",
-    "linear": "SFT + RL with μ falling linearly",
-    "cosine": "SFT + RL with μ falling along a cosine",
-}
 PROMPT_CHARS, COMPLETION_CHARS = 600, 1500
 
 
@@ -115,6 +105,7 @@ def warnings(record: Record) -> list[str]:
 def sentence(record: Record) -> str:
     """The run in one sentence."""
     method = str(record.summary.get("method") or record.setting("train.method", "unknown method"))
+    words = METHODS[method].words if method in METHODS else method
     task = str(record.summary.get("task") or record.setting("task.name", "unknown task")).replace("_", " ").title()
     steps = f"{record.done} steps" if record.done != 1 else "1 step"
     if record.warmup:
@@ -123,10 +114,7 @@ def sentence(record: Record) -> str:
     threads = str(record.environment.get("threads", ""))
     if threads and "cuda" not in device.lower() and not device.startswith(("NVIDIA", "AMD Instinct")):
         device += f", {threads} threads"
-    return (
-        f"{METHODS.get(method, method)}, on {task}: {steps} in {duration(record.wall_s)} on {device}; "
-        f"{number(record.tokens)} tokens."
-    )
+    return f"{words}, on {task}: {steps} in {duration(record.wall_s)} on {device}; {number(record.tokens)} tokens."
 
 
 def tiles(record: Record) -> list[tuple[str, str, str]]:

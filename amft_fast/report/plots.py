@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from jinja2 import Environment
 from markupsafe import Markup
 
+from amft_fast.methods import METHODS
 from amft_fast.report import charts, templates
 from amft_fast.report.charts import Guide, Line, line_chart, number
 from amft_fast.report.reader import Record, finite, splits_of
@@ -171,13 +172,13 @@ def grid(title: str, body: Markup, intro: str = "") -> Section | None:
 def mix_section(record: Record) -> Section | None:
     """μ, entropy against H*, reward: what the method is about."""
     xs, mus = record.series("mu")
-    learned = str(record.setting("train.method")).startswith("amft")
+    method = METHODS.get(str(record.setting("train.method")))
     bounds = [Guide(n, v) for n in ("mu_min", "mu_max") if (v := finite(record.setting(f"controller.{n}"))) is not None]
     body = line_chart(
         "Mixing weight μ",
         [Line("μ", xs, mus, 1)],
         "1 imitates demonstrations alone, 0 learns from rewards alone.",
-        guides=bounds if learned else (),
+        guides=bounds if method is not None and method.learned else (),
         log=False,
         include=(0.0, 1.0),
         shaded=warmup(record),

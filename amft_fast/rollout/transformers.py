@@ -35,14 +35,14 @@ def uniforms(seeds: np.ndarray, steps: int) -> np.ndarray:
 def sample_tokens(logits_BV: torch.Tensor, u_B: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """One token per row by inverse transform, and its log-prob under the distribution drawn from.
 
-    temperature 0 takes the largest logit (log-prob at temperature 1). top_k, top_p and min_p cut the distribution first.
+    temperature 0 takes the largest logit (log-prob at temperature 1). top_p cuts the distribution first.
     """
     if sampling.temperature == 0:
         tokens = logits_BV.argmax(-1)
         return tokens, logits_BV.float().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
     logp_BV = (logits_BV.float() / sampling.temperature).log_softmax(-1)
-    if sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0:
-        logp_BV = _truncate(logp_BV, sampling)
+    if sampling.top_p < 1:
+        logp_BV = _nucleus(logp_BV, sampling.top_p)
     cdf_BV = logp_BV.double().exp().cumsum(-1)
     # The last column of the cdf is 1 up to rounding: scaling u by it keeps the draw inside the support.
     tokens = torch.searchsorted(cdf_BV, u_B[:, None] * cdf_BV[:, -1:], right=True).squeeze(-1)
@@ -50,15 +50,12 @@ def sample_tokens(logits_BV: torch.Tensor, u_B: torch.Tensor, sampling: Sampling
     return tokens, logp_BV.gather(-1, tokens[:, None]).squeeze(-1)
 
 
-def _truncate(logp_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Renormalised log-probs after top-k, nucleus and min-p cuts (evaluation only)."""
+def _nucleus(logp_BV: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Renormalised log-probs of the likeliest tokens that hold the mass `top_p` (evaluation only)."""
     sorted_BV, order_BV = logp_BV.sort(-1, descending=True)
     p_BV = sorted_BV.exp()
     # A token stays while the mass before it is under top_p, so the first always stays.
-    keep_BV = p_BV.cumsum(-1) - p_BV < sampling.top_p
-    keep_BV &= p_BV >= sampling.min_p * p_BV[:, :1]
-    if sampling.top_k:
-        keep_BV[:, sampling.top_k :] = False
+    keep_BV = p_BV.cumsum(-1) - p_BV < top_p
     sorted_BV = sorted_BV.masked_fill(~keep_BV, -torch.inf)
     return torch.empty_like(logp_BV).scatter_(-1, order_BV, sorted_BV).log_softmax(-1)
 

@@ -20,6 +20,7 @@ from amft_fast.interfaces import Item, RolloutEngine, Sample, Sampling
 from amft_fast.rollout import episodes
 from amft_fast.rollout.encoder import Encoder
 from amft_fast.run.evaluate import pass_at_k
+from amft_fast.study.tables import Table, page
 from amft_fast.tasks.math.answer import extract
 from amft_fast.tasks.math.benchmarks import Benchmark
 from amft_fast.tasks.math.task import BenchmarkTask, Prompting
@@ -235,16 +236,6 @@ def aligned(rows: list[list[str]]) -> str:
     )
 
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{{ model }} · benchmarks</title><style>{{ style }}</style></head><body>
-<header><p class="kicker">amft-fast · benchmarks</p><h1>{{ model }}</h1><p>{{ sentence }}</p></header>
-<main>{% for title, head, rows in tables %}<section><h2>{{ title }}</h2><div class="card scroll"><table>
-<thead><tr>{% for h in head %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in rows %}<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div></section>{% endfor %}
-<p class="note">{{ note }}</p></main></body></html>"""
 NOTE = (
     "In percent, but for counts and tokens. avg@n: the mean over problems of the share of right answers among n; its standard "
     "error is over problems. pass@k: the unbiased estimate of at least one right among k. Truncated: the answer reached the "
@@ -254,32 +245,21 @@ NOTE = (
 
 def write_results(out: Path, settings: Settings, results: dict[str, dict[str, Any]]) -> None:
     """results.json, results.md and results.html."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    from amft_fast.report import charts, templates
-
     (out / "results.json").write_text(json.dumps({"settings": asdict(settings), "results": results}, indent=1))
     rows = table(results)
     ks = sorted({k for f in results.values() for k in f["pass_at"]})
     curve = [
         [name, *(_percent(f["pass_at"][k]) if k in f["pass_at"] else "" for k in ks)] for name, f in results.items()
     ]
-    tables = [("Results", HEAD, rows), ("pass@k", ("benchmark", *(f"k = {k}" for k in ks)), curve)]
+    tables = [Table("Results", HEAD, rows), Table("pass@k", ("benchmark", *(f"k = {k}" for k in ks)), curve)]
     sentence = (
         f"Temperature {settings.temperature:g}, top-p {settings.top_p:g}, seed {settings.seed}, at most "
         f"{settings.max_new_tokens:,} tokens an answer."
     )
     parts = [f"# {settings.model}", sentence]
-    for title, head, body in tables:
-        lines = [head, ["---"] * len(head), *body]
-        parts += [f"## {title}", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
+    parts += [f"## {t.title}\n\n{t.markdown()}" for t in tables]
     (out / "results.md").write_text("\n\n".join([*parts, NOTE]) + "\n")
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
-    style = Markup(templates.STYLE + charts.STYLE)
-    (out / "results.html").write_text(
-        page.render(model=settings.model, style=style, sentence=sentence, tables=tables, note=NOTE)
-    )
+    (out / "results.html").write_text(page("benchmarks", settings.model, sentence, tables, [NOTE]))
 
 
 # ------------------------------------------------------------------------------------------------------------- the command

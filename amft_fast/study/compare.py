@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amft_fast import config, config_file
+from amft_fast import config_file
 from amft_fast.errors import UserError
+from amft_fast.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ def parse_method(text: str) -> Method:
     """
     head, *extra = text.split("+")
     name, _, mu = head.partition(":")
-    if name not in config.METHODS:
-        raise UserError(f"--methods: unknown method {name!r}; known are {', '.join(config.METHODS)}")
+    if name not in METHODS:
+        raise UserError(f"--methods: unknown method {name!r}; known are {', '.join(METHODS)}")
     flags = ["--train.method", name]
     if mu:
         flags += ["--controller.mu_init", mu]

@@ -6,25 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from amft_fast.errors import UserError
-from amft_fast.report import charts, templates
 from amft_fast.report.charts import LIGHT, Line, line_chart
 from amft_fast.study.runs import read_run
 from amft_fast.study.stats import interval
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>amft-fast · comparison</title><style>{{ style }}</style></head><body>
-<header><p class="kicker">amft-fast · comparison</p><h1>{{ config }}</h1><p>{{ sentence }}</p></header>
-<main><section><h2>Success at equal compute</h2><div class="card scroll"><table>
-<thead><tr>{% for h in head %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in rows %}<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>
-{% for note in notes %}<p class="note">{{ note }}</p>{% endfor %}</section>
-<section><h2>Curves</h2><div class="grid">{{ plots }}</div></section></main></body></html>"""
+from amft_fast.study.tables import Table, page
 
 NOTES = (
     "Means over seeds; ± is the half-width of the 95 % interval of the mean (Student's t). Success is in percent: greedy "
@@ -42,31 +30,22 @@ def write_comparison(out: Path, config: str, runs: list[tuple[str, int, Path]], 
         raise UserError(f"no run under {out} has finished; the logs are in its folders")
     labels = list(dict.fromkeys(label for label, _, _ in runs))
     data = {label: [read_run(f, budget) for name, _, f in runs if name == label] for label in labels}
-    head, rows = table(data)
+    success = table(data)
     figures = {
         label: [{k: v for k, v in r.items() if k not in ("curve", "mu_path")} for r in data[label]] for label in labels
     }
     (out / "compare.json").write_text(json.dumps({"config": config, "budget": budget, "runs": figures}, indent=1))
-    text = markdown(head, rows)
+    text = success.markdown()
     notes = "\n".join(f"- {note}" for note in NOTES)
     (out / "compare.md").write_text(f"# {config}, {budget:,} tokens a run\n\n{text}\n\n{notes}\n")
     write_picture(data, budget, out / "compare.png")
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
-    html = page.render(
-        config=config,
-        style=Markup(templates.STYLE + charts.STYLE),
-        sentence=f"{len(labels)} methods, {len(runs)} runs, {budget:,} tokens each.",
-        head=head,
-        rows=rows,
-        notes=NOTES,
-        plots=plots(data),
-    )
-    (out / "compare.html").write_text(html)
+    sentence = f"{len(labels)} methods, {len(runs)} runs, {budget:,} tokens each."
+    (out / "compare.html").write_text(page("comparison", config, sentence, [success], NOTES, plots(data)))
     return f"{text}\n\n{out / 'compare.html'}"
 
 
-def table(data: dict[str, list[dict[str, Any]]]) -> tuple[list[str], list[list[str]]]:
-    """The table's head and rows: one row a method."""
+def table(data: dict[str, list[dict[str, Any]]]) -> Table:
+    """One row a method."""
     first = next(iter(data.values()))[0]["summary"]
     splits = [s for s in ("test", "ood", "train") if s in first["end"]]
     k = first["end"][splits[0]]["k"]
@@ -87,17 +66,12 @@ def table(data: dict[str, list[dict[str, Any]]]) -> tuple[list[str], list[list[s
         row.append(f"{sum(r['summary']['wall_s'] for r in runs) / len(runs):.0f}")
         row.append(f"{100 * sum(r['utility_share'] for r in runs) / len(runs):.1f}")
         rows.append(row)
-    return head, rows
+    return Table("Success at equal compute", head, rows)
 
 
 def _percent(values: list[float]) -> str:
     mean, half = interval(values)
     return f"{100 * mean:.1f}" + (f" ± {100 * half:.1f}" if half == half else "")
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def mean_curve(curves: list[list[tuple[float, float]]], points: int = 60) -> tuple[list[float], list[float]]:

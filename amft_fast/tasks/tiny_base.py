@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import argparse
+import json
+import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import tokenizers
 import torch
@@ -33,14 +36,24 @@ CHAT_TEMPLATE = (
 Turn = tuple[str, str, bool]  # USER or ASSISTANT, text, whether it is trained on
 
 
-class Training(Protocol):
+@dataclass(frozen=True)
+class Training:
     """The part of a recipe that the training loop reads."""
 
-    seed: int
-    steps: int
-    lr: float
-    warmup_steps: int
-    weight_decay: float
+    seed: int = 0
+    steps: int = 600
+    lr: float = 3e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+
+
+@dataclass(frozen=True)
+class WordRecipe(Training):
+    """A recipe of a model in words (`tiny_model`), trained on sequences of `Examples`."""
+
+    batch_size: int = 256
+    hidden_size: int = 64
+    num_layers: int = 3
 
 
 def word_tokenizer(words: Iterable[str], max_length: int = 256) -> PreTrainedTokenizerFast:
@@ -86,6 +99,21 @@ def pad_rows(drawn: Sequence[tuple[list[int], list[bool]]], pad: int) -> tuple[t
         ids[row, : len(tokens)] = torch.tensor(tokens)
         labels[row, : len(tokens)] = torch.tensor([t if on else -100 for t, on in zip(tokens, trained)])
     return ids, labels
+
+
+class Examples:
+    """Draws training sequences in words; a subclass says what one is."""
+
+    def __init__(self, recipe: WordRecipe, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.recipe, self.vocabulary = recipe, tokenizer.get_vocab()
+
+    def draw(self, rng: random.Random) -> tuple[list[int], list[bool]]:
+        """The token ids of one sequence, and for each whether it is trained on."""
+        raise NotImplementedError
+
+    def batch(self, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and labels, both [batch, length], padded on the right; labels are -100 where not trained on."""
+        return pad_rows([self.draw(rng) for _ in range(self.recipe.batch_size)], self.vocabulary[PAD])
 
 
 def tiny_model(
@@ -139,13 +167,38 @@ def fit(
     return model.eval()
 
 
-def made_with(folder: Path) -> dict[str, Any]:
-    """What a recipe.json records of the machine's side: versions, and the hash of the weights in the folder."""
-    return {
+def save(
+    folder: Path,
+    module: str,
+    recipe: Training,
+    model: nn.Module,
+    readers: Iterable[Any],
+    losses: Sequence[float],
+    data: dict[str, Any],
+    **more: Any,
+) -> None:
+    """Writes the Hugging Face folder (`readers`: tokenizer, processor) and `recipe.json`: how it was made, on what `data`, by
+    which versions, and the weights' hash."""
+    model.save_pretrained(folder)
+    for reader in readers:
+        reader.save_pretrained(folder)
+    last = losses[-50:]
+    record = {
+        "command": f"python -m amft_fast.tasks.{module}",
+        "arguments": asdict(recipe),
+        **more,
+        "parameters": model.num_parameters(),
+        "final_loss": round(sum(last) / len(last), 4),
+        "data": data,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "model_sha256": sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        "model_sha256": weights_hash(folder),
     }
+    (folder / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def weights_hash(folder: Path) -> str:
+    return sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
 def command_line(module: str, purpose: str, recipe: type, names: Iterable[str]) -> argparse.ArgumentParser:
@@ -159,13 +212,17 @@ def command_line(module: str, purpose: str, recipe: type, names: Iterable[str]) 
 
 
 def make(
-    folder: Path,
-    train: Callable[[Callable[[int, float, nn.Module], None]], nn.Module],
-    save: Callable[[nn.Module, list[float]], None],
-    steps: int,
+    given: dict[str, Any],
+    recipe_type: type,
+    train: Callable[[Any, Callable[[int, float, nn.Module], None]], nn.Module],
+    save: Callable[[nn.Module, Any, list[float], Path], None],
     every: int = 50,
 ) -> None:
-    """Trains on one thread, prints the mean loss of the last `every` steps as it goes, and saves into the folder."""
+    """Trains by the recipe that a command line gave, on one thread, prints the mean loss of the last `every` steps as it goes,
+    and saves into the folder `out`."""
+    folder = given.pop("out")
+    recipe = recipe_type(**given)
+    steps = getattr(recipe, "stop", recipe.steps)
     losses: list[float] = []
 
     def report(step: int, loss: float, _: nn.Module) -> None:
@@ -174,7 +231,7 @@ def make(
             print(f"step {step}/{steps}  loss {sum(losses[-every:]) / len(losses[-every:]):.4f}", flush=True)
 
     torch.set_num_threads(1)  # sums then come out alike whatever the number of cores; at this size more gain little
-    model = train(report)
+    model = train(recipe, report)
     folder.mkdir(parents=True, exist_ok=True)
-    save(model, losses)
+    save(model, recipe, losses, folder)
     print(f"wrote {folder}", file=sys.stderr)

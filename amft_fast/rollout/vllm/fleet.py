@@ -24,7 +24,7 @@ from amft_fast.errors import RolloutFailure, UserError
 from amft_fast.interfaces import Completion, Request, Sampling
 from amft_fast.rollout.vllm.server import ServerProcess
 from amft_fast.rollout.vllm.setup import Copy, Setup, check_lengths
-from amft_fast.rollout.vllm.targets import EngineError, Group, HttpTarget, group_requests
+from amft_fast.rollout.vllm.targets import EngineError, HttpTarget, RequestGroup, group_requests
 from amft_fast.rollout.vllm.weight_sync import IncompleteError, TransferError, WeightSync, clear_update
 
 THREADS_PER_SERVER = 64  # groups asked of one server at a time
@@ -50,7 +50,7 @@ class Member:
 class Draw:
     """The work of one call of `generate`: groups still to be drawn, and what was drawn by whom."""
 
-    groups: list[Group]
+    groups: list[RequestGroup]
     todo: deque[int]
     done: dict[int, tuple[Member, list[Completion]]] = field(default_factory=dict)
     fatal: Exception | None = None

@@ -17,7 +17,7 @@ from amft_fast.config import VllmConfig
 from amft_fast.errors import UserError
 from amft_fast.rollout.vllm import channels
 from amft_fast.rollout.vllm.head_padding import CPU_MULTIPLE, padding_for
-from amft_fast.rollout.vllm.targets import Group
+from amft_fast.rollout.vllm.targets import RequestGroup
 from amft_fast.rollout.vllm.weight_sync import (
     Channel,
     FanOut,
@@ -124,7 +124,7 @@ class Copy:
         return self.tensors.items()
 
 
-def check_lengths(groups: Sequence[Group], max_model_len: int) -> list[Group]:
+def check_lengths(groups: Sequence[RequestGroup], max_model_len: int) -> list[RequestGroup]:
     """The groups with their length bound cut to what the engine can hold. Raises UserError when a prompt leaves no room."""
     longest = max((len(g.prompt_ids) for g in groups), default=0)
     if longest >= max_model_len:
@@ -132,6 +132,8 @@ def check_lengths(groups: Sequence[Group], max_model_len: int) -> list[Group]:
             f"rollout.vllm.max_model_len {max_model_len} leaves no room for an answer to a prompt of {longest} tokens: raise it"
         )
     return [
-        Group(g.prompt_ids, g.seed, min(g.max_new_tokens, max_model_len - len(g.prompt_ids)), g.images, g.members)
+        RequestGroup(
+            g.prompt_ids, g.seed, min(g.max_new_tokens, max_model_len - len(g.prompt_ids)), g.images, g.members
+        )
         for g in groups
     ]

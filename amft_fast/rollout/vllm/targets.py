@@ -30,7 +30,7 @@ class EngineError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Group:
+class RequestGroup:
     """Requests that continue one prompt to one length: `members` are their places in the list. Sample i draws from seed + i."""
 
     prompt_ids: tuple[int, ...]
@@ -40,20 +40,20 @@ class Group:
     members: tuple[int, ...]
 
 
-def group_requests(requests: Sequence[Request]) -> list[Group]:
+def group_requests(requests: Sequence[Request]) -> list[RequestGroup]:
     """Neighbours with the same prompt and length bound, as one group each, with the seed of its first."""
-    groups: list[Group] = []
+    groups: list[RequestGroup] = []
     for i, r in enumerate(requests):
         last = groups[-1] if groups else None
         same = last is not None and (last.prompt_ids, last.max_new_tokens) == (r.prompt_ids, r.max_new_tokens)
         if same and last.images == r.images:
-            groups[-1] = Group(last.prompt_ids, last.seed, last.max_new_tokens, last.images, (*last.members, i))
+            groups[-1] = RequestGroup(last.prompt_ids, last.seed, last.max_new_tokens, last.images, (*last.members, i))
         else:
-            groups.append(Group(tuple(r.prompt_ids), r.seed & SEED_MASK, r.max_new_tokens, r.images, (i,)))
+            groups.append(RequestGroup(tuple(r.prompt_ids), r.seed & SEED_MASK, r.max_new_tokens, r.images, (i,)))
     return groups
 
 
-def single_places(group: Group, image_token: int | None) -> list[int]:
+def single_places(group: RequestGroup, image_token: int | None) -> list[int]:
     """The prompt with one token for each image, as vLLM wants it: it makes the run of tokens that an image takes by itself."""
     ids = group.prompt_ids
     if not group.images or image_token is None:
@@ -61,12 +61,12 @@ def single_places(group: Group, image_token: int | None) -> list[int]:
     return [t for i, t in enumerate(ids) if t != image_token or i == 0 or ids[i - 1] != image_token]
 
 
-def asked_for(group: Group, sampling: Sampling) -> int:
+def asked_for(group: RequestGroup, sampling: Sampling) -> int:
     """How many samples an engine is asked for: greedy ones are all the same, and vLLM refuses to draw several."""
     return 1 if sampling.temperature == 0 else len(group.members)
 
 
-def sampling_settings(group: Group, sampling: Sampling) -> dict[str, Any]:
+def sampling_settings(group: RequestGroup, sampling: Sampling) -> dict[str, Any]:
     """vLLM's names for how this group is sampled; the same for its offline and its HTTP interface."""
     return {
         "n": asked_for(group, sampling),
@@ -74,15 +74,18 @@ def sampling_settings(group: Group, sampling: Sampling) -> dict[str, Any]:
         "max_tokens": group.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
+        # Said even so: a server that others started may have defaults out of the checkpoint's generation_config.json.
+        "top_k": 0,
+        "min_p": 0.0,
         "stop_token_ids": list(sampling.stop_token_ids),
         "ignore_eos": True,  # stop tokens are ours alone, as with the transformers engine
         "logprobs": 0,  # of the sampled token only
     }
 
 
-def check(ids: Any, logprobs: Any, reason: Any, group: Group, vocabulary: int) -> tuple[list[int], list[float], str]:
+def check(
+    ids: Any, logprobs: Any, reason: Any, group: RequestGroup, vocabulary: int
+) -> tuple[list[int], list[float], str]:
     """What an engine returned for one sample. Raises EngineError unless it is a sample that could be trained on."""
     good_ids = isinstance(ids, list) and all(type(i) is int and 0 <= i < vocabulary for i in ids)
     if not good_ids or not 1 <= len(ids) <= group.max_new_tokens:
@@ -107,7 +110,7 @@ class OfflineTarget:
         self.llm, self.vocabulary, self.image_token = llm, vocabulary, image_token
         self.max_model_len = llm.llm_engine.model_config.max_model_len
 
-    def generate(self, groups: Sequence[Group], sampling: Sampling, version: int) -> list[list[Completion]]:
+    def generate(self, groups: Sequence[RequestGroup], sampling: Sampling, version: int) -> list[list[Completion]]:
         """The samples of every group, in order."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
@@ -250,7 +253,7 @@ class HttpTarget:
             connection.close()
         self._local.connection = None
 
-    def generate(self, group: Group, sampling: Sampling, version: int) -> list[Completion]:
+    def generate(self, group: RequestGroup, sampling: Sampling, version: int) -> list[Completion]:
         """The samples of one group."""
         if group.images:
             raise UserError(

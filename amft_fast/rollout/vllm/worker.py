@@ -127,7 +127,3 @@ class Extension:
             if info.load_numel < (1 if padded else total):
                 names.append(name)
         return names
-
-    def amft_threads(self) -> int:
-        """torch's threads in this worker, for the record of a benchmark."""
-        return torch.get_num_threads()

@@ -13,6 +13,10 @@ from hashlib import sha256
 from itertools import combinations_with_replacement
 
 RULES = {"10": (10, 10, 10), "11-12-13": (11, 12, 13)}  # what J, Q and K count
+RULE_SENTENCES = {
+    "10": "The face cards J, Q and K each count 10.",
+    "11-12-13": "The face cards count J = 11, Q = 12 and K = 13.",
+}
 ID_RULE, OOD_RULE = RULES
 FACES = ("J", "Q", "K")
 

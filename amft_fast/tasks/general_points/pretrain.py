@@ -18,9 +18,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from hashlib import sha256
 from itertools import permutations, product
 from pathlib import Path
@@ -28,7 +27,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from amft_fast.tasks.general_points.bases import Recipe, allowed_hands
+from amft_fast.tasks import tiny_base
+from amft_fast.tasks.general_points.bases import allowed_hands
 from amft_fast.tasks.general_points.hands import ID_RULE, OOD_RULE, Problem, shuffled_deal
 from amft_fast.tasks.general_points.task import (
     PROMPT_WORDS,
@@ -39,20 +39,26 @@ from amft_fast.tasks.general_points.task import (
 )
 from amft_fast.tasks.tiny_base import (
     ASSISTANT,
-    PAD,
     USER,
     command_line,
     encode_turns,
     fit,
-    made_with,
     make,
-    pad_rows,
     tiny_model,
     word_tokenizer,
 )
 
 SIGNS = ("+", "-", "*", "/", "(", ")", "=")
 LARGEST_NUMBER = 99
+
+
+@dataclass(frozen=True)
+class Recipe(tiny_base.WordRecipe):
+    """What a base checkpoint is made from. `two_turns` is the share of sequences with a wrong answer first."""
+
+    num_cards: int = 3
+    targets: tuple[int, int] = (1, 40)
+    two_turns: float = 0.1
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
@@ -86,12 +92,12 @@ def _wrap(text: str, precedence: int, needed: int) -> str:
     return text if precedence >= needed else f"({text})"
 
 
-class Examples:
-    """Draws training sequences: token ids, and for each token whether it is trained on."""
+class Examples(tiny_base.Examples):
+    """Hands, expressions over them, and their values as targets."""
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast):
-        self.recipe, self.vocabulary = recipe, tokenizer.get_vocab()
-        self.hands = allowed_hands(recipe)
+        super().__init__(recipe, tokenizer)
+        self.hands = allowed_hands(recipe.num_cards, recipe.seed)
         self.labelled = {hand: labelled(hand, recipe.targets) for pool in self.hands.values() for hand in pool}
         self.hands = {rule: [hand for hand in pool if self.labelled[hand]] for rule, pool in self.hands.items()}
 
@@ -113,10 +119,6 @@ class Examples:
             return []
         feedback = feedback_text(problem, Verdict("no_solution", Fraction(value)), "formula")
         return [(ASSISTANT, answer_text(problem, formula, "formula"), False), (USER, feedback, False)]
-
-    def batch(self, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and labels, both [batch, length], padded on the right; labels are -100 where not trained on."""
-        return pad_rows([self.draw(rng) for _ in range(self.recipe.batch_size)], self.vocabulary[PAD])
 
 
 def labelled(hand: tuple[int, ...], targets: tuple[int, int]) -> list[tuple[str, int]]:
@@ -143,34 +145,22 @@ def train(recipe: Recipe, report: Callable[[int, float, Qwen3ForCausalLM], None]
 
 
 def save(model: Qwen3ForCausalLM, recipe: Recipe, losses: Sequence[float], folder: Path) -> None:
-    """Write the Hugging Face folder and `recipe.json`: how it was made, what was left out, and the weights' hash."""
-    model.save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    allowed = allowed_hands(recipe)
+    """Writes the folder, with what was left out of its data."""
+    allowed = allowed_hands(recipe.num_cards, recipe.seed)
     listed = sorted({hand for pool in allowed.values() for hand in pool})
-    last = losses[-50:]
-    record = {
-        "command": "python -m amft_fast.tasks.general_points.pretrain",
-        "arguments": asdict(recipe),
-        "parameters": model.num_parameters(),
-        "final_loss": round(sum(last) / len(last), 4),
-        "data": {
-            "what": "random legal expressions over a hand, labelled with their own value as the target",
-            "hands": {rule: len(pool) for rule, pool in allowed.items()},
-            "hands_sha256": sha256(json.dumps(listed).encode()).hexdigest(),
-            "excluded": "every multiset of values in val, test or ood, in any order, under any rule, with any target",
-        },
-        **made_with(folder),
+    data = {
+        "what": "random legal expressions over a hand, labelled with their own value as the target",
+        "hands": {rule: len(pool) for rule, pool in allowed.items()},
+        "hands_sha256": sha256(json.dumps(listed).encode()).hexdigest(),
+        "excluded": "every multiset of values in val, test or ood, in any order, under any rule, with any target",
     }
-    (folder / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
+    tiny_base.save(folder, "general_points.pretrain", recipe, model, [build_tokenizer()], losses, data)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     names = ("seed", "steps", "batch_size", "lr", "hidden_size", "num_layers")
     given = vars(command_line("general_points.pretrain", __doc__, Recipe, names).parse_args(arguments))
-    folder = given.pop("out")
-    recipe = Recipe(**given)
-    make(folder, partial(train, recipe), lambda model, losses: save(model, recipe, losses, folder), recipe.steps)
+    make(given, Recipe, train, save)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ from amft_fast.tasks.general_points.expressions import (
     tokenize,
     values,
 )
-from amft_fast.tasks.general_points.hands import FACES, RULES, Problem, assign_split, deal, draw, hands
+from amft_fast.tasks.general_points.hands import FACES, RULE_SENTENCES, RULES, Problem, assign_split, deal, draw, hands
+from amft_fast.tasks.last_object import last_object
 
 __all__ = ["GeneralPoints", "Problem", "Verdict", "read_answer", "solve", "verify_formula"]
 
@@ -108,31 +109,10 @@ def _integer(name: str, value: Any) -> int:
 
 # ------------------------------------------------------------------------------------------------------ reading answers
 
-_TAIL_CHARS = 4096
-_MAX_OBJECTS = 32
-_DECODER = json.JSONDecoder(strict=False)
-_TRAILING_COMMA = re.compile(r",(\s*[}\]])")
-
 
 def read_answer(text: str) -> dict[str, Any] | None:
-    """The last JSON object with a field "formula" in a response, or None.
-
-    Whatever stands before and after it is passed over, as are line breaks inside strings and a comma before a closing
-    bracket. Only the last 4096 characters are read, and the last 32 opening braces tried.
-    """
-    text = _TRAILING_COMMA.sub(r"\1", text[-_TAIL_CHARS:])
-    at = len(text)
-    for _ in range(_MAX_OBJECTS):
-        at = text.rfind("{", 0, at)
-        if at < 0:
-            break
-        try:
-            found, _ = _DECODER.raw_decode(text, at)
-        except (ValueError, RecursionError):  # ValueError also for integers of thousands of digits
-            continue
-        if "formula" in found:
-            return found
-    return None
+    """The last JSON object with a field "formula" in a response, or None (see `last_object`)."""
+    return last_object(text, "formula")
 
 
 def _judge(problem: Problem, text: str, answer_format: str) -> Verdict:
@@ -179,10 +159,6 @@ Answer with one JSON object with three fields and nothing after it:
 For example, with the hand 2, 5, 9 and the target 19:
 {{"cards": ["2", "5", "9"], "number": [2, 5, 9], "formula": "2*5+9=19"}}
 """
-_JSON_RULES = {
-    "10": "The face cards J, Q and K each count 10.",
-    "11-12-13": "The face cards count J = 11, Q = 12 and K = 13.",
-}
 _JSON_FEEDBACK = {
     "illegal": 'Your answer holds no legal "formula". It takes numbers, +, -, *, / and round brackets only.',
     "wrong_number": "Your answer does not use the number of each card exactly once.",
@@ -205,7 +181,7 @@ def prompt_text(problem: Problem, answer_format: str) -> str:
         faces = problem.rule.replace("-", " ")
         return f"{' '.join(problem.cards)} faces {faces} target {problem.target}"
     cards = ", ".join(problem.cards)
-    return _JSON_PROMPT.format(cards=cards, target=problem.target, rule=_JSON_RULES[problem.rule])
+    return _JSON_PROMPT.format(cards=cards, target=problem.target, rule=RULE_SENTENCES[problem.rule])
 
 
 def answer_text(problem: Problem, formula: str, answer_format: str) -> str:

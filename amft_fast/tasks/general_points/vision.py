@@ -25,6 +25,7 @@ from PIL import Image
 from amft_fast.config import GeneralPointsConfig
 from amft_fast.interfaces import Item, Message, Sample
 from amft_fast.tasks.general_points.cards import BLACK_SUITS, RED_SUITS, pick_suits, table_image
+from amft_fast.tasks.general_points.hands import RULE_SENTENCES
 from amft_fast.tasks.general_points.task import (
     GeneralPoints,
     Problem,
@@ -51,10 +52,6 @@ Answer with one JSON object with three fields and nothing after it:
 For example, if the picture shows 2, 5, 9 and the target is 19:
 {{"cards": ["2", "5", "9"], "number": [2, 5, 9], "formula": "2*5+9=19"}}
 """
-_RULES = {
-    "10": "The face cards J, Q and K each count 10.",
-    "11-12-13": "The face cards count J = 11, Q = 12 and K = 13.",
-}
 _WRONG_CARDS = {
     "json": 'Your field "cards" does not hold the cards in the picture. Look again, and try again, with one JSON object as '
     "before.",
@@ -109,7 +106,7 @@ class GeneralPointsVision(GeneralPoints):
         if self.answer_format == "formula":
             text = prompt_text(replace(problem, cards=()), "formula").strip()
         else:
-            rule, count = _RULES[problem.rule], len(problem.cards)
+            rule, count = RULE_SENTENCES[problem.rule], len(problem.cards)
             text = _JSON_PROMPT.format(count=count, target=problem.target, rule=rule)
         return (Message("user", text, (self.image(problem),)),)
 

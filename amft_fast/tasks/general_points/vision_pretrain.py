@@ -14,12 +14,9 @@ Only answers are trained on. Every picture of a batch is shown with several targ
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from hashlib import sha256
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +56,16 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(tiny_base.Training):
     """What a base checkpoint is made from. A batch holds `pictures` different ones, each with `targets_each` targets."""
 
     num_cards: int = 3
     targets: tuple[int, int] = (1, 40)
-    seed: int = 0
     align_steps: int = 60
     steps: int = 150
     pictures: int = 20
     targets_each: int = 3
-    lr: float = 3e-3
     warmup_steps: int = 20
-    weight_decay: float = 0.01
     vision_size: int = 48
     vision_layers: int = 1
 
@@ -250,24 +244,15 @@ def train(
 
 
 def save(model: nn.Module, recipe: Recipe, text_base: Path, losses: Sequence[float], folder: Path) -> None:
-    """Write the Hugging Face folder and `recipe.json`: how it was made, what was left out, and the weights' hash."""
-    model.save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    build_processor().save_pretrained(folder)
-    last = losses[-50:]
-    record = {
-        "command": "python -m amft_fast.tasks.general_points.vision_pretrain",
-        "arguments": asdict(recipe),
-        "text_base_sha256": sha256((text_base / "model.safetensors").read_bytes()).hexdigest(),
-        "parameters": model.num_parameters(),
-        "final_loss": round(sum(last) / len(last), 4),
-        "data": {
-            "what": "pictures of hands in black suits; random legal expressions over them, labelled with their own value",
-            "excluded": "every multiset of values in val, test or ood, in any order, under any rule or target; red suits",
-        },
-        **tiny_base.made_with(folder),
+    """Writes the folder, with what was left out of its data."""
+    data = {
+        "what": "pictures of hands in black suits; random legal expressions over them, labelled with their own value",
+        "excluded": "every multiset of values in val, test or ood, in any order, under any rule or target; red suits",
     }
-    (folder / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
+    readers = [build_tokenizer(), build_processor()]
+    base = tiny_base.weights_hash(text_base)
+    module = "general_points.vision_pretrain"
+    tiny_base.save(folder, module, recipe, model, readers, losses, data, text_base_sha256=base)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -275,15 +260,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = tiny_base.command_line("general_points.vision_pretrain", __doc__, Recipe, names)
     parser.add_argument("--text-base", type=Path, default=Path("configs/demo_base"), help="[configs/demo_base]")
     given = vars(parser.parse_args(arguments))
-    folder, text_base = given.pop("out"), given.pop("text_base")
-    recipe = Recipe(**given)
-    tiny_base.make(
-        folder,
-        partial(train, recipe, text_base),
-        lambda model, losses: save(model, recipe, text_base, losses, folder),
-        recipe.steps,
-        every=25,
-    )
+    text_base = given.pop("text_base")
+
+    def train_on_base(recipe: Recipe, report: Callable[[int, float, nn.Module], None]) -> nn.Module:
+        return train(recipe, text_base, report)
+
+    def save_with_base(model: nn.Module, recipe: Recipe, losses: list[float], folder: Path) -> None:
+        save(model, recipe, text_base, losses, folder)
+
+    tiny_base.make(given, Recipe, train_on_base, save_with_base, every=25)
 
 
 if __name__ == "__main__":

@@ -10,31 +10,17 @@ A sequence: `<bos><user>` action space, instruction, first observation `<assista
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from amft_fast.tasks.tiny_base import (
-    ASSISTANT,
-    PAD,
-    USER,
-    Turn,
-    command_line,
-    encode_turns,
-    fit,
-    made_with,
-    make,
-    pad_rows,
-    tiny_model,
-    word_tokenizer,
-)
+from amft_fast.tasks import tiny_base
+from amft_fast.tasks.tiny_base import ASSISTANT, USER, Turn
 from amft_fast.tasks.virl.city import LANDMARKS, build_city, draw_routes
 from amft_fast.tasks.virl.routes import ACTION_SPACES, Point, Route
 from amft_fast.tasks.virl.task import Problem, judge
@@ -45,7 +31,7 @@ MAX_LENGTH = 1024  # tokens of a conversation
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(tiny_base.WordRecipe):
     """What a base checkpoint is made from.
 
     `stop` ends the training early, for a base that still errs. `wrong` is the share of points with a wrong answer first.
@@ -55,21 +41,15 @@ class Recipe:
     spacing: float = 50.0
     cities: int = 30
     routes: int = 100
-    seed: int = 0
     steps: int = 800
     stop: int = 100
     batch_size: int = 48
-    lr: float = 3e-3
-    warmup_steps: int = 50
-    weight_decay: float = 0.01
     wrong: float = 0.1
-    hidden_size: int = 64
-    num_layers: int = 3
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each word of the compact format, each landmark and each number of a sentence."""
-    return word_tokenizer((*COMPACT_WORDS, *LANDMARKS, *map(str, range(1, 2 * MAX_LEGS + 1))), MAX_LENGTH)
+    return tiny_base.word_tokenizer((*COMPACT_WORDS, *LANDMARKS, *map(str, range(1, 2 * MAX_LEGS + 1))), MAX_LENGTH)
 
 
 def base_routes(recipe: Recipe) -> list[Route]:
@@ -85,11 +65,11 @@ def base_routes(recipe: Recipe) -> list[Route]:
     return out
 
 
-class Examples:
-    """Draws training sequences: token ids, and for each token whether it is trained on."""
+class Examples(tiny_base.Examples):
+    """Walks of routes in words."""
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast):
-        self.recipe, self.vocabulary = recipe, tokenizer.get_vocab()
+        super().__init__(recipe, tokenizer)
         self.routes = base_routes(recipe)
 
     def draw(self, rng: random.Random) -> tuple[list[int], list[bool]]:
@@ -103,7 +83,7 @@ class Examples:
             if rng.random() < self.recipe.wrong:
                 turns += self._wrong_try(problem, point, rng)
             turns.append((ASSISTANT, answer_text(problem.route, point, problem.space, "compact"), True))
-        return encode_turns(turns, self.vocabulary)
+        return tiny_base.encode_turns(turns, self.vocabulary)
 
     def _wrong_try(self, problem: Problem, point: Point, rng: random.Random) -> list[Turn]:
         word = rng.choice(["forward", "stop", *(f"turn {w}" for w in ACTION_SPACES[problem.space])])
@@ -113,10 +93,6 @@ class Examples:
             return []
         return [(ASSISTANT, answer, False), (USER, feedback_text(kind, point, "compact"), False)]
 
-    def batch(self, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and labels, both [batch, length], padded on the right; labels are -100 where not trained on."""
-        return pad_rows([self.draw(rng) for _ in range(self.recipe.batch_size)], self.vocabulary[PAD])
-
 
 def train(recipe: Recipe, report: Callable[[int, float, Qwen3ForCausalLM], None]) -> Qwen3ForCausalLM:
     """Train from nothing; calls `report(step, loss, model)` after each step. Loss in nats a token."""
@@ -124,35 +100,23 @@ def train(recipe: Recipe, report: Callable[[int, float, Qwen3ForCausalLM], None]
     rng = random.Random(recipe.seed)
     tokenizer = build_tokenizer()
     examples = Examples(recipe, tokenizer)
-    model = tiny_model(tokenizer, recipe.hidden_size, recipe.num_layers, MAX_LENGTH)
-    return fit(model, recipe, lambda: examples.batch(rng), report, stop=recipe.stop)
+    model = tiny_base.tiny_model(tokenizer, recipe.hidden_size, recipe.num_layers, MAX_LENGTH)
+    return tiny_base.fit(model, recipe, lambda: examples.batch(rng), report, stop=recipe.stop)
 
 
 def save(model: Qwen3ForCausalLM, recipe: Recipe, losses: Sequence[float], folder: Path) -> None:
-    """Write the Hugging Face folder and `recipe.json`: how it was made, what was left out, and the weights' hash."""
-    model.save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    last = losses[-50:]
-    record = {
-        "command": "python -m amft_fast.tasks.virl.pretrain",
-        "arguments": asdict(recipe),
-        "parameters": model.num_parameters(),
-        "final_loss": round(sum(last) / len(last), 4),
-        "data": {
-            "what": f"walks of 1 to {recipe.most_legs} legs in both action spaces, right answers trained on",
-            "excluded": "every city that the task generates, under any seed",
-        },
-        **made_with(folder),
+    """Writes the folder, with what was left out of its data."""
+    data = {
+        "what": f"walks of 1 to {recipe.most_legs} legs in both action spaces, right answers trained on",
+        "excluded": "every city that the task generates, under any seed",
     }
-    (folder / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
+    tiny_base.save(folder, "virl.pretrain", recipe, model, [build_tokenizer()], losses, data)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     names = [field.name for field in fields(Recipe)]
-    given = vars(command_line("virl.pretrain", __doc__, Recipe, names).parse_args(arguments))
-    folder = given.pop("out")
-    recipe = Recipe(**given)
-    make(folder, partial(train, recipe), lambda model, losses: save(model, recipe, losses, folder), recipe.stop)
+    given = vars(tiny_base.command_line("virl.pretrain", __doc__, Recipe, names).parse_args(arguments))
+    tiny_base.make(given, Recipe, train, save)
 
 
 if __name__ == "__main__":

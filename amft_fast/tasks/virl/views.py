@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -23,8 +23,7 @@ LINE = 4  # pixels between the four views
 Colour = tuple[int, int, int]
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """The colours of a city."""
 
     sky: Colour

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from amft_fast.tasks.last_object import last_object
 from amft_fast.tasks.virl.routes import ACTION_SPACES, DIRECTIONS, SIDES, Point, Route, sentences, sight, turn_of
 
 ANSWER_FORMATS = ("json", "compact")
@@ -134,10 +135,6 @@ def next_text(number: int, point: Point, passed: bool, answer_format: str, views
 
 # ------------------------------------------------------------------------------------------------------ reading answers
 
-_TAIL_CHARS = 4096
-_MAX_OBJECTS = 32
-_DECODER = json.JSONDecoder(strict=False)
-_TRAILING_COMMA = re.compile(r",(\s*[}\]])")
 _ACTION = re.compile(r"(?:(forward|stop)\(\s*\)|turn_direction\(\s*['\"]?([a-z]+(?: +[a-z]+)?)['\"]?\s*\))")
 _COMPACT = re.compile(r"(cross|street) ([0-9]{1,3}) (?:(forward|stop)|turn ((?:slightly )?[a-z]+))")
 _DENIED = re.compile(r"\b(no|not|without|any)\b[^.;]*\bintersection")
@@ -158,20 +155,9 @@ def _compact_fields(text: str) -> tuple[bool, int, str | None, str | None] | Non
 
 
 def _json_fields(text: str) -> tuple[bool, str, str | None, str | None] | None:
-    """From the last JSON object with a field "action" among the last 4096 characters (and 32 opening braces)."""
-    text = _TRAILING_COMMA.sub(r"\1", text[-_TAIL_CHARS:])
-    at = len(text)
-    for _ in range(_MAX_OBJECTS):
-        at = text.rfind("{", 0, at)
-        if at < 0:
-            return None
-        try:
-            found, _ = _DECODER.raw_decode(text, at)
-        except (ValueError, RecursionError):
-            continue
-        if "action" in found:
-            break
-    else:
+    """From the last JSON object with a field "action" (see `last_object`)."""
+    found = last_object(text, "action")
+    if found is None:
         return None
     seen, sentence, action = (found.get(k) for k in ("current observation", "current instruction", "action"))
     if not all(isinstance(field, str) for field in (seen, sentence, action)):
