@@ -258,7 +258,11 @@ def test_solver_manages_six_numbers_and_no_more():
 
 @pytest.fixture(scope="module")
 def demo_task():
-    return GeneralPoints(GeneralPointsConfig(num_cards=3, targets=(1, 40), answer_format="formula", max_turns=3))
+    return GeneralPoints(
+        GeneralPointsConfig(
+            num_cards=3, targets=(1, 40), answer_format="formula", max_turns=3, reward_scale="published"
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +318,9 @@ def test_there_is_no_hand_twice():
 @pytest.mark.parametrize("answer_format", ["json", "formula"])
 def test_demos_are_correct_answers(answer_format):
     task = GeneralPoints(
-        GeneralPointsConfig(num_cards=3, targets=(10, 20), answer_format=answer_format, demo_share=0.5)
+        GeneralPointsConfig(
+            num_cards=3, targets=(10, 20), answer_format=answer_format, demo_share=0.5, reward_scale="published"
+        )
     )
     by_id = {item.id: item for split in task.splits for item in task.prompts(split)}
     shapes = Counter()
@@ -433,7 +439,7 @@ def solved(item):
     [
         {"num_cards": 1},
         {"num_cards": 7},
-        {"num_cards": 3.0},
+        {"num_cards": 3.5},
         {"target": -1},
         {"targets": (5, 1)},
         {"targets": (1, 2, 3)},
@@ -444,7 +450,7 @@ def solved(item):
         {"seed": -1},
         {"test_share": 1.5},
         {"val_share": 0.5, "test_share": 0.5},
-        {"ood_share": True},
+        {"ood_share": "half"},
         {"demo_share": -0.1},
         {"max_test": 0},
     ],

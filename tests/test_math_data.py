@@ -332,8 +332,8 @@ def test_one_benchmark_out_of_a_file_of_several(tmp_path):
 def test_everything_of_the_task_imports_without_the_extras():
     code = (
         "import sys\nfor m in ('math_verify', 'datasets', 'pyarrow', 'sympy', 'torch'): sys.modules[m] = None\n"
-        "from amft_fast.tasks import math, math_benchmarks, math_data, math_pool, math_worker\n"
-        "from amft_fast.tasks.math.sources import Source\nfrom amft_fast.interfaces import UserError\n"
+        "from amft_fast.tasks.math import benchmarks, data, pool, task, worker\n"
+        "from amft_fast.tasks.math.sources import Source\nfrom amft_fast.errors import UserError\n"
         "for text in ('some/dataset', 'x.parquet'):\n"
         "    open('x.parquet', 'a') if False else None\n"
         "    try: next(Source(text).rows())\n"

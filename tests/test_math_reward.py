@@ -148,13 +148,13 @@ def test_a_computation_that_no_signal_reaches_ends_by_the_kernel(monkeypatch, tm
     """A worker in whose way stands a comparison that spins with Python's signals blocked."""
     (tmp_path / "sitecustomize.py").write_text(
         "import signal, sys\n"
-        "from amft_fast.tasks import math_compare\n"
-        "def spin(answer, gold, real=math_compare.same):\n"
+        "from amft_fast.tasks.math import compare\n"
+        "def spin(answer, gold, real=compare.same):\n"
         "    if answer == 'spin':\n"
         "        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})\n"
         "        while True: pass\n"
         "    return real(answer, gold)\n"
-        "math_compare.same = spin\n"
+        "compare.same = spin\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     pool = Pool(1, seconds=1.0)

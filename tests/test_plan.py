@@ -169,7 +169,7 @@ def test_states_are_exact(dtype, tie):
     assert part(static, "optimizer moments") == storages(
         state[m][k] for m in masters for k in ("exp_avg", "exp_avg_sq")
     )
-    assert part(static, "v, two halves") == storages(halves)
+    assert part(static, "u, two halves") == storages(halves)
     assert part(static, "gradient of the SFT sweep") == storages(engine.sft_gradient)
     if dtype == "bf16":
         assert part(static, "masters") == storages(masters)
@@ -327,7 +327,7 @@ def test_what_each_stage_shards():
         static = plan.memory(cfg, shape, Machine(n, 80e9)).static
         assert part(static, "weights") == weights and part(static, "gradients in transit") == transit
         assert part(static, "masters") == part(static, "gradients") == 4 * p / n
-        assert part(static, "optimizer moments") == part(static, "v, two halves") == 8 * p / n
+        assert part(static, "optimizer moments") == part(static, "u, two halves") == 8 * p / n
         assert part(static, "gradient of the SFT sweep") == 4 * p / n
         # Rollouts need the weights whole: where they are cut, in a copy.
         copy = [x.bytes for x in static if x.name == "weights for rollouts"]

@@ -14,7 +14,16 @@ from transformers import AutoTokenizer
 
 from amft_fast import cli, config_file, controller, objective
 from amft_fast.advantages import turn_advantages
-from amft_fast.config import AdvantageConfig, Config, EngineConfig, LoraConfig, MetaConfig, ModelConfig
+from amft_fast.config import (
+    AdvantageConfig,
+    Config,
+    EngineConfig,
+    LoraConfig,
+    MathConfig,
+    MetaConfig,
+    ModelConfig,
+    VirlConfig,
+)
 from amft_fast.data.batch import micro_batches
 from amft_fast.data.loader import Loader
 from amft_fast.data.stream import Stream
@@ -153,7 +162,7 @@ def test_demo_weight_scales_demonstrations_in_the_hybrid_utility(checkpoint_fold
 
 def test_points_of_generated_routes_lie_as_far_apart_as_spacing_says():
     dense, sparse = (
-        Virl(num_train=8, num_val=1, num_test=1, cities=1, spacing=s).prompts("train") for s in (20.0, 60.0)
+        Virl(VirlConfig(num_train=8, num_val=1, num_test=1, cities=1, spacing=s)).prompts("train") for s in (20.0, 60.0)
     )
     many, few = (sum(len(i.data.points) for i in items) for items in (dense, sparse))
     assert many > 1.5 * few
@@ -223,9 +232,9 @@ def test_longer_problems_and_demonstrations_are_left_out(tmp_path, limits):
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = MathTask(train=[str(path)], val_share=0, **limits)
+    task = MathTask(MathConfig(train=[str(path)], val_share=0, **limits))
     task.prepare()
-    free = MathTask(train=[str(path)], val_share=0)
+    free = MathTask(MathConfig(train=[str(path)], val_share=0))
     free.prepare()
     assert (len(free.prompts("train")), len(free.demos("train"))) == (2, 2)
     assert len(task.demos("train")) < 2

@@ -165,7 +165,7 @@ class Examples:
                 card_margin=0,
             )
         )
-        allowed = pretrain.allowed_hands(recipe)
+        allowed = pretrain.allowed_hands(recipe.num_cards, recipe.seed)
         self.labelled = {h: pretrain.labelled(h, recipe.targets) for pool in allowed.values() for h in pool}
         self.hands = {rule: [h for h in pool if self.labelled[h]] for rule, pool in allowed.items()}
 

@@ -136,7 +136,7 @@ class MathEpisode:
     """One answer to one problem."""
 
     def __init__(self, problem: Problem, prompting: Prompting, format_weight: float = 0.0) -> None:
-        self.problem, self.prompting, self.settings.format_weight = problem, prompting, format_weight
+        self.problem, self.prompting, self.format_weight = problem, prompting, format_weight
         self.messages = prompting.messages(problem)
 
     def step(self, text: str) -> StepResult:
@@ -145,7 +145,7 @@ class MathEpisode:
     def result(self, text: str, right: bool) -> StepResult:
         form = format_reward(text, self.prompting.thinking)
         info: dict[str, Any] = {"success": right, "format": form, "answered": float(extract(text) is not None)}
-        return StepResult(None, float(right) + self.settings.format_weight * form, True, info)
+        return StepResult(None, float(right) + self.format_weight * form, True, info)
 
 
 def judge(episodes: Sequence[MathEpisode], texts: Sequence[str]) -> list[StepResult]:
