@@ -13,6 +13,8 @@ from amft_fast.data.batch import collate
 from amft_fast.engine.local import LocalEngine
 from amft_fast.model.policy import Policy, load_model
 
+pytestmark = pytest.mark.cpu_isa
+
 CFG = TrainConfig(lr=1e-2, max_grad_norm=0.5, weight_decay=0.1, adam_betas=(0.9, 0.99))
 
 

@@ -25,6 +25,8 @@ from loss_head_cases import (
 )
 from loss_head_edges import EDGES
 
+pytestmark = pytest.mark.cpu_isa
+
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PLACES = [Place("cpu", dtype, "torch") for dtype in DTYPES]
 DOUBLE = PLACES[0]

@@ -8,34 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sequences import assert_same, family_of, mixed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from amft_fast.config import ModelConfig, ObjectiveConfig
 from amft_fast.data import packing
-from amft_fast.data.batch import TokenSequence, collate, micro_batches
+from amft_fast.data.batch import collate, micro_batches
 from amft_fast.doctor import installed as doctor
 from amft_fast.errors import UserError
 from amft_fast.model import attention
 from amft_fast.model.policy import Policy, load_model
 
-
-def family_of(rng, prompt, answers):
-    """Sequences with a prompt of so many tokens and answers of these lengths; a few tokens inside are not trained."""
-    common = rng.integers(5, 13, prompt)
-    out = []
-    for n in answers:
-        ids = np.concatenate([common, rng.integers(5, 13, n)])
-        trained = np.arange(len(ids)) >= prompt
-        if n > 5:
-            trained[prompt + 2] = False
-        out.append(TokenSequence(ids, trained).with_fields(nll_weight=1.0))
-    return out
-
-
-def mixed(seed=0):
-    rng = np.random.default_rng(seed)
-    families = [(4, [1, 7, 3, 9, 2]), (11, [5, 1]), (3, [12]), (6, [2, 30]), (1, [4])]
-    return [s for prompt, answers in families for s in family_of(rng, prompt, answers)]
+pytestmark = pytest.mark.cpu_isa
 
 
 @pytest.fixture(scope="module", params=["full", "sliding"])
@@ -63,12 +47,6 @@ def gradients(policy, sequences, max_tokens, packed):
     for batch in micro_batches(sequences, max_tokens, packed):
         policy(batch.to(policy.head.weight.device)).loss.backward()
     return {n: p.grad.float().clone() for n, p in policy.named_parameters()}
-
-
-def assert_same(got, wanted, tolerance):
-    for name, g in wanted.items():
-        distance = (got[name] - g).norm() / g.norm().clamp_min(1e-9)
-        assert distance < tolerance, f"{name}: {distance:.1e} apart"
 
 
 @pytest.mark.parametrize("max_tokens", [10**6, 40, 1])

@@ -178,6 +178,7 @@ def test_states_are_exact(dtype, tie):
         assert storages(masters) == part(static, "weights") and "masters" not in [p.name for p in static]
 
 
+@pytest.mark.cpu_isa
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
