@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from fakes import make_checkpoint
+from rounding import WIDEST, rounding
 from transformers import AutoModelForCausalLM
 
 from amft_fast import objective
@@ -59,8 +60,14 @@ def test_steps_equal_plain_torch(tmp_path, tie):
     for b in batches:
         engine.backward(b)
         engine.step()
+    # AdamW moves a weight by about lr g/|g| a step, so by lr times the share of g that may be rounding: of a gradient 8 times
+    # shorter than the terms of its sum over tokens, 8 times as much.
+    tokens = sum(b.input_ids.numel() for b in batches)
+    apart = len(batches) * 1e-2 * 8 * rounding(tokens + WIDEST)
     for name, want in plain_steps(folder, batches).items():
-        torch.testing.assert_close(dict(engine.policy.model.named_parameters())[name], want, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            dict(engine.policy.model.named_parameters())[name], want, atol=apart, rtol=rounding(3)
+        )
 
 
 def test_two_backwards_add_up_and_take_gradient_clears(checkpoint_folder):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from rounding import LAYERS, rounding
 from transformers import AutoModelForCausalLM
 
 from amft_fast import objective
@@ -66,8 +67,9 @@ def test_loss_and_gradients_do_not_depend_on_micro_batches_or_packing(policy):
         sums, others = run(policy, sft + rl, max_tokens, packed)
         torch.testing.assert_close(sums, whole, rtol=1e-6, atol=1e-9)
         for name, g in grads.items():
-            # transformers' norms round gradients to fp32, and a shared prompt's are summed before that
-            torch.testing.assert_close(others[name], g, rtol=1e-6, atol=2e-7, msg=lambda m, n=name: f"{n}: {m}")
+            # transformers' norms (4 a layer and the last) round gradients to fp32, a shared prompt's after they are summed.
+            apart = rounding(4 * LAYERS + 1) * g.abs().max().item()
+            torch.testing.assert_close(others[name], g, rtol=0, atol=apart, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_loss_and_every_gradient_against_fp64_autograd_on_plain_logits(policy):
@@ -144,7 +146,8 @@ def test_verifier_and_prompt_tokens_carry_no_gradient(policy):
     seq, wanted = gradients([9, 10])
     for last in ([11, 12], [11], []):
         for name, g in gradients(last)[1].items():
-            torch.testing.assert_close(g, wanted[name], rtol=1e-6, atol=2e-7)  # norms round gradients to fp32
+            apart = rounding(4 * LAYERS + 1) * g.abs().max().item()  # norms round gradients to fp32
+            torch.testing.assert_close(g, wanted[name], rtol=0, atol=apart)
     policy.zero_grad()
     logp, _ = plain_logprobs(policy, seq, 1.0)
     (-logp[[2, 3, 6, 7]].sum() / 4).backward()
