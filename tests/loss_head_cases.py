@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import pytest
 import torch
+from amft_kernels import matmul
 from amft_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 from amft_kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
 
@@ -48,6 +50,13 @@ class Place(NamedTuple):
     def wide(self) -> torch.dtype:
         """Of per-token tensors."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+def serve(products: str, monkeypatch) -> None:
+    """CPU products by "mkl", as on a CPU without AVX-512, or "onednn", as on one with it; every CPU can do both."""
+    if products == "onednn" and not matmul.has_onednn():
+        pytest.skip("this torch was built without oneDNN")
+    monkeypatch.setattr(matmul, "_onednn_is_faster", lambda: products == "onednn")
 
 
 def generator(seed: int) -> torch.Generator:

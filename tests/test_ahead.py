@@ -2,10 +2,10 @@
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
 from fakes import CopyTask
+from runs import lines, without_times
 
 from amft_fast import config_file
 from amft_fast.errors import RolloutFailure, UserError
@@ -13,8 +13,6 @@ from amft_fast.interfaces import Sample, Turn
 from amft_fast.rollout.ahead import Ahead
 from amft_fast.rollout.transformers import TransformersEngine
 from amft_fast.run import build, launch
-
-TIMES = ("seconds", "tokens_per_s", "wall_s")
 
 
 class RemoteEngine:
@@ -73,8 +71,7 @@ def train(monkeypatch, folder, model, *flags, resume=False, **faults):
 
 
 def records(folder):
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in TIMES and not k.startswith("time/")} for r in lines]
+    return without_times(lines(folder))
 
 
 AHEAD = ("--rollout.async_steps", "1")

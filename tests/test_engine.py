@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from fakes import make_checkpoint
+from rounding import WIDEST, rounding
 from transformers import AutoModelForCausalLM
 
 from amft_fast import objective
@@ -12,6 +13,8 @@ from amft_fast.config import ModelConfig, ObjectiveConfig, TrainConfig
 from amft_fast.data.batch import collate
 from amft_fast.engine.local import LocalEngine
 from amft_fast.model.policy import Policy, load_model
+
+pytestmark = pytest.mark.cpu_isa
 
 CFG = TrainConfig(lr=1e-2, max_grad_norm=0.5, weight_decay=0.1, adam_betas=(0.9, 0.99))
 
@@ -57,8 +60,14 @@ def test_steps_equal_plain_torch(tmp_path, tie):
     for b in batches:
         engine.backward(b)
         engine.step()
+    # AdamW moves a weight by about lr g/|g| a step, so by lr times the share of g that may be rounding: of a gradient 8 times
+    # shorter than the terms of its sum over tokens, 8 times as much.
+    tokens = sum(b.input_ids.numel() for b in batches)
+    apart = len(batches) * 1e-2 * 8 * rounding(tokens + WIDEST)
     for name, want in plain_steps(folder, batches).items():
-        torch.testing.assert_close(dict(engine.policy.model.named_parameters())[name], want, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            dict(engine.policy.model.named_parameters())[name], want, atol=apart, rtol=rounding(3)
+        )
 
 
 def test_two_backwards_add_up_and_take_gradient_clears(checkpoint_folder):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import lines, without_times
 
 from amft_fast import config_file
 from amft_fast.config import GeneralPointsConfig, ModelConfig
@@ -21,7 +22,6 @@ from amft_fast.tasks.general_points.vision_pretrain import CARD_SIZE, Examples, 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHIPPED, TEXT_BASE = CONFIGS / "demo_gp_vl_base", CONFIGS / "demo_base"
 SETTINGS = {"num_cards": 3, "targets": (1, 40), "answer_format": "formula", "card_size": CARD_SIZE, "card_margin": 0}
-UNTIMED = ("seconds", "tokens_per_s", "wall_s")
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +123,7 @@ def demo(folder, *flags):
 
 
 def figures(folder) -> list[dict]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in UNTIMED and not k.startswith("time/")} for r in records]
+    return without_times(lines(folder))
 
 
 def test_the_demo_runs_resumes_and_leaves_a_model_and_pictures(tmp_path):

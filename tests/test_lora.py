@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_packing import mixed
-from test_train import cfg_for, train
+from runs import cfg_for, train
+from sequences import mixed
 from transformers import AutoModelForCausalLM
 
 from amft_fast.config import LoraConfig, ModelConfig, ObjectiveConfig, TrainConfig

@@ -9,6 +9,7 @@ from amft_kernels.linear_logprob import linear_logprob
 from amft_kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_memory import LiveMemory
 from loss_head_cases import (
     FORMS,
     HEADS,
@@ -20,8 +21,11 @@ from loss_head_cases import (
     make_head,
     make_inputs,
     make_terms,
+    serve,
 )
 from loss_head_edges import EDGES
+
+pytestmark = pytest.mark.cpu_isa
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PLACES = [Place("cpu", dtype, "torch") for dtype in DTYPES]
@@ -155,12 +159,51 @@ def test_backward_twice_through_a_kept_graph():
 
 
 def test_onednn_products_are_right(monkeypatch):
-    """On AVX-512 machines large products leave MKL; here the small ones do too."""
-    if not matmul._has_onednn():
-        pytest.skip("this CPU has no AVX-512, or this torch no oneDNN: its products are MKL's, tested above")
+    """On AVX-512 machines large products leave MKL; here the small ones do too, on any machine."""
+    serve("onednn", monkeypatch)
     monkeypatch.setattr(matmul, "_ONEDNN_WORK", 0)
     monkeypatch.setattr(matmul, "_SLAB_BYTES", 4096)
     for place in PLACES[1:]:
         inputs = make_inputs(place, 23, 30, 530)
         check_policy(place, *inputs, chunk_bytes=8 * 530 * 9, **make_terms(place, 23))
         check_logprob(place, *inputs, chunk_bytes=8 * 530 * 9)
+
+
+@pytest.mark.parametrize("products", ["mkl", "onednn"])
+@pytest.mark.parametrize("dtype", DTYPES[:2] + DTYPES[3:])
+@pytest.mark.parametrize("n,v,h", [(256, 8192, 256), (48, 2048, 64), (700, 5000, 128), (7, 3000, 16)])
+def test_scratch_of_the_products_is_counted(n, v, h, dtype, products, monkeypatch):
+    """What the plan of memory takes for the products is what they allocate, to the byte, in either way."""
+    serve(products, monkeypatch)
+    hidden, weight, wide = torch.zeros(n, h, dtype=dtype), torch.zeros(v, h, dtype=dtype), matmul.compute_dtype(dtype)
+    logits, hidden_grad, weight_grad = (
+        torch.zeros(n, v, dtype=wide),
+        torch.zeros_like(hidden),
+        weight.to(wide, copy=True),
+    )
+    with LiveMemory([hidden, weight, logits, hidden_grad, weight_grad]) as live:
+        matmul.logits_into(logits, hidden, weight, None)
+        matmul.hidden_grad_into(hidden_grad, logits, weight)
+        matmul.weight_grad_into(weight_grad, logits, hidden, accumulate=True)
+    assert live.peak == matmul.cpu_scratch_bytes(n, v, h, dtype)
+
+
+@pytest.mark.parametrize(
+    "capability,limits,faster",
+    [
+        ("AVX512", {}, True),
+        ("AVX2", {}, False),
+        ("AVX512", {"ONEDNN_MAX_CPU_ISA": "AVX2"}, False),
+        ("AVX512", {"DNNL_MAX_CPU_ISA": "avx2_vnni"}, False),
+        ("AVX512", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "DNNL_MAX_CPU_ISA": "AVX2"}, True),
+        ("AVX512", {"ONEDNN_MAX_CPU_ISA": "ALL"}, True),
+    ],
+)
+def test_where_onednn_serves(capability, limits, faster, monkeypatch):
+    """Only where both torch and oneDNN may use AVX-512."""
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in limits.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert matmul._onednn_is_faster.__wrapped__() == (faster and matmul.has_onednn())

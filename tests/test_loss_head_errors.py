@@ -94,6 +94,9 @@ def test_main_gradient_wants_gradient_one():
 
 def test_good_arguments_are_taken():
     """The same calls without the fault: the checks refuse nothing that is right."""
-    call(linear_policy_loss, ignore_index=-100, vocab_size=V, bias=torch.zeros(V), chunk_bytes=56, temperature=2)
-    call(linear_policy_loss, **PG, old_logprobs=-ON, tis_cap=2.0, targets=torch.tensor([0, 1, -100, 6]).int())
-    call(linear_logprob, temperature=torch.ones(N), logit_softcap=30, hidden=torch.randn(H, N).t())
+    for out in (
+        call(linear_policy_loss, ignore_index=-100, vocab_size=V, bias=torch.zeros(V), chunk_bytes=56, temperature=2),
+        call(linear_policy_loss, **PG, old_logprobs=-ON, tis_cap=2.0, targets=torch.tensor([0, 1, -100, 6]).int()),
+        call(linear_logprob, temperature=torch.ones(N), logit_softcap=30, hidden=torch.randn(H, N).t()),
+    ):
+        assert all(x.isfinite().all() for x in out if isinstance(x, torch.Tensor))

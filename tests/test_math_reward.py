@@ -9,9 +9,10 @@ import time
 import pytest
 from math_files import needs_math_verify
 from math_forms import AGREE, DIFFER, FOUND, HOSTILE, NOT_FOUND
+from operations import lines_run
 
 from amft_fast.tasks.math.answer import MAX_RESPONSE, extract
-from amft_fast.tasks.math.pool import PATIENCE, Pool
+from amft_fast.tasks.math.pool import Pool, _Worker
 from amft_fast.tasks.math.task import choice_reward, format_reward, reward, rewards
 
 
@@ -93,10 +94,7 @@ def test_hostile_answers_cost_their_own_item_alone():
     responses = [f"\\boxed{{{h}}}" for h in HOSTILE]
     mixed = [text for h in responses for text in (h, "\\boxed{1+x}")]
     golds = ["x", "x+1"] * len(HOSTILE)
-    begin = time.perf_counter()
-    got = rewards(mixed, golds, pool)
-    assert got == [0.0, 1.0] * len(HOSTILE)
-    assert time.perf_counter() - begin < 120
+    assert rewards(mixed, golds, pool) == [0.0, 1.0] * len(HOSTILE)
     pool.close()
 
 
@@ -112,8 +110,8 @@ def test_text_of_the_policy_is_never_executed(tmp_path):
     assert not mark.exists()
 
 
-def test_a_response_of_a_megabyte_takes_no_time():
-    begin = time.perf_counter()
+def test_a_response_of_a_megabyte_is_read_once():
+    """A step that is quadratic in its length would run a million times the lines counted here, or, in a regex, not end."""
     for text in (
         "\\boxed{" * 150_000,
         "$" * 10**6,
@@ -122,9 +120,9 @@ def test_a_response_of_a_megabyte_takes_no_time():
         "{" * 10**6,
         "#### " * 200_000,
     ):
-        assert reward(text, "5") == 0.0
-        assert reward(text + " \\boxed{5}", "5") == 1.0
-    assert time.perf_counter() - begin < 5
+        for response, want in ((text, 0.0), (text + " \\boxed{5}", 1.0)):
+            assert reward(response, "5") == want
+            assert lines_run(lambda response=response: reward(response, "5")) < 3 * len(response)
     assert reward("\\boxed{5}" + " " * MAX_RESPONSE, "5") == 0.0  # out of reach: the end of a response is read
 
 
@@ -137,10 +135,8 @@ def test_a_worker_that_hangs_is_killed_and_replaced():
     assert pool.compare([("d,b", "b,d")]) == [True]
     first = pool._workers[0].process
     os.kill(first.pid, signal.SIGSTOP)
-    begin = time.perf_counter()
     assert pool.compare([("a,b", "b,a"), ("(a,b)", "(b,a)"), ("c,b", "b,c")]) == [False, False, True]
     assert pool.killed == 1 and first.poll() is not None
-    assert PATIENCE * 0.3 <= time.perf_counter() - begin < 30
     pool.close()
 
 
@@ -182,7 +178,7 @@ def test_workers_end_with_their_parent():
         "print(p._workers[0].process.pid, flush=True); import os; os._exit(1)"
     )
     pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
-    for _ in range(100):
+    for _ in range(1200):  # it ends when it reads the end of its input, once it has loaded its libraries
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
@@ -216,8 +212,17 @@ def test_without_math_verify_structure_numbers_and_texts_still_compare():
 
 
 @needs_math_verify
-def test_ten_thousand_rewards_in_under_a_minute_on_two_cores():
-    """The mix of the benchmarks: mostly numbers, a quarter of formulas, answers right and wrong, most given more than once."""
+def test_of_ten_thousand_rewards_a_few_hundred_comparisons_reach_the_workers(monkeypatch):
+    """The mix of the benchmarks: mostly numbers, a quarter of formulas, answers right and wrong, most given more than once.
+
+    A worker takes milliseconds for a pair: numbers are compared before, and each pair of formulas is given once.
+    """
+    given = []
+    monkeypatch.setattr(
+        _Worker,
+        "give",
+        lambda self, job, pair, seconds, give=_Worker.give: (given.append(pair), give(self, job, pair, seconds)),
+    )
     pool = Pool(2)
     formulas = [
         (f"\\frac{{{n}\\sqrt{{{k}}}}}{{2}}", f"\\frac{{{n}}}{{2}}\\sqrt{{{k + n % 2}}}")
@@ -227,8 +232,7 @@ def test_ten_thousand_rewards_in_under_a_minute_on_two_cores():
     formulas += [(f"x^2+{n}x", f"x(x+{n + n % 3})") for n in range(100)]
     numbers = [(str(n), str(n + n % 2)) for n in range(600)]
     pairs = [(numbers if i % 4 else formulas)[(7 * i) % (600 if i % 4 else 200)] for i in range(10_000)]
-    begin = time.perf_counter()
     got = rewards([f"So \\boxed{{{a}}}." for _, a in pairs], [g for g, _ in pairs], pool)
-    assert time.perf_counter() - begin < 60
+    assert 0 < len(given) == len(set(given)) <= 200
     assert 3000 < sum(got) < 7000
     pool.close()

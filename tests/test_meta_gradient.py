@@ -18,6 +18,8 @@ from amft_fast.model.policy import Policy
 from amft_fast.multi_tensor import mixing_slope, named_sums
 from amft_fast.rollout.encoder import Encoder
 
+pytestmark = pytest.mark.cpu_isa
+
 OBJECTIVE = ObjectiveConfig(entropy_coef=0.02)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_multi_tensor import MIXTURES, adam_state, call, make_lists
+from tensor_lists import MIXTURES, adam_state, call, make_lists
 
 from amft_fast import multi_tensor
 

@@ -1,11 +1,10 @@
 """Several turns: the KV cache kept between them, what carries loss, and what each turn is credited with."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from fakes import CopyTask
+from runs import lines, without_times
 
 from amft_fast import config_file, objective
 from amft_fast.advantages import group_advantages, turn_advantages
@@ -16,6 +15,8 @@ from amft_fast.model.policy import Policy
 from amft_fast.rollout import episodes
 from amft_fast.rollout.transformers import TransformersEngine
 from amft_fast.run import checkpoint, launch
+
+pytestmark = pytest.mark.cpu_isa
 
 STOP = (1,)
 
@@ -233,15 +234,14 @@ def test_a_resumed_multi_turn_run_goes_on_bit_for_bit(tmp_path, checkpoint_folde
         cfg = config_file.load(tmp_path / "c.toml", flags)
         assert launch.train(cfg, resume, CopyTask(max_turns=3)) == 0
 
-    def lines(folder):
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in r.items() if not k.startswith(("time/", "seconds", "tokens_per_s"))} for r in records]
+    def records(folder):
+        return without_times(lines(folder))
 
     for folder in folders:
         train(folder)
     (folders[1] / "checkpoints" / "step-000004" / "state.json").write_text("damaged")
     train(folders[1], resume=True)
-    assert lines(folders[0]) == lines(folders[1])
-    assert any(r["turns"] > 1 for r in lines(folders[0])) and "task/words" in lines(folders[0])[0]
+    assert records(folders[0]) == records(folders[1])
+    assert any(r["turns"] > 1 for r in records(folders[0])) and "task/words" in records(folders[0])[0]
     a, b = (checkpoint.load(f / "checkpoints" / "step-000004")[0] for f in folders)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from live_memory import LiveMemory
+from loss_head_cases import serve
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -177,11 +178,17 @@ def test_states_are_exact(dtype, tie):
         assert storages(masters) == part(static, "weights") and "masters" not in [p.name for p in static]
 
 
+@pytest.mark.cpu_isa
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind,sizes,rows,length", [("qwen3", DEMO, 20, 48), ("qwen2", MID, 8, 64)])
-def test_peak_of_an_update(kind, sizes, rows, length, dtype, checkpointing):
-    """Peak of all storages made by forward and backward, within 10 %; and what the backward pass keeps of the layers."""
+@pytest.mark.parametrize(
+    "kind,sizes,rows,length,products",
+    # The small model's products are too small for oneDNN.
+    [("qwen3", DEMO, 20, 48, "mkl"), ("qwen2", MID, 8, 64, "mkl"), ("qwen2", MID, 8, 64, "onednn")],
+)
+def test_peak_of_an_update(kind, sizes, rows, length, products, dtype, checkpointing, monkeypatch):
+    """Peak of all storages made by forward and backward, within 2 %; and what the backward pass keeps of the layers."""
+    serve(products, monkeypatch)
     config = make(kind, sizes)
     prompt = length // 2
     cfg = settings(
@@ -200,7 +207,7 @@ def test_peak_of_an_update(kind, sizes, rows, length, dtype, checkpointing):
     ]
     with LiveMemory(known) as live:
         engine.backward(batch)
-    assert plan.total(update) == pytest.approx(live.peak, rel=0.1)
+    assert plan.total(update) == pytest.approx(live.peak, rel=0.02)
     if not checkpointing:
         kept = kept_for_backward(engine.policy.backbone, batch.input_ids, known)
         at = plan.Layout.of(cfg, machine)

@@ -11,6 +11,8 @@ from amft_fast.interfaces import Message, Request, Sampling
 from amft_fast.rollout import episodes
 from amft_fast.rollout.transformers import TransformersEngine, sample_tokens, uniforms
 
+pytestmark = pytest.mark.cpu_isa
+
 STOP = Sampling(stop_token_ids=(1,))
 
 
@@ -73,6 +75,18 @@ def test_logprobs_are_those_of_a_plain_forward_at_the_temperature(model):
         torch.testing.assert_close(torch.tensor(c.logprobs), want.detach(), atol=1e-5, rtol=1e-4)
         assert c.finish_reason == ("stop" if c.token_ids[-1] == 1 else "length")
         assert 1 not in c.token_ids[:-1] and len(c.token_ids) <= 12
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_the_cache_goes_by_the_name_that_transformers_gives_it(model):
+    """`past_key_values` became `cache` in 5.24, which warns of the old name."""
+
+    class Older(torch.nn.Module):
+        def forward(self, input_ids, past_key_values=None, **rest):
+            raise NotImplementedError
+
+    assert TransformersEngine(Older()).cache_name == "past_key_values"
+    assert len(TransformersEngine(model).generate(requests(2), STOP)) == 2
 
 
 def test_greedy_equals_transformers_generate(model):

@@ -6,13 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import scale_worker
 import torch
-from test_train import lines, without_times
+from runs import lines, wait_until, without_times
 
 from amft_fast.run import checkpoint
 
@@ -69,11 +68,11 @@ def alone(folder):
 
 @pytest.mark.parametrize("case", scale_worker.CASES)
 def test_an_engine_of_two_ranks_equals_the_local_one(found, case):
-    """Utility gradients, losses and norms, probes, and the weights after three probed steps of two sweeps."""
+    """Utility gradients, losses and norms, probes, and the masters after three probed steps of two sweeps: no further apart
+    than the local engine is from itself when its gradients are moved as far as rounding may (`scale_worker.Shake`)."""
     assert found["world"] == 2
-    rounding = 3e-2 if case.startswith("bf16") else 1e-6
-    for what, error in found["engines"][case].items():
-        assert error < rounding, what
+    for what, (error, bound) in found["engines"][case].items():
+        assert error <= bound < 0.05, what
 
 
 def test_whole_parameters_are_gathered_a_few_at_a_time(found):
@@ -82,7 +81,8 @@ def test_whole_parameters_are_gathered_a_few_at_a_time(found):
 
 
 def test_the_export_gives_the_same_logits(found):
-    assert found["engines"]["export"] < 1e-6
+    # Equal weights in equal operations; where memory lies otherwise a product may add its (at most 32) terms in another order.
+    assert found["engines"]["export"] < 32 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,8 @@ def test_a_run_of_two_ranks_follows_the_run_of_one(alone, name, reference):
     for a, b in zip(got, want):
         for key, value in b.items():
             if isinstance(value, float):
-                # A signal-to-noise ratio divides by a difference, which magnifies rounding.
+                # Weights are within 1.5e-5 after three steps (`Shake`), and figures hang on them smoothly. A signal-to-noise
+                # ratio divides by a difference, which magnifies rounding.
                 assert a[key] == pytest.approx(value, rel=1e-2 if "snr" in key or "gate" in key else 1e-4, abs=1e-5), (
                     key
                 )
@@ -119,9 +120,9 @@ def close_to(folder, name, other="zero3"):
     a, b = (checkpoint.load(folder / n / "checkpoints" / "step-000005")[0] for n in (name, other))
     assert a.keys() == b.keys()
     for key in a:
-        torch.testing.assert_close(
-            a[key].float(), b[key].float(), rtol=1e-3, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}"
-        )
+        # Lengths, not elements: AdamW may turn a weight whose gradient is all rounding by twice the learning rate. Gradients
+        # moved as far as rounding may (`Shake`) move masters by 1.5e-5 of their length in three steps, moments by some more.
+        assert scale_worker.far(a[key], b[key]) < 1e-4, key
 
 
 def test_a_run_is_resumed_at_another_stage(folder):
@@ -160,14 +161,10 @@ def test_a_checkpoint_with_one_rank_s_file_missing_or_damaged_is_passed_over(fol
 def test_a_killed_rank_ends_the_job_with_a_sentence_and_resume_goes_on(tmp_path):
     process = launch(tmp_path, "long", 400)
     metrics, pid = tmp_path / "long" / "metrics.jsonl", tmp_path / "pid1"
-    deadline = time.monotonic() + 600
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 7):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.05)
+    wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 7, process)
     os.kill(int(pid.read_text()), signal.SIGKILL)
-    killed = time.monotonic()
-    out = finish(process, 60)
-    assert process.returncode != 0 and time.monotonic() - killed < 60
+    out = finish(process, 300)  # and not the half hour after which gloo gives up
+    assert process.returncode != 0
     assert "rank 1 of 2 (" in out and "has died in the middle of the run" in out and "--resume" in out
     done = len(lines(tmp_path / "long"))
     assert done >= 7

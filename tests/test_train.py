@@ -7,44 +7,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from fakes import CopyTask
+from runs import cfg_for, lines, train, wait_until, without_times
 
 from amft_fast import config_file
 from amft_fast.data.stream import Stream, sample_seed
 from amft_fast.errors import UserError
 from amft_fast.methods import METHODS
-from amft_fast.run import checkpoint, launch
-
-TIMES = ("seconds", "tokens_per_s", "wall_s")
-
-
-def cfg_for(folder, model, *flags):
-    base = [
-        *("--run.dir", str(folder), "--model.path", str(model), "--train.steps", "4", "--train.warmup_steps", "2"),
-        *("--train.lr", "0.01", "--train.prompts_per_step", "4", "--train.demos_per_step", "4"),
-        *("--rollout.num_generations", "4", "--rollout.max_new_tokens", "4", "--log.tensorboard", "false"),
-        *("--eval.every", "2", "--eval.num_samples", "2", "--checkpoint.every", "2", "--log.samples_every", "2"),
-        *("--run.threads", "1", "--checkpoint.export", "false", "--train.method", "fixed"),
-    ]
-    return config_file.load(None, base + list(flags))
-
-
-def train(cfg, resume=False, task=None):
-    """A run of `CopyTask`, or of another task."""
-    return launch.train(cfg, resume, task or CopyTask())
-
-
-def lines(folder, name="metrics.jsonl"):
-    return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
-
-
-def without_times(records):
-    return [{k: v for k, v in r.items() if k not in TIMES and not k.startswith("time/")} for r in records]
+from amft_fast.run import checkpoint
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -316,18 +290,15 @@ def test_a_signal_in_mid_step_saves_and_stops_and_resume_goes_on(tmp_path, check
     flags = ("--train.steps", "60", "--checkpoint.every", "0", "--eval.every", "0")
     process = start(tmp_path, checkpoint_folder, *flags)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.01)
+    wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 5, process)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate()
     assert process.returncode == code, out
     assert "saving and stopping" in out and "go on with --resume" in out and "Traceback" not in out
     done = len(lines(tmp_path / "run"))
     assert 5 <= done < 62 and checkpoint.latest(tmp_path / "run" / "checkpoints")[2]["step"] == done
     process = start(tmp_path, checkpoint_folder, *flags, "--resume")
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate()
     assert process.returncode == 0, out
     assert [r["step"] for r in lines(tmp_path / "run")] == list(range(62))
     whole = cfg_for(tmp_path / "whole", checkpoint_folder, *flags)

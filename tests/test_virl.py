@@ -259,7 +259,7 @@ def test_compact_answers_that_cannot_be_read_or_name_no_action_of_the_space(at, 
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=100), st.sampled_from(["json", "compact"]), st.sampled_from(["absolute", "relative"]))
 def test_no_text_breaks_the_reader(text, answer_format, space):
-    read_answer(text, space, answer_format)
+    assert read_answer(text, space, answer_format) is None or "{" in text or answer_format == "compact"
 
 
 def test_the_last_of_several_answers_counts_and_talk_around_it_does_not():

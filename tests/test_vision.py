@@ -18,6 +18,8 @@ from amft_fast.rollout.encoder import Encoder
 from amft_fast.rollout.episodes import run
 from amft_fast.rollout.transformers import TransformersEngine
 
+pytestmark = pytest.mark.cpu_isa
+
 QWEN = ("qwen2_5_vl", "qwen3_vl")
 CPU = torch.device("cpu")
 

@@ -171,13 +171,11 @@ def test_the_only_server_dies_in_mid_rollout_and_is_given_its_weights_again(make
 
 
 def test_a_hung_server_is_found_by_its_health_and_replaced(make, model):
-    engine = make()
+    engine = make(generate_timeout_s=3600.0)  # of a request: who waited for it would wait longer than this test may
     for number in (0, 1):
         fault(engine, number, slow=0.1)
-    begin = time.monotonic()
     threading.Timer(0.15, lambda: os.kill(engine.fleet[0].process.process.pid, signal.SIGSTOP)).start()
     check(engine, model, 0, groups=40)
-    assert time.monotonic() - begin < 25, "not the 30 s of a request"
     check(engine, model, 0)
     assert engine.fleet[0].restarts == 1 and engine.health() == "ok"
 
@@ -213,9 +211,7 @@ def test_a_server_that_dies_in_mid_sync(make, model, weights):
 def test_a_server_that_hangs_in_mid_sync(make, model):
     engine = make()
     os.kill(engine.fleet[0].process.process.pid, signal.SIGSTOP)
-    begin = time.monotonic()
     engine.sync(named(model), 1)
-    assert time.monotonic() - begin < 30
     assert engine.fleet[0].restarts == 1
     check(engine, model, 1)
 
@@ -271,11 +267,11 @@ def test_asked_to_stop_while_sampling(make, model):
     engine = make()
     for number in (0, 1):
         fault(engine, number, slow=0.2)
-    begin = time.monotonic()
-    engine.setup.should_stop = lambda: time.monotonic() - begin > 0.3
+    asked = []
+    engine.setup.should_stop = lambda: asked.append(1) or len(asked) > 3
     with pytest.raises(InterruptedError):
         engine.generate(requests(200), SAMPLING)
-    assert time.monotonic() - begin < 10
+    assert len(asked) == 4, "it is asked while requests are out, and once it says yes no more of them are waited for"
     engine.setup.should_stop = lambda: False
     check(engine, model, 0)
 

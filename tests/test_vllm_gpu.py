@@ -5,10 +5,9 @@ import copy
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from vllm_cases import GREEDY, named, requests, shake
 
 pytest.importorskip("vllm", reason="needs vLLM on a GPU")
-
-from test_vllm_offline import GREEDY, named, requests, shake
 
 from amft_fast.config import VllmConfig
 from amft_fast.rollout import vllm

@@ -4,6 +4,7 @@ import pytest
 import torch
 from fakes import make_checkpoint
 from transformers import AutoModelForCausalLM
+from vllm_cases import GREEDY, SAMPLED, named, requests, shake
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-integration has an environment with it")
 
@@ -15,24 +16,6 @@ from amft_fast.rollout.transformers import TransformersEngine
 from amft_fast.rollout.vllm.setup import Setup
 
 pytestmark = pytest.mark.integration
-GREEDY, SAMPLED = Sampling(0.0, stop_token_ids=(1,)), Sampling(0.7, stop_token_ids=(1,))
-
-
-def named(model):
-    return ((n, p.detach()) for n, p in model.named_parameters())
-
-
-def shake(model, seed):
-    """Other weights, of the same size."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.3 * p.std() if p.dim() >= 2 else torch.randn_like(p) * 0.1)
-
-
-def requests(n, length=12):
-    prompts = [(2, 5, 3), (2, 6, 7, 8, 3), (2, 9, 3)]
-    return [Request(prompts[i * 3 // n], 1000 + 7 * i, length) for i in range(n)]
 
 
 # Heads of 8 are padded to the 32 that vLLM's CPU attention wants.

@@ -11,10 +11,9 @@ import pytest
 import torch
 from fakes import CopyTask, copy_run, make_checkpoint
 from transformers import AutoModelForCausalLM
+from vllm_cases import GREEDY, SAMPLED, named, requests, shake
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-integration has an environment with it")
-
-from test_vllm_offline import GREEDY, SAMPLED, named, requests, shake
 
 from amft_fast.config import VllmConfig
 from amft_fast.errors import UserError

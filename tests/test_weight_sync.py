@@ -263,19 +263,20 @@ def test_an_engine_that_fails_anywhere_ends_the_transfer_soon_and_all_tensors_ar
 
     thread = threading.Thread(target=send, daemon=True)
     thread.start()
-    thread.join(15)
+    thread.join(200)
     assert box, "it must end, and with an error"
     assert "bad" in str(box[0]) or where in ("update", "bucket"), box
     assert len(read) == len(named(model)), "under ZeRO-3 each tensor is a collective that other ranks take part in"
     assert sync.channel is None
     fresh = [FakeEngine("good"), FakeEngine("new")]
+    sync.make_channel = make_sync(model)[0].make_channel  # with a limit that a busy machine keeps
     sync.send(fresh, named(model), 4)
     assert [e.version for e in fresh] == ["4", "4"]
     sync.close()
 
 
 def test_an_update_with_a_tensor_missing_is_never_finished(model):
-    sync, _ = make_sync(model, timeout_s=3.0)
+    sync, _ = make_sync(model)
     engine = FakeEngine()
     with pytest.raises(ws.IncompleteError, match="expected"):
         sync.send([engine], [x for x in named(model) if "layers.1.self_attn.k_proj" not in x[0]], 1)

@@ -166,7 +166,9 @@ def final_norm_bytes(shape: Shape, at: Layout) -> float:
 
 def head_bytes(shape: Shape, at: Layout, device: str) -> float:
     """The loss head at its highest: its rows and their gradients, and the workspace of a chunk."""
-    from amft_fast.ops import chunk_bytes
+    import torch
+
+    from amft_fast.ops import chunk_bytes, cpu_scratch_bytes
 
     hidden, logits, budget = shape.text.hidden, 4 * at.rows * shape.vocab, chunk_bytes(device)
     rows = 2 * at.width * at.rows * hidden
@@ -174,10 +176,10 @@ def head_bytes(shape: Shape, at: Layout, device: str) -> float:
         rows += 4 * shape.head
     if device == "cuda":
         return rows + min(logits, budget)
-    if at.width == 2:  # the CPU has no mixed products: rows go through in fp32
-        rows += 12 * at.rows * hidden
-    slabs = 2 * min(4 << 20, 4 * shape.vocab * max(at.rows, hidden))
-    return rows + min(logits, 3 * budget // 4) + 2 * min(logits, budget // 16) + slabs
+    chunk = min(logits, 3 * budget // 4)
+    dtype = torch.bfloat16 if at.width == 2 else torch.float32
+    scratch = cpu_scratch_bytes(chunk // (4 * shape.vocab), shape.vocab, hidden, dtype)
+    return rows + chunk + 2 * min(logits, budget // 16) + scratch
 
 
 def cache_bytes(t: Tower, width: int) -> float:

@@ -99,7 +99,10 @@ def checkpoint_layers(model: nn.Module, selective: bool = False) -> None:
 
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
     # Frozen input embeddings (LoRA) are no obstacle: only the reentrant form needs an input with a gradient.
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.24 has renamed it
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     model.train()
 
 

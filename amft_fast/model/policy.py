@@ -121,16 +121,19 @@ class Policy(nn.Module):
     def _seeing(self, backbone: nn.Module, batch: Batch) -> torch.Tensor:
         """Hidden states [B, L, H] of a batch with images."""
         device, width, packed = batch.input_ids.device, batch.input_ids.shape[1], batch.position_ids is not None
-        parts, order = [], []
-        for rows in self.vision.kin([len(images) for _, images in batch.texts], packed):
+        kin = self.vision.kin([len(images) for _, images in batch.texts], packed)
+        # Rows are taken apart and put together by number: a list of indices would be copied to the device, which waits.
+        by_row: dict[int, torch.Tensor] = {}
+        for rows in kin:
             inputs = self.vision.inputs([batch.texts[i] for i in rows], device, packed)
-            inputs = self.vision.arguments(backbone, inputs or {"input_ids": batch.input_ids[rows]})
-            hidden = backbone(**inputs, use_cache=False).last_hidden_state
-            parts.append(nn.functional.pad(hidden, (0, 0, 0, width - hidden.shape[1])))
-            order += rows
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat(parts)[torch.tensor(order, device=device).argsort()]
+            if not inputs:
+                inputs = {"input_ids": torch.stack([batch.input_ids[i] for i in rows])}
+            hidden = backbone(**self.vision.arguments(backbone, inputs), use_cache=False).last_hidden_state
+            hidden = nn.functional.pad(hidden, (0, 0, 0, width - hidden.shape[1]))
+            if len(kin) == 1:
+                return hidden
+            by_row |= zip(rows, hidden)
+        return torch.stack([by_row[i] for i in range(len(by_row))])
 
     def forward(
         self,

@@ -127,8 +127,8 @@ class Vision:
         """What a forward needs for these rows, to be made arguments of; {} where no row has an image.
 
         `input_ids` [B, L] and `position_ids` ([3, B, L]; [4, 1, L] packed, text positions first), with the pixels of all
-        different images, and `which` of them stand in the rows, where one does several times. Rows are padded on the right,
-        on the `left`, or `packed` into one.
+        different images, and `which` of them stand in the rows, where one does several times, with their `sizes` in patches.
+        Rows are padded on the right, on the `left`, or `packed` into one.
         """
         if not any(images for _, images in rows):
             return {}
@@ -141,10 +141,11 @@ class Vision:
         which = inputs.pop("which", None)
         if which is None:
             return inputs
-        pixels, grids = inputs.pop("pixel_values"), inputs.pop("image_grid_thw")
+        pixels, grids, sizes = inputs.pop("pixel_values"), inputs.pop("image_grid_thw"), inputs.pop("sizes")
         if "mm_encoder_outputs" not in inspect.signature(backbone.forward).parameters:  # transformers before 5.2x
-            patches = pixels.split(grids.prod(-1).tolist())
-            return inputs | {"pixel_values": torch.cat([patches[i] for i in which]), "image_grid_thw": grids[which]}
+            patches = pixels.split(sizes)
+            repeated = {"pixel_values": torch.cat([patches[i] for i in which])}
+            return inputs | repeated | {"image_grid_thw": torch.stack([grids[i] for i in which])}
         seen = backbone.get_image_features(pixels, grids, return_dict=True)
         seen.pooler_output = [seen.pooler_output[i] for i in which]
         if getattr(seen, "deepstack_features", None) is not None:
@@ -179,6 +180,7 @@ class Vision:
         if len(pixels) < len(which):
             places = {image: i for i, image in enumerate(pixels)}
             out["which"] = [places[image] for image in which]
+            out["sizes"] = [len(m["pixel_values"]) for m in pixels.values()]
         return out
 
     def places(self, ids: np.ndarray, grids: Sequence[tuple[int, int, int]]) -> list[int]:

@@ -7,6 +7,7 @@ is answered reads the answer token by token while the others sample on: its KV c
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
@@ -79,6 +80,8 @@ class TransformersEngine:
     ) -> None:
         self.vision, self.own_weights = vision, own_weights
         self.model, self.pad, self.max_batch, self.should_stop = model, pad_token_id, max_batch, should_stop
+        # transformers 5.24 calls the KV cache `cache`, where it was `past_key_values`.
+        self.cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         self.version = 0
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
@@ -217,9 +220,9 @@ class TransformersEngine:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self.cache_name: cache},
             **seen,
         )
         return out.logits[:, -1]

@@ -1,0 +1,57 @@
+"""Small whole runs: their settings, and what they leave in their folders."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fakes import CopyTask
+
+from amft_fast import config_file
+from amft_fast.config import Config
+from amft_fast.interfaces import Task
+from amft_fast.run import launch
+
+TIMES = ("seconds", "tokens_per_s", "wall_s")
+
+
+def cfg_for(folder: Path, model: Path, *flags: str) -> Config:
+    """Four steps of method fixed after two of warm-up, with evaluations, checkpoints and samples at every second."""
+    base = [
+        *("--run.dir", str(folder), "--model.path", str(model), "--train.steps", "4", "--train.warmup_steps", "2"),
+        *("--train.lr", "0.01", "--train.prompts_per_step", "4", "--train.demos_per_step", "4"),
+        *("--rollout.num_generations", "4", "--rollout.max_new_tokens", "4", "--log.tensorboard", "false"),
+        *("--eval.every", "2", "--eval.num_samples", "2", "--checkpoint.every", "2", "--log.samples_every", "2"),
+        *("--run.threads", "1", "--checkpoint.export", "false", "--train.method", "fixed"),
+    ]
+    return config_file.load(None, base + list(flags))
+
+
+def train(cfg: Config, resume: bool = False, task: Task | None = None) -> int:
+    """A run of `CopyTask`, or of another task; its exit code."""
+    return launch.train(cfg, resume, task or CopyTask())
+
+
+def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """The records of a run's file."""
+    return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
+
+
+def without_times(records: list[dict]) -> list[dict]:
+    """What two equal runs have in common."""
+    return [{k: v for k, v in r.items() if k not in TIMES and not k.startswith("time/")} for r in records]
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 600) -> None:
+    """Returns when `condition` holds; fails with the output of a process that ended before, or still runs at the limit."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None:
+            raise AssertionError(process.communicate()[0])
+        if time.monotonic() > deadline:
+            process.kill()
+            raise TimeoutError(process.communicate()[0])
+        time.sleep(0.01)
