@@ -1,0 +1,121 @@
+"""What the step decides by itself: learning rates, which rollouts may be drawn ahead, repeated prompts, signals, windows."""
+
+import json
+import signal
+import threading
+from types import SimpleNamespace
+
+import pytest
+from fakes import CopyTask, ScriptedEngine, make_checkpoint
+from runs import cfg_for, lines, train
+from transformers import AutoTokenizer
+
+from amft_fast import config_file, controller
+from amft_fast.interfaces import Sampling
+from amft_fast.rollout import episodes
+from amft_fast.rollout.encoder import Encoder
+from amft_fast.run.signals import SIGNALS, StopSignal
+from amft_fast.train import Trainer
+
+
+def at(step, *flags, tokens=0):
+    """A trainer at a step, as far as its clock and its learning rate look at it."""
+    cfg = config_file.load(None, ["--train.steps", "10", "--train.lr", "1.0", "--train.sft_lr", "0.5", *flags])
+    trainer = SimpleNamespace(cfg=cfg, step=step, tokens=tokens, warmup_tokens=0, total=cfg.train.warmup_steps + 10)
+    trainer.clock = Trainer.clock.fget(trainer)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("step", "mu", "want"), [(0, 0.3, 1 / 4), (3, 0.3, 1), (0, 1, 1 / 8), (3, 1, 0.5), (9, 1, 0.5)]
+)
+def test_the_learning_rate_rises_for_imitation_too(step, mu, want):
+    trainer = at(step, "--train.lr_warmup_steps", "4")
+    assert Trainer.learning_rate(trainer, step, mu) == pytest.approx(want)
+
+
+@pytest.mark.parametrize(("schedule", "want"), [("linear", 0.55), ("cosine", 0.55), ("constant", 1.0)])
+def test_the_schedule_holds_for_imitation_too(schedule, want):
+    trainer = at(5, "--train.lr_schedule", schedule)
+    assert Trainer.learning_rate(trainer, 5, 0.3) == pytest.approx(want)
+    assert Trainer.learning_rate(trainer, 5, 1) == pytest.approx(want / 2)
+
+
+def test_the_warm_up_is_a_stage_of_its_own():
+    """Four steps of it: they rise over two, then fall along their own line; the steps after it begin anew."""
+    flags = ("--train.warmup_steps", "4", "--train.lr_warmup_steps", "2", "--train.lr_schedule", "linear")
+    rates = [Trainer.learning_rate(at(step, *flags), step - 4, 1 if step < 4 else 0.3) for step in range(7)]
+    want = [0.5 * 0.5, 0.5 * 0.775, 0.5 * 0.55, 0.5 * 0.325, 1.0 * 0.5, 0.91, 0.82]
+    assert rates == pytest.approx(want)
+
+
+def test_rollouts_ahead_go_on_past_the_steps_where_tokens_are_what_ends_a_run():
+    assert Trainer.next_step(at(8), 0.5) == 9 and Trainer.next_step(at(9), 0.5) is None
+    assert Trainer.next_step(at(30, "--train.token_budget", "1000", tokens=10), 0.5) == 31
+    assert Trainer.next_step(at(3), 1.0) is None, "a step that only imitates draws none"
+
+
+def test_a_prompt_that_comes_twice_draws_other_samples_the_second_time(tmp_path):
+    """As at the border of two passes over the prompts, or with fewer problems than prompts in a step."""
+    encoder, task = Encoder(AutoTokenizer.from_pretrained(make_checkpoint(tmp_path))), CopyTask()
+    a, b = task.prompts("train")[:2]
+
+    def seeds(items):
+        engine = ScriptedEngine([[5, 1]] * 50)
+        episodes.run(
+            engine, task, items, encoder, Sampling(stop_token_ids=(1,)), num_generations=3, max_new_tokens=4,
+            seed_parts=(0, "x"),
+        )  # fmt: skip
+        return [r.seed for r in engine.asked]
+
+    assert len(set(seeds([a, b, a, a]))) == 12
+    assert seeds([a, b, a])[:6] == seeds([a, b]), "what comes once, or first, draws what it always drew"
+    assert seeds([b, a, a])[3:6] == seeds([a, b])[:3], "wherever it stands"
+
+
+def test_a_run_of_few_problems_has_groups_that_differ(tmp_path, checkpoint_folder):
+    flags = ("--train.prompts_per_step", "16", "--log.samples", "16", "--log.samples_every", "1", "--train.steps", "1")
+    assert train(cfg_for(tmp_path, checkpoint_folder, *flags, "--train.method", "rl", "--train.warmup_steps", "0")) == 0
+    first = {}
+    for kept in lines(tmp_path, "samples.jsonl"):
+        first.setdefault(kept["prompt"], []).append(kept["completion"])
+    assert max(len(set(completions)) for completions in first.values()) > 1
+
+
+def test_signal_handlers_are_given_back():
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    with StopSignal() as stop:
+        assert all(signal.getsignal(number) != before[number] for number in SIGNALS) and not stop()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop() and stop.exit_code == 128 + signal.SIGTERM
+    assert {number: signal.getsignal(number) for number in SIGNALS} == before
+
+
+def test_a_run_in_another_thread_leaves_signals_alone_and_can_be_stopped(tmp_path, checkpoint_folder):
+    found, codes = [], []
+
+    def work():
+        with StopSignal() as stop:
+            found.append(signal.getsignal(signal.SIGINT))
+            stop.request(signal.SIGTERM)
+            codes.append(stop.exit_code)
+        codes.append(train(cfg_for(tmp_path, checkpoint_folder, "--train.steps", "1", "--train.warmup_steps", "0")))
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [before] and codes == [143, 0]
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 1
+
+
+def test_an_entropy_that_is_not_finite_does_not_reach_mu():
+    flags = ["--train.method", "amft_no_meta", "--controller.window", "2", "--controller.eta_entropy", "0.5"]
+    c = controller.make(config_file.load(None, flags))
+    c.observe(0, None, 1.0, 1e-3, float("nan"), 1.0)
+    figures = c.observe(1, None, 1.0, 1e-3, 0.4, 1.0)
+    assert figures["controller/entropy"] == pytest.approx(0.4) and 0 < c.value < 1
+    mu = c.value
+    for step in (2, 3):
+        c.observe(step, None, 1.0, 1e-3, float("nan"), 1.0)
+    assert c.value == mu, "a window that saw nothing moves nothing"
