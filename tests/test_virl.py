@@ -262,6 +262,15 @@ def test_no_text_breaks_the_reader(text, answer_format, space):
     assert read_answer(text, space, answer_format) is None or "{" in text or answer_format == "compact"
 
 
+@pytest.mark.parametrize("gap", [1, 250, 256, 5000])
+def test_nothing_may_stand_behind_a_compact_answer_however_far(gap):
+    problem = Problem(ROUTE, "absolute", "brick-0-0")
+    right = answer_text(ROUTE, problem.points[0], "absolute", "compact")
+    assert judge(problem, problem.points[0], right + " " * 20, "compact")[0] == "correct"
+    for more in ("stop", "x", "street 1 turn south", "\0"):
+        assert judge(problem, problem.points[0], right + " " * gap + more, "compact")[0] == "illegal"
+
+
 def test_the_last_of_several_answers_counts_and_talk_around_it_does_not():
     first, last = said(STREET, "2", "stop()"), said(STREET, "2", "forward()")
     problem = Problem(ROUTE, "absolute", "brick-0-0")

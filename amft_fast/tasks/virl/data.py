@@ -9,17 +9,15 @@ checks a folder and writes its one pickle again as JSON.
     street_views/            <panorama id>.jpg, equirectangular, with <panorama id>.metadata.json beside it, whose
                              `rotation` is the heading of its left edge, counted backwards from north. Needed for views only
 
-A pickle can run code when it is loaded. This one needs no more than numbers, texts, tuples and dicts, so the loader here
-refuses every pickle that names anything else. Panorama ids become file names and are held to letters, digits, - and _.
+A pickle can run code when it is loaded, so this one is not loaded: pickles.py reads numbers, texts, tuples and one dict out of
+it and refuses all else. Panorama ids become file names and are held to letters, digits, - and _.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
-import pickle
 import re
 import sys
 from collections.abc import Sequence
@@ -29,7 +27,9 @@ from typing import Any
 
 import numpy as np
 
+from amft_fast.errors import shown
 from amft_fast.tasks.general_points.hands import draw
+from amft_fast.tasks.virl.pickles import MAX_BYTES, read_pairs
 from amft_fast.tasks.virl.routes import DIRECTIONS, Leg, Place, Point, Route
 
 ROUTES, MAPPING, VIEWS = "route_infos.json", "gps_pano_mapping", "street_views"
@@ -37,7 +37,7 @@ METRES_PER_DEGREE = 111_320.0  # of latitude
 MAX_PANORAMA_METRES = 50.0
 
 _PANO_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
-_HEADING = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*\(([a-z]+)\)\s*")
+_HEADING = re.compile(r"\s*(-?\d{1,6}(?:\.\d{1,15})?)\s*\(([a-z]+)\)\s*")
 
 
 # -------------------------------------------------------------------------------------------------------------- routes
@@ -53,6 +53,8 @@ def load_routes(folder: Path, leg_points: int = 2) -> list[tuple[str, Route]]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ValueError(f"{path} cannot be read: {e.strerror}; it is part of the published layout") from None
+    except RecursionError:
+        raise ValueError(f"{path} is JSON nested too deeply") from None
     except ValueError as e:
         raise ValueError(f"{path} is not JSON: {e}") from None
     if not isinstance(found, list) or len(found) != 2 or not isinstance(found[0], list):
@@ -83,14 +85,14 @@ def _route(info: Any, leg_points: int, init: float) -> Route:
         if heading is None or heading[2] not in DIRECTIONS:
             raise ValueError(
                 f"milestone {k}: to_next_intersection_heading must be like '177 (south)', "
-                f"got {milestone.get('to_next_intersection_heading')!r}"
+                f"got {shown(milestone.get('to_next_intersection_heading'))}"
             )
         place = to_metres(_geocode(end, f"geocode_list[{k}]"), start)
         legs.append(Leg(float(heading[1]) % 360, heading[2], place, *_sight(milestone), leg_points))
     # The published environment draws the heading at the start where it is 0 or missing; here it hangs on the route.
     given = info.get("init_heading") or 0
-    if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
-        raise ValueError(f"init_heading must be a number of degrees, got {given!r}")
+    if isinstance(given, bool) or not isinstance(given, int | float) or not -1e6 <= given <= 1e6:
+        raise ValueError(f"init_heading must be a number of degrees, got {shown(given)}")
     return Route((0.0, 0.0), float(given) % 360 if given else float(int(init * 360)), tuple(legs), origin=start)
 
 
@@ -126,9 +128,10 @@ def _field(info: Any, path: str) -> Any:
 
 
 def _geocode(value: Any, name: str) -> tuple[float, float]:
-    numbers = isinstance(value, list | tuple) and len(value) == 2
-    if not numbers or not all(isinstance(x, int | float) and math.isfinite(x) for x in value):
-        raise ValueError(f"{name} must be (latitude, longitude), got {value!r}")
+    pair = isinstance(value, list | tuple) and len(value) == 2
+    numbers = pair and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)
+    if not numbers or not (-90 <= value[0] <= 90 and -360 <= value[1] <= 360):
+        raise ValueError(f"{name} must be (latitude, longitude), got {shown(value)}, which is no place in degrees")
     return float(value[0]), float(value[1])
 
 
@@ -151,16 +154,6 @@ def to_geocode(place: Place, origin: tuple[float, float]) -> tuple[float, float]
 # ------------------------------------------------------------------------------------------------------------- mapping
 
 
-class _Plain(pickle.Unpickler):
-    """Unpickles numbers, texts and containers; whatever needs a class or a function is refused before it is looked up."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to objects outside itself")
-
-
 def load_mapping(folder: Path) -> dict[tuple[float, float], str]:
     """{(latitude, longitude): panorama id} from the JSON file if there is one, else from the pickle.
 
@@ -173,15 +166,19 @@ def load_mapping(folder: Path) -> dict[tuple[float, float], str]:
             pairs = [((row[0], row[1]), row[2]) for row in rows]
         else:
             path = folder / f"{MAPPING}.pkl"
-            pairs = list(_Plain(io.BytesIO(path.read_bytes())).load().items())
+            with path.open("rb") as file:
+                pairs = read_pairs(file.read(MAX_BYTES + 1))
     except OSError as e:
         raise ValueError(f"{path} cannot be read: {e.strerror}") from None
-    except Exception as e:  # a hostile or broken pickle may raise anything
-        raise ValueError(f"{path} is refused, as it is not a plain mapping from places to panorama ids: {e}") from None
+    except Exception as e:  # what broken data make a reader raise may be anything
+        why = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        raise ValueError(
+            f"{path} is refused, as it is not a plain mapping from places to panorama ids: {why}"
+        ) from None
     out = {}
     for key, pano in pairs:
         if not isinstance(pano, str) or not _PANO_ID.fullmatch(pano):
-            raise ValueError(f"{path}: a panorama id may hold letters, digits, - and _, got {pano!r}")
+            raise ValueError(f"{path}: a panorama id may hold letters, digits, - and _, got {shown(pano)}")
         try:
             out[_geocode(key, "a place")] = pano
         except ValueError as e:
@@ -240,7 +237,11 @@ class Panoramas:
             with Image.open(self.folder / f"{pano}.jpg") as image:
                 pixels = np.asarray(image.convert("RGB"))
             rotation = float(json.loads((self.folder / f"{pano}.metadata.json").read_text())["rotation"])
-        except (OSError, ValueError, KeyError, TypeError) as e:
+            if not math.isfinite(rotation):
+                raise ValueError(f"rotation must be a number of degrees, got {rotation}")
+        except Image.DecompressionBombError as e:
+            raise ValueError(f"panorama {pano} in {self.folder}: {e}") from None
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
             raise ValueError(f"panorama {pano} in {self.folder}: {type(e).__name__}: {e}") from None
         return pixels, rotation
 

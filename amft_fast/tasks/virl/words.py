@@ -135,6 +135,7 @@ def next_text(number: int, point: Point, passed: bool, answer_format: str, views
 
 # ------------------------------------------------------------------------------------------------------ reading answers
 
+_MAX_CHARS = 4096  # of a compact answer
 _ACTION = re.compile(r"(?:(forward|stop)\(\s*\)|turn_direction\(\s*['\"]?([a-z]+(?: +[a-z]+)?)['\"]?\s*\))")
 _COMPACT = re.compile(r"(cross|street) ([0-9]{1,3}) (?:(forward|stop)|turn ((?:slightly )?[a-z]+))")
 _DENIED = re.compile(r"\b(no|not|without|any)\b[^.;]*\bintersection")
@@ -150,7 +151,8 @@ def read_answer(text: str, space: str, answer_format: str) -> Answer | None:
 
 
 def _compact_fields(text: str) -> tuple[bool, int, str | None, str | None] | None:
-    match = _COMPACT.fullmatch(" ".join(text[:256].split()))
+    # The whole text: whoever looks at its beginning alone takes a right answer with anything far behind it.
+    match = _COMPACT.fullmatch(" ".join(text.split())) if len(text) <= _MAX_CHARS else None
     return match and (match[1] == "cross", int(match[2]), match[3], match[4])
 
 
