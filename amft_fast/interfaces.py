@@ -101,14 +101,15 @@ class Task(Protocol):
 class TaskHooks(Protocol):
     """What a task may have, each looked for by its name and used where it is there.
 
-    prepare       reads data with the policy's tokenizer, before all else; returns lines that say what became of it
+    prepare       reads data, before all else, for the policy's encoder (rollout.encoder.Encoder) and answers of so many tokens;
+                  returns lines that say what became of it
     step_all      with one turn, where answers are dear to judge: the results of `step` for many episodes at once
     picture       draws an episode for the report: a PIL image, or SVG as text
     warn_of_base  a sentence when the model at this path spoils the task (it has seen what is held out)
     dry_run       of what makes the task (its class), from its section of the config: lines on what `--dry-run` found
     """
 
-    def prepare(self, tokenizer: Any) -> list[str]: ...
+    def prepare(self, encoder: Any, max_new_tokens: int) -> list[str]: ...
     def step_all(self, episodes: Sequence[Episode], texts: Sequence[str]) -> list[StepResult]: ...
     def picture(self, item: Item, sample: Sample) -> Any: ...
     def warn_of_base(self, path: str) -> str | None: ...

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from amft_fast.config import ModelConfig, ObjectiveConfig
 from amft_fast.data.batch import Batch
 from amft_fast.errors import UserError
 from amft_fast.model import attention, layers, lora
+from amft_fast.model.base import check_finite, check_vocabulary, check_whole, read_config, unloadable
 from amft_fast.model.vision import Vision, freeze, is_vision_language
 
 # Sums over the tokens of a micro-batch: they add up over micro-batches and ranks.
@@ -255,22 +255,35 @@ def pick_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
 def load_model(cfg: ModelConfig, device: torch.device) -> nn.Module:
     """A transformers causal or vision-language model from a folder or the hub, on `device`, in training dtype.
 
-    Raises UserError when there is no such checkpoint, or its head does something that the loss head does not do.
+    Raises UserError when there is no such checkpoint or it is damaged (tensors that are missing, of another shape, NaN), or its
+    head does something that the loss head does not do.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
-    _check_path(cfg.path)
+    config = read_config(cfg)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     dtype = pick_dtype(cfg, device)
+    changed = _changed_config(cfg)
+    auto = AutoModelForImageTextToText if is_vision_language(config.model_type) else AutoModelForCausalLM
     try:
-        config = AutoConfig.from_pretrained(cfg.path)
         kernel = attention.choose(cfg.attention, config, device, dtype)
-        auto = AutoModelForImageTextToText if is_vision_language(config.model_type) else AutoModelForCausalLM
-        model = auto.from_pretrained(cfg.path, dtype=dtype, attn_implementation=kernel, **_changed_config(cfg))
-    except (OSError, ValueError, ImportError) as e:
-        raise UserError(f"model.path: {cfg.path!r} could not be loaded: {str(e).splitlines()[0]}") from None
+        model, info = auto.from_pretrained(
+            cfg.path,
+            dtype=dtype,
+            attn_implementation=kernel,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **changed,
+        )
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (
+        Exception
+    ) as e:  # safetensors, torch, json and transformers each have exceptions of their own for a damaged file
+        raise unloadable(cfg.path, "the model of", e) from None
+    check_whole(cfg.path, info)
     for name in ("logit_scale", "logits_scaling"):
         if getattr(model.config, name, None) not in (None, 1, 1.0):
             raise UserError(
@@ -279,6 +292,7 @@ def load_model(cfg: ModelConfig, device: torch.device) -> nn.Module:
             )
     freeze(model, cfg.vision)
     model = model.to(device)
+    check_finite(cfg.path, model)
     layers.prepare(model, cfg, device)
     return lora.add(model, cfg.lora) if cfg.lora.rank else model
 
@@ -287,9 +301,7 @@ def _changed_config(cfg: ModelConfig) -> dict:
     """The checkpoint's configuration with the positions that the config asks for, as an argument of from_pretrained."""
     if cfg.rope_theta is None and cfg.max_position_embeddings is None:
         return {}
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(cfg.path)
+    config = read_config(cfg)
     text = config.get_text_config()
     if cfg.rope_theta is not None:
         rope = getattr(text, "rope_parameters", None)
@@ -312,24 +324,13 @@ def fill(model: nn.Module, named: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def load_tokenizer(cfg: ModelConfig):
-    """The tokenizer of the same checkpoint; its end-of-sequence token must be known."""
+    """The tokenizer of the same checkpoint. Raises UserError when there is none, or the model has no room for its tokens."""
     from transformers import AutoTokenizer
 
-    _check_path(cfg.path)
+    read_config(cfg)  # transformers would call a damaged one the tokenizer's
     try:
-        tokenizer = AutoTokenizer.from_pretrained(cfg.path)
-    except (OSError, ValueError, ImportError) as e:
-        raise UserError(
-            f"model.path: no tokenizer could be loaded from {cfg.path!r}: {str(e).splitlines()[0]}"
-        ) from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"model.path: the tokenizer of {cfg.path!r} has no eos token, so no answer could end")
+        tokenizer = AutoTokenizer.from_pretrained(cfg.path, trust_remote_code=False)
+    except Exception as e:  # damaged files, libraries of one tokenizer alone that are not there
+        raise unloadable(cfg.path, "the tokenizer of", e) from None
+    check_vocabulary(cfg, tokenizer)
     return tokenizer
-
-
-def _check_path(path: str) -> None:
-    if not path:
-        raise UserError("model.path is not set: give a transformers checkpoint folder or a hub name")
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not (Path(path).expanduser() / "config.json").exists():
-        raise UserError(f"model.path: {path!r} is not a transformers checkpoint: it has no config.json")

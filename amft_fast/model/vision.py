@@ -23,6 +23,7 @@ from torch import nn
 
 from amft_fast.config import ModelConfig
 from amft_fast.errors import UserError
+from amft_fast.model.base import read_config, unloadable
 
 FAMILIES = {
     "qwen2_vl": "mrope",
@@ -277,15 +278,15 @@ def load_vision(cfg: ModelConfig, substitute: int = 0) -> Vision | None:
 
     Raises UserError when the checkpoint has no image processor. `substitute`: see `Vision`.
     """
-    from transformers import AutoConfig, AutoImageProcessor
+    from transformers import AutoImageProcessor
 
+    config = read_config(cfg)
+    if config.model_type not in FAMILIES:
+        return None
     try:
-        config = AutoConfig.from_pretrained(cfg.path)
-        if config.model_type not in FAMILIES:
-            return None
-        processor = AutoImageProcessor.from_pretrained(cfg.path, **_backend())
-    except (OSError, ValueError, ImportError) as e:
-        raise UserError(f"model.path: {cfg.path!r} could not be loaded: {str(e).splitlines()[0]}") from None
+        processor = AutoImageProcessor.from_pretrained(cfg.path, trust_remote_code=False, **_backend())
+    except Exception as e:  # as load_tokenizer
+        raise unloadable(cfg.path, "the image processor of", e) from None
     if cfg.max_pixels is not None and FAMILIES[config.model_type] == "mrope":
         processor.size = {**dict(processor.size), "longest_edge": cfg.max_pixels}
     return Vision(processor, config, substitute)

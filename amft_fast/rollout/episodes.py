@@ -23,6 +23,7 @@ from amft_fast.interfaces import (
     Task,
     Turn,
 )
+from amft_fast.rollout.context import prompt_that_fits
 from amft_fast.rollout.encoder import Encoder
 
 
@@ -56,7 +57,7 @@ def run(
             if only is not None and g * num_generations + number not in only:
                 continue
             episode = task.start(item)
-            prompt = prompt or encoder.prompt(episode.messages)
+            prompt = prompt or prompt_that_fits(encoder, episode.messages, item.id)
             images = tuple(image for m in episode.messages for image in m.images)
             samples.append(Sample(prompt, [], [], [], 0, "stop", item.id, first_group + g, images=images))
             episodes.append(episode)
@@ -65,7 +66,8 @@ def run(
     def request(i: int) -> Request:
         s = samples[i]
         seed = sample_seed(*seed_parts, s.prompt_id, numbers[i], len(s.turns))
-        return Request(tuple(s.prompt_ids + s.response_ids), seed, max_new_tokens, s.images)
+        known = tuple(s.prompt_ids + s.response_ids)
+        return Request(known, seed, encoder.room(known, max_new_tokens), s.images)
 
     def reply(i: int, completion: Completion) -> Request | None:
         text = encoder.decode([completion.token_ids])[0]
@@ -116,6 +118,9 @@ def _take_turn(sample: Sample, result: StepResult, completion, text: str, encode
     if result.done or result.message is None or last:
         return False
     ids = encoder.feedback(result.message, completion.finish_reason == "stop")
+    if encoder.room([*sample.prompt_ids, *sample.response_ids, *ids], 1) < 1:
+        sample.finish_reason = "length"  # the conversation is as long as the model's context
+        return False
     sample.response_ids += ids
     sample.loss_mask += [0] * len(ids)
     sample.behavior_logprobs += [0.0] * len(ids)

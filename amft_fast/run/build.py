@@ -16,10 +16,10 @@ from amft_fast.engine.world import ALONE, World, join, launched_size
 from amft_fast.errors import UserError
 from amft_fast.interfaces import RolloutEngine, Task, UpdateEngine
 from amft_fast.model import layers
-from amft_fast.model.policy import Policy, load_model, load_tokenizer, pick_dtype
-from amft_fast.model.vision import load_vision
+from amft_fast.model.policy import Policy, load_model, pick_dtype
 from amft_fast.rollout.buckets import Bucketed
-from amft_fast.rollout.encoder import Encoder
+from amft_fast.rollout.context import check_prompts, check_setting
+from amft_fast.rollout.encoder import Encoder, load_encoder
 from amft_fast.rollout.transformers import TransformersEngine
 from amft_fast.tasks.shipped import maker
 from amft_fast.train import Parts
@@ -57,13 +57,14 @@ def build(cfg: Config, should_stop: Callable[[], bool], task: Task | None = None
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
     torch.manual_seed(cfg.run.seed)
-    tokenizer = load_tokenizer(cfg.model)
-    encoder = Encoder(tokenizer, load_vision(cfg.model, tokenizer.pad_token_id or 0))
+    encoder = load_encoder(cfg.model)
+    check_setting(encoder.context, cfg.rollout.max_new_tokens)
     task = make_task(cfg.task) if task is None else task
-    if hasattr(task, "prepare"):
-        said = "\n".join(task.prepare(encoder.tokenizer))
-        if world.main:
-            print(said)
+    said = task.prepare(encoder, cfg.rollout.max_new_tokens) if hasattr(task, "prepare") else []
+    splits = [s for s in dict.fromkeys(("train", *(cfg.eval.splits or task.splits))) if s in task.splits]
+    said += check_prompts(encoder, task, splits, cfg.rollout.max_new_tokens)
+    if said and world.main:
+        print("\n".join(said))
     with cut_while_loading(cfg.engine, pick_dtype(cfg.model, device), device):
         model = load_model(cfg.model, device)
     policy = Policy(model, cfg.objective, with_value=cfg.advantage.kind == "gae", vision=encoder.vision)

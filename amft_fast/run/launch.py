@@ -15,6 +15,7 @@ from amft_fast.engine.world import launched_rank
 from amft_fast.errors import UserError
 from amft_fast.interfaces import Task
 from amft_fast.report.page import write_report
+from amft_fast.rollout.context import check_demos
 from amft_fast.run import checkpoint
 from amft_fast.run.build import build
 from amft_fast.run.folder import prepare_folder
@@ -36,6 +37,8 @@ def train(cfg: Config, resume: bool = False, task: Task | None = None) -> int:
         folder = prepare_folder(cfg, resume) if launched_rank() == 0 else Path(cfg.run.dir)
         parts = build(cfg, stop, task)
         world = parts.engine.world
+        if cfg.train.method != "rl" or cfg.train.warmup_steps:
+            check_demos(parts.encoder, parts.task)
         watch = Watch(world)
         try:
             if world.main:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from amft_fast.errors import UserError
 from amft_fast.interfaces import Item, RolloutEngine, Sample, Sampling
 from amft_fast.rollout import episodes
+from amft_fast.rollout.context import check_prompts
 from amft_fast.rollout.encoder import Encoder
 from amft_fast.run.evaluate import pass_at_k
 from amft_fast.study.tables import Table, page
@@ -27,6 +28,8 @@ from amft_fast.tasks.math.task import BenchmarkTask, Prompting
 
 if TYPE_CHECKING:
     from amft_fast.config import Config
+
+LENGTH = "--max-new-tokens"
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def evaluate(
     results = {}
     for benchmark in benchmarks:
         task = BenchmarkTask(benchmark, prompting, settings.limit)
-        for line in task.tally.lines():
+        for line in (*task.tally.lines(), *check_prompts(encoder, task, ("test",), settings.max_new_tokens, LENGTH)):
             say(line)
         answers = _draw(engine, encoder, task, benchmark, settings, out / f"{benchmark.name}.jsonl", at_once, say)
         results[benchmark.name] = figures(answers)
@@ -281,7 +284,8 @@ def run(cfg: Config, names: Sequence[str], benchmarks_file: str | None, settings
     """Evaluates the model of `cfg` on the benchmarks `names`; returns the exit code."""
     import torch
 
-    from amft_fast.model.policy import load_model, load_tokenizer
+    from amft_fast.model.policy import load_model
+    from amft_fast.rollout.encoder import load_encoder
     from amft_fast.run.build import make_rollouts, pick_device
     from amft_fast.run.signals import StopSignal
     from amft_fast.tasks.math.benchmarks import default_benchmarks_file, pick, read_benchmarks
@@ -290,7 +294,7 @@ def run(cfg: Config, names: Sequence[str], benchmarks_file: str | None, settings
     with StopSignal() as stop:
         if cfg.run.threads:
             torch.set_num_threads(cfg.run.threads)
-        encoder = Encoder(load_tokenizer(cfg.model))
+        encoder = load_encoder(cfg.model, vision=False)
         model = load_model(cfg.model, pick_device(cfg.run.device)).eval()
         engine = make_rollouts(cfg, model, _Weights(model), encoder, stop)
         try:

@@ -57,11 +57,11 @@ class MathTask:
 
     dry_run = staticmethod(dry_run)
 
-    def prepare(self, tokenizer: Any = None) -> list[str]:
+    def prepare(self, encoder: Any = None, max_new_tokens: int = 0) -> list[str]:
         """Reads the data; returns what became of its rows, as lines of text."""
         s = self.settings
         limits = Limits(
-            s.max_prompt_tokens, s.max_demo_tokens, *([_counter(tokenizer)] if tokenizer is not None else [])
+            s.max_prompt_tokens, s.max_demo_tokens, *([_counter(encoder.tokenizer)] if encoder is not None else [])
         )
         stores = {split: Store() for split in self.splits}
         self.tallies, fingerprints = [], Fingerprints()
