@@ -156,7 +156,8 @@ class MathConfig(Section):
     """Mathematical reasoning, see tasks/math/ and docs/math.md."""
 
     train: list[File] = []
-    """Training data: files (.jsonl, .json, .parquet) or datasets of the Hugging Face hub (name, name:config, name@split).
+    """Training data: files (.jsonl, .json, .csv, .parquet, packed or not), globs of them, or datasets of the Hugging Face hub
+    (name, name:config, name@split).
     Relative files are looked up from the working directory, then from the config file's folder."""
     columns: dict[str, str] = {}
     """Column map (problem, answer, response, system) for a layout that is not known; dots for what is nested."""
@@ -167,6 +168,8 @@ class MathConfig(Section):
     """Where benchmarks are described; looked up as files of `train` are."""
     decontaminate: list[File] = []
     """Further benchmarks, files or datasets whose problems are kept out of training."""
+    drop_overlap: bool = True
+    """Keep the problems of `benchmarks` and `decontaminate` out of training; false: only count what they have in common."""
     system_prompt: str | None = None
     """System prompt; default: ours, empty: none."""
     keep_system: bool = False

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import json
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -127,6 +129,12 @@ def load(path: str | Path | None, flags: list[str] | None = None) -> Config:
     return config if path is None else _resolve_paths(config, Path(path).resolve().parent)
 
 
+def is_there(path: str) -> bool:
+    """Whether a file or folder is there, or a glob matches one; False for a name that no file system would take."""
+    path = os.path.expanduser(path)
+    return os.path.exists(path) or (glob.has_magic(path) and next(glob.iglob(path, recursive=True), None) is not None)
+
+
 def _resolve_paths(config: Config, folder: Path) -> Config:
     """Settings that are marked as files and are not there from the working directory are looked up in `folder`, the config
     file's."""
@@ -134,7 +142,7 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
     def find(text: str) -> str:
         name, equals, path = text.rpartition("=")
         beside = folder / path
-        return name + equals + str(beside) if path and not Path(path).exists() and beside.exists() else text
+        return name + equals + str(beside) if path and not is_there(path) and is_there(str(beside)) else text
 
     def resolved(section: BaseModel) -> BaseModel:
         found: dict[str, Any] = {}

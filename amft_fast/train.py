@@ -90,8 +90,12 @@ class Trainer:
         imitates = cfg.warmup_steps > 0 or any(self.controller.mu(t) > 0 for t in range(cfg.steps))
         if imitates and not self.demonstrations:
             raise UserError(f"train.method {cfg.method!r} (or its warm-up) needs demonstrations and the task has none")
-        if not task.prompts("train"):
-            raise UserError("the task has no training prompts")
+        draws = any(self.controller.mu(t) < 1 for t in range(cfg.steps))
+        if draws and not task.prompts("train"):
+            raise UserError(
+                f"train.method {cfg.method!r} draws answers to judge, and the task has no training prompts (of mathematics: no "
+                "problem with a gold answer); method sft needs demonstrations alone"
+            )
 
     def _make_utility(self, task: Task) -> UtilityGradient:
         """The held-out prompts that μ is learned on, with their demonstrations."""

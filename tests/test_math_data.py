@@ -1,16 +1,20 @@
 """Rows, layouts, splits, decontamination, tallies."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
+from amft_fast import cli, config_file
 from amft_fast.config import MathConfig
 from amft_fast.errors import UserError
 from amft_fast.tasks.math.benchmarks import Benchmark, pick, read_benchmarks
 from amft_fast.tasks.math.data import Limits, Store, load
-from amft_fast.tasks.math.sources import BadRow, Fingerprints, Source, problem_key, read_row, recognise
+from amft_fast.tasks.math.layouts import read_row, recognise
+from amft_fast.tasks.math.sameness import Fingerprints, problem_key
+from amft_fast.tasks.math.sources import BadRow, Source
 from amft_fast.tasks.math.task import BenchmarkTask, MathTask, Prompting
 
 CHAT = [{"role": "system", "content": "Think."}, {"role": "user", "content": "What is 6 times 7?"}]
@@ -36,7 +40,7 @@ LAYOUT_ROWS = {
         {"question": "What is it?", "choices": {"text": ["one", "two"], "label": ["1", "2"]}, "answerKey": "2"},
         (CHOICES, "B", None, None, True),
     ),
-    "mmlu-pro": (
+    "mmlu": (
         {"question": "What is it?", "options": ["one", "two"], "answer": "B"},
         (CHOICES, "B", None, None, True),
     ),
@@ -48,7 +52,8 @@ LAYOUT_ROWS = {
 def test_layouts_are_recognised_by_themselves(name):
     row, want = LAYOUT_ROWS[name]
     assert recognise(row) == name
-    assert tuple(vars(read_row(row)).values()) == want
+    read = read_row(row)
+    assert (read.problem, read.answer, read.response, read.system, read.choices) == want and read.history == ()
 
 
 def test_gpqa_options_are_shuffled_by_the_question_alone():
@@ -180,7 +185,7 @@ def test_a_dataset_is_streamed_by_name(tmp_path):
         rows = list(Source(text, split).rows())
         assert [row["question"] for _, row in rows] == [f"{want} {i}?" for i in range(3)]
         assert rows[1][0] == f"{text}:2"
-    with pytest.raises(UserError, match="no file here, and could not be had from the hub"):
+    with pytest.raises(UserError, match="is a folder that datasets cannot read: "):
         list(Source(f"{folder}@nosplit").rows())
 
 
@@ -250,8 +255,49 @@ def test_training_problems_that_stand_in_an_evaluation_set_are_dropped_and_count
             train=[str(tmp_path / "train.jsonl")], decontaminate=[bench], benchmarks_file="configs/benchmarks.toml"
         )
     )
-    only.prepare()
+    said = "\n".join(only.prepare())
     assert only.tallies[-1].counts == {"also in an evaluation set": 3} and only.splits == ("train", "val", "test")
+    assert "problems that are in an evaluation set too, left out, by set: bench 3" in said
+
+
+def test_the_overlap_with_each_benchmark_is_counted_and_may_be_kept(tmp_path):
+    a = write(tmp_path / "a.jsonl", [{"problem": f"What is {i} plus 1?", "answer": str(i + 1)} for i in range(5)])
+    b = write(tmp_path / "b.jsonl", [{"problem": f"What is {i} plus 1?", "answer": str(i + 1)} for i in range(3, 20)])
+    c = write(tmp_path / "c.jsonl", [{"problem": "What is 7 times 8?", "answer": "56"}])
+    sets = {"train": [a], "benchmarks": [b, f"other={c}"], "benchmarks_file": "", "val_share": 0}
+    task = MathTask(MathConfig(**sets))
+    assert "left out, by set: b 2, other 0" in "\n".join(task.prepare()) and len(task.prompts("train")) == 3
+    kept = MathTask(MathConfig(**sets, drop_overlap=False))
+    said = "\n".join(kept.prepare())
+    assert "kept, as task.math.drop_overlap is false, by set: b 2, other 0" in said and len(kept.prompts("train")) == 5
+
+
+def test_problems_alone_are_enough_to_be_kept_out_of_training(tmp_path):
+    train = write(tmp_path / "a.jsonl", [{"problem": f"What is {i} plus 1?", "answer": str(i + 1)} for i in range(5)])
+    for row in ({"question": "What is 2 plus 1?"}, {"problem": "What is 2 plus 1?", "answer": None}):
+        hidden = write(tmp_path / "hidden.jsonl", [row])
+        task = MathTask(MathConfig(train=[train], decontaminate=[hidden], benchmarks_file="", val_share=0))
+        said = "\n".join(task.prepare())
+        assert "benchmark hidden: 1 rows, 1 problems used" in said and "left out, by set: hidden 1" in said
+        with pytest.raises(UserError, match="benchmark hidden: no usable row"):
+            MathTask(MathConfig(train=[train], benchmarks=[hidden], benchmarks_file="")).prepare()
+
+
+def test_rows_without_a_gold_are_shown_but_not_asked(tmp_path):
+    rows = [{"prompt": f"Why {i}?", "completion": "So."} for i in range(40)]
+    rows += [{"prompt": f"What is {i}?", "completion": f"\\boxed{{{i}}}"} for i in range(40)]
+    task = MathTask(MathConfig(train=[write(tmp_path / "a.jsonl", rows)], val_share=0.3))
+    said = "\n".join(task.prepare())
+    assert "80 rows, 80 problems used, 80 with a demonstration, 40 without a gold answer" in said
+    assert sum(len(task.prompts(s)) for s in task.splits) == 40 and sum(len(task.demos(s)) for s in task.splits) == 80
+
+
+def test_a_prompt_of_several_turns_keeps_them(tmp_path):
+    turns = [{"role": r, "content": c} for r, c in (("user", "1+1?"), ("assistant", "2"), ("user", "And 2+2?"))]
+    task = MathTask(MathConfig(train=[write(tmp_path / "a.jsonl", [{"prompt": turns, "answer": "4"}])], val_share=0))
+    messages = task.start(task.prompts("train")[0]).messages
+    assert [m.role for m in messages] == ["system", "user", "assistant", "user"]
+    assert [m.content for m in messages[1:]] == ["1+1?", "2", "And 2+2?"]
 
 
 def test_twelve_words_in_a_row_are_no_overlap():
@@ -317,6 +363,35 @@ def test_benchmarks_by_name_file_and_override(tmp_path):
             read_benchmarks(path)
     with pytest.raises(UserError, match="no benchmarks file"):
         read_benchmarks(tmp_path / "none.toml")
+    for name in ("val=x.jsonl", "a/b=x.jsonl", "x" * 300 + "=x.jsonl", "../x=y/z"):
+        with pytest.raises(UserError, match="the name becomes a split and a file"):
+            pick(known, [name])
+
+
+def test_benchmarks_that_bring_their_own_file_need_no_benchmarks_file(tmp_path, monkeypatch, capsys):
+    """Outside the repository there is none, and its default name must not be asked for."""
+    monkeypatch.chdir(tmp_path)
+    file = write(tmp_path / "b.jsonl", [{"problem": "What is 2+2?", "answer": "4"}])
+    train = numbered(tmp_path, 20)
+    for name in (f"x={file}", file, "b.jsonl"):
+        task = MathTask(MathConfig(train=[train], benchmarks=[name], benchmarks_file="benchmarks.toml"))
+        assert len(task.prompts("x" if "=" in name else "b")) == 1
+    with pytest.raises(UserError, match=r"no benchmarks file 'benchmarks.toml'"):
+        MathTask(MathConfig(train=[train], benchmarks=["aime24"], benchmarks_file="benchmarks.toml"))
+    (tmp_path / "c.toml").write_text(
+        f'[task]\nname = "math"\n[task.math]\ntrain = ["*.jsonl"]\nbenchmarks = ["x={file}"]\n'
+    )
+    assert cli.main(["train", "c.toml", "--dry-run"]) == 0
+    assert "benchmark x: " in capsys.readouterr().err
+
+
+def test_globs_and_names_are_looked_up_beside_the_config_file(tmp_path):
+    numbered(tmp_path, 5)
+    (tmp_path / "c.toml").write_text('[task.math]\ntrain = ["*.jsonl", "none*.jsonl", "x/y"]\n')
+    found = config_file.load(tmp_path / "c.toml").task.math.train
+    assert found == [f"{tmp_path.resolve()}/*.jsonl", "none*.jsonl", "x/y"]
+    (tmp_path / "c.toml").write_text(f'[task.math]\ntrain = ["{"x" * 300}.jsonl"]\n')
+    assert config_file.load(tmp_path / "c.toml").task.math.train == ["x" * 300 + ".jsonl"]
 
 
 def test_one_benchmark_out_of_a_file_of_several(tmp_path):
@@ -329,15 +404,18 @@ def test_one_benchmark_out_of_a_file_of_several(tmp_path):
         BenchmarkTask(Benchmark(name="c", source=path, keep={"kind": "c"}), Prompting(""))
 
 
-def test_everything_of_the_task_imports_without_the_extras():
+def test_everything_of_the_task_imports_without_the_extras(tmp_path):
     code = (
         "import sys\nfor m in ('math_verify', 'datasets', 'pyarrow', 'sympy', 'torch'): sys.modules[m] = None\n"
-        "from amft_fast.tasks.math import benchmarks, data, pool, task, worker\n"
+        "import amft_fast.tasks.math.pool, amft_fast.tasks.math.task, amft_fast.tasks.math.worker\n"
         "from amft_fast.tasks.math.sources import Source\nfrom amft_fast.errors import UserError\n"
-        "for text in ('some/dataset', 'x.parquet'):\n"
-        "    open('x.parquet', 'a') if False else None\n"
+        "for text in sys.argv[1:]:\n"
         "    try: next(Source(text).rows())\n"
         "    except UserError as e: print(e)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "takes datasets: pip install 'amft-fast[math]'" in done.stdout
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    (tmp_path / "x.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    names = ["some/dataset", str(tmp_path / "x.parquet"), str(tmp_path / "x.jsonl.zst")]
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=True)
+    takes = re.findall(r"takes (\w+): pip install 'amft-fast\[math\]'", done.stdout)
+    assert takes == ["datasets", "pyarrow", "pyarrow"], done.stdout

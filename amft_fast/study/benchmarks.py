@@ -288,9 +288,9 @@ def run(cfg: Config, names: Sequence[str], benchmarks_file: str | None, settings
     from amft_fast.rollout.encoder import load_encoder
     from amft_fast.run.build import make_rollouts, pick_device
     from amft_fast.run.signals import StopSignal
-    from amft_fast.tasks.math.benchmarks import default_benchmarks_file, pick, read_benchmarks
+    from amft_fast.tasks.math.benchmarks import chosen, default_benchmarks_file
 
-    benchmarks = pick(read_benchmarks(benchmarks_file or default_benchmarks_file()), names)
+    benchmarks = chosen(benchmarks_file or default_benchmarks_file(), names)
     with StopSignal() as stop:
         if cfg.run.threads:
             torch.set_num_threads(cfg.run.threads)

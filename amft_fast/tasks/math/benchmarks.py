@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +11,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from amft_fast.errors import UserError
-from amft_fast.tasks.math.data import Limits, Store, Tally, load
-from amft_fast.tasks.math.sources import FILE_ENDINGS, Source
+from amft_fast.config_file import is_there
+from amft_fast.errors import UserError, shown
+from amft_fast.tasks.math.data import Limits, Needed, Store, Tally, load
+from amft_fast.tasks.math.sources import Source, is_file_name
+
+_NAME = re.compile(r"\w[\w.+-]{0,99}")
 
 
 class Benchmark(BaseModel):
@@ -52,15 +57,25 @@ def read_benchmarks(path: str | Path) -> dict[str, Benchmark]:
 
 def _beside(benchmark: Benchmark, folder: Path) -> Benchmark:
     """A relative file is looked up from the working directory, then from the benchmarks file's folder."""
-    file = Path(benchmark.source)
-    if benchmark.source.endswith(FILE_ENDINGS) and not file.exists() and (folder / file).exists():
-        return benchmark.model_copy(update={"source": str((folder / file).resolve())})
+    beside = str(folder.resolve() / benchmark.source)
+    if is_file_name(benchmark.source) and not is_there(benchmark.source) and is_there(beside):
+        return benchmark.model_copy(update={"source": beside})
     return benchmark
+
+
+def chosen(file: str | Path, names: Sequence[str]) -> list[Benchmark]:
+    """The benchmarks asked for, as `pick` has them. Where each brings its own source, `file` need not be there."""
+    bare = [name for name in names if "=" not in name and not _is_source(name)]
+    return pick(read_benchmarks(file) if bare or os.path.exists(file) else {}, names)
+
+
+def _is_source(name: str) -> bool:
+    return is_file_name(name) or "/" in name
 
 
 def pick(known: dict[str, Benchmark], names: Sequence[str]) -> list[Benchmark]:
     """Those asked for: names of `known`, `name=file or dataset` (the rest as in the file, if it is there), or files."""
-    out = []
+    out: list[Benchmark] = []
     for name in names:
         name, _, source = name.partition("=")
         if source:
@@ -69,11 +84,17 @@ def pick(known: dict[str, Benchmark], names: Sequence[str]) -> list[Benchmark]:
             out.append(known_one.model_copy(update={"source": source, "columns": {}, "keep": {}}))
         elif name in known:
             out.append(known[name])
-        elif name.endswith(FILE_ENDINGS) or "/" in name:
+        elif _is_source(name):
             out.append(Benchmark(name=Path(name).name.partition(".")[0], source=name))
         else:
             raise UserError(
                 f"no benchmark {name!r}: known are {', '.join(known) or 'none'}; a file or dataset is given as name=source"
+            )
+    for benchmark in out:
+        if not _NAME.fullmatch(benchmark.name) or benchmark.name in ("train", "val", "test"):
+            raise UserError(
+                f"benchmark {shown(benchmark.name)}: the name becomes a split and a file: letters, digits, . _ + -, at most "
+                "100, and not train, val or test; name=source gives it one"
             )
     doubled = {b.name for i, b in enumerate(out) if b.name in [c.name for c in out[:i]]}
     if doubled:
@@ -81,7 +102,7 @@ def pick(known: dict[str, Benchmark], names: Sequence[str]) -> list[Benchmark]:
     return out
 
 
-def load_benchmark(benchmark: Benchmark, store: Store, limit: int | None = None) -> Tally:
+def load_benchmark(benchmark: Benchmark, store: Store, limit: int | None = None, needed: Needed = "gold") -> Tally:
     """Reads the problems into `store`; nothing is over-long here."""
     return load(
         f"benchmark {benchmark.name}",
@@ -89,6 +110,7 @@ def load_benchmark(benchmark: Benchmark, store: Store, limit: int | None = None)
         lambda key: store,
         columns=benchmark.columns,
         keep=benchmark.keep,
+        needed=needed,
         limits=Limits(1 << 60, 1 << 60, lambda texts: [0] * len(texts)),
         max_problems=limit,
     )

@@ -1,59 +1,56 @@
-"""Rows of problems: from JSONL, JSON and Parquet files and from datasets of the Hugging Face hub, streamed, in the layouts that
-people have.
+"""Where rows of problems come from: files, globs of files, and datasets of the Hugging Face hub, all streamed.
 
-    layout      columns
-    verl        prompt (chat), reward_model.ground_truth, and target with the demonstration (LUFFY)
-    arc         question, choices.text, choices.label, answerKey
-    mmlu-pro    question, options, answer (a letter) or answer_index
-    gpqa        Question, Correct Answer, Incorrect Answer 1, 2, 3
-    math        problem, solution with a boxed answer, or with a column answer
-    gsm8k       question, answer that ends in `#### x`
-    plain       prompt, question or problem; answer; response, if there are demonstrations
-
-Any other is mapped by `columns`: {"problem": ..., "answer": ..., "response": ...}, names with dots for what is nested.
+What a file is, is told by what it holds where that can be told: Parquet, Arrow and the compressions by their first bytes, text
+by its byte-order mark or its zero bytes. The name decides between JSON and CSV alone.
 """
 
 from __future__ import annotations
 
+import bz2
+import csv
+import glob
+import gzip
+import io
 import json
+import lzma
+import os
 import re
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
-from amft_fast.errors import UserError
-from amft_fast.tasks.math.answer import extract
+from amft_fast.errors import UserError, shown
 
-FILE_ENDINGS = (".jsonl", ".json", ".parquet")
-LETTERS = "ABCDEFGHIJ"
-LAYOUTS = "verl, gsm8k, math, arc, mmlu-pro, gpqa, plain prompt/response/answer"
+# Names that are files whether or not they are there: without this a mistyped one would be asked of the hub.
+_FILE_NAME = re.compile(r"\.(?:jsonl|ndjson|json|parquet|arrow|csv|tsv)(?:\.(?:gz|bz2|xz|zst))?$", re.IGNORECASE)
+FILE_KINDS = ".jsonl, .json, .csv, .tsv, .parquet, .arrow, the text ones also as .gz, .bz2, .xz, .zst"
+# Keys under which a JSON file that is one object holds its rows.
+_WRAPPERS = ("data", "rows", "train", "examples", "instances", "problems", "questions")
 
-
-@dataclass(frozen=True)
-class Row:
-    """One problem as read. `system` is the prompt that came with it, `response` the demonstration."""
-
-    problem: str
-    answer: str
-    response: str | None = None
-    system: str | None = None
-    choices: bool = False
+Placed = tuple[str, "dict[str, Any] | BadRow"]
 
 
 class BadRow(ValueError):
     """A row that cannot be used; its text says why."""
 
 
-# --------------------------------------------------------------------------------------------------------------- reading
+def is_file_name(text: str) -> bool:
+    """Whether a source's text names files by its ending, there or not."""
+    return _FILE_NAME.search(text) is not None
+
+
+def _matches(text: str) -> list[str]:
+    return sorted(p for p in glob.glob(os.path.expanduser(text), recursive=True) if os.path.isfile(p))
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from: a file, or a dataset `name`, `name:config`, `name@split`, `name:config@split`.
+    """Where rows come from: a file, a glob, or a dataset `name`, `name:config`, `name@split`, `name:config@split`.
 
-    The name may be a folder: datasets reads those as it does the hub's.
+    The name may be a folder: datasets reads those as it does the hub's, and those that `save_to_disk` wrote.
     """
 
     text: str
@@ -61,71 +58,228 @@ class Source:
 
     @property
     def is_file(self) -> bool:
-        return self.text.endswith(FILE_ENDINGS) or Path(self.text).is_file()
+        return is_file_name(self.text) or os.path.isfile(os.path.expanduser(self.text)) or glob.has_magic(self.text)
 
-    def rows(self) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-        """(place, row) pairs; the place is `file:line`, for Parquet and datasets `name:row`, counted from 1.
+    def rows(self) -> Iterator[Placed]:
+        """(place, row) pairs; the place is `file:line` for text and `name:row` else, counted from 1.
 
-        A line that is no JSON object comes as a BadRow. Raises UserError when the source cannot be read at all.
+        A row that cannot be read by itself comes as a BadRow. Raises UserError when the source cannot be read, or not to its
+        end.
         """
-        if self.is_file:
-            if not Path(self.text).is_file():
-                raise UserError(f"no data file {self.text!r}")
-            read = _parquet if self.text.endswith(".parquet") else _json if self.text.endswith(".json") else _jsonl
-            yield from read(Path(self.text))
-        else:
+        if not self.is_file:
             yield from _hub(self.text, self.split)
+            return
+        paths = [self.text] if os.path.isfile(os.path.expanduser(self.text)) else _matches(self.text)
+        if not paths:
+            raise UserError(f"no data file {'matches ' if glob.has_magic(self.text) else ''}{shown(self.text, 200)}")
+        for path in paths:
+            yield from _file(Path(path).expanduser())
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+def _file(path: Path) -> Iterator[Placed]:
+    """The rows of one file, whatever it is."""
+    place = f"{path}:0"
     try:
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for i, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{path}:{i}", _object(line)
-    except OSError as e:
-        raise UserError(f"data file {str(path)!r} cannot be read: {e.strerror}") from None
+        with path.open("rb") as raw:
+            head = raw.peek(8)[:8]
+            if head.startswith(b"PAR1"):
+                rows = _parquet(path)
+            elif head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+                rows = _arrow(path)
+            elif path.suffix.lower() in (".parquet", ".arrow"):
+                raise ValueError(f"it begins with {bytes(head)!r}")
+            else:
+                rows = _text_rows(path, _unpacked(raw, head))
+            for place, row in rows:
+                yield place, row
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, RecursionError, ImportError) as e:
+        said = getattr(e, "strerror", None) or first_line(e)
+        after = "" if place.endswith(":0") else f" beyond {place.rpartition(':')[2]}"
+        kind = f" as {path.suffix[1:].capitalize()}" if path.suffix.lower() in (".parquet", ".arrow") else ""
+        raise UserError(f"data file {shown(str(path), 200)} cannot be read{kind}{after}: {said}") from None
 
 
-def _object(line: str) -> dict[str, Any] | BadRow:
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+def _unpacked(raw: BinaryIO, head: bytes) -> BinaryIO:
+    """The bytes of a file, unpacked if they are packed."""
+    openers: dict[bytes, Callable[[BinaryIO], Any]] = {
+        b"\x1f\x8b": lambda packed: gzip.GzipFile(fileobj=packed),
+        b"BZh": bz2.BZ2File,
+        b"\xfd7zXZ": lzma.LZMAFile,
+        b"\x28\xb5\x2f\xfd": _zstandard,
+    }
+    for magic, opener in openers.items():
+        if head.startswith(magic):
+            return io.BufferedReader(opener(raw))
+    return raw
+
+
+def _zstandard(raw: BinaryIO) -> Any:
+    return _needs("pyarrow").CompressedInputStream(raw, "zstd")
+
+
+def _text_rows(path: Path, data: BinaryIO) -> Iterator[Placed]:
+    head = data.peek(64)[:64]
+    if head.startswith(b"PAR1"):
+        raise ValueError("it is packed Parquet: unpack it first")
+    encoding = json.detect_encoding(head)
+    if encoding.endswith(("le", "be")) and head[:16].count(0) < 6:  # no mark, and a zero byte in an odd place
+        encoding = "utf-8"
+    # A bad byte spoils its line alone: it is smuggled through as half a surrogate pair and found there. In UTF-16 and
+    # UTF-32 one may shift all that follows.
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
+    name = re.sub(r"\.(?:gz|bz2|xz|zst)$", "", path.name.lower())
+    if name.endswith((".csv", ".tsv")):
+        return _csv(path, io.TextIOWrapper(data, encoding, errors, newline=""), name.endswith(".tsv"))
+    return _json(path, io.TextIOWrapper(data, encoding, errors), name.endswith(".json"))
+
+
+def _json(path: Path, text: TextIO, named_json: bool) -> Iterator[Placed]:
+    """Rows of JSON, one object a line or all of them in a list; which of the two is seen at the first line."""
+    lines = ((i, line) for i, line in enumerate(text, 1) if line.strip().strip("\ufeff"))
+    first = next(lines, None)
+    if first is None:
+        return
+    opening, second = _value(first[1]), None
+    if isinstance(opening, BadRow):  # the first line of a list that runs over many, or a damaged row
+        whole = named_json or first[1].strip("\ufeff ").startswith("[")
+    else:  # a file of one line, or the first of several
+        second = next(lines, None)
+        wrapper = isinstance(opening, dict) and (not opening or _wrapped(opening) is not None)
+        whole = second is None and (wrapper or not isinstance(opening, dict))
+    if whole:
+        yield from _whole(path, first[1] + text.read())
+        return
+    for i, line in chain([first], [second] if second else [], lines):
+        yield f"{path}:{i}", _object(line)
+
+
+def _whole(path: Path, text: str) -> Iterator[Placed]:
+    """The rows of a file that is one JSON value."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        return BadRow(f"no JSON ({e})")
-    return row if isinstance(row, dict) else BadRow(f"no JSON object but {type(row).__name__}")
-
-
-def _json(path: Path) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except OSError as e:
-        raise UserError(f"data file {str(path)!r} cannot be read: {e.strerror}") from None
+        found = json.loads(text.lstrip("\ufeff"))
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
     except ValueError as e:
-        raise UserError(f"data file {str(path)!r} is no JSON: {e}; one object a line is .jsonl") from None
+        raise ValueError(f"it is no JSON: {e}; one object a line is .jsonl") from None
+    rows = _wrapped(found) if isinstance(found, dict) else found
     if not isinstance(rows, list):
-        raise UserError(f"data file {str(path)!r} must hold a JSON list of rows, got {type(rows).__name__}")
+        raise UserError(f"data file {str(path)!r} must hold a JSON list of rows, got {type(found).__name__}")
     for i, row in enumerate(rows, 1):
         yield f"{path}:{i}", row if isinstance(row, dict) else BadRow(f"no JSON object but {type(row).__name__}")
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _wrapped(found: dict[str, Any]) -> list[Any] | None:
+    """The list of rows in an object that is their wrapper."""
+    lists = (found[k] for k in _WRAPPERS if isinstance(found.get(k), list))
+    return next((rows for rows in lists if rows and all(isinstance(r, dict) for r in rows)), None)
+
+
+def _object(line: str) -> dict[str, Any] | BadRow:
+    row = _value(line)
+    return row if isinstance(row, dict | BadRow) else BadRow(f"no JSON object but {type(row).__name__}")
+
+
+def _value(line: str) -> Any:
+    """What a line of JSON says, or a BadRow."""
+    spoilt = _spoilt(line)
+    if spoilt:
+        return spoilt
     try:
-        import pyarrow
-        import pyarrow.parquet
+        return json.loads(line.lstrip("\ufeff"))
+    except RecursionError:
+        return BadRow("no JSON (nested too deeply)")
+    except ValueError as e:
+        return BadRow(f"no JSON ({e})")
+
+
+def _spoilt(text: str) -> BadRow | None:
+    found = None if text.isascii() else re.search("[\udc80-\udcff]", text)
+    return found and BadRow(f"not UTF-8: byte 0x{ord(found[0]) - 0xDC00:02x} at character {found.start() + 1}")
+
+
+def _csv(path: Path, text: TextIO, tabs: bool) -> Iterator[Placed]:
+    """Rows of a table whose first line names the columns; an empty field is none."""
+    csv.field_size_limit(1 << 30)
+    first = text.readline().lstrip("\ufeff")
+    # What spreadsheets write where a comma is the decimal point has semicolons.
+    delimiter = "\t" if tabs else max(",;\t|", key=first.count)
+    names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+    if len(set(names)) < len(names):
+        raise ValueError(f"its first line names a column twice: {shown(names, 200)}")
+    reader, line = csv.reader(text, delimiter=delimiter, strict=True), 2
+    while True:
+        try:
+            fields = next(reader, None)
+        except csv.Error as e:
+            fields = BadRow(f"no CSV ({e}; read to line {reader.line_num + 1})")
+        if fields is None:
+            return
+        if fields:
+            yield f"{path}:{line}", _record(names, fields)
+        line = reader.line_num + 2
+
+
+def _record(names: list[str], fields: list[str] | BadRow) -> dict[str, Any] | BadRow:
+    if isinstance(fields, BadRow):
+        return fields
+    if len(fields) != len(names):
+        return BadRow(f"{len(fields)} fields under {len(names)} column names")
+    return _spoilt("".join(fields)) or {name: field or None for name, field in zip(names, fields)}
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def _needs(name: str) -> Any:
+    try:
+        return __import__(name)
     except ImportError:
-        raise UserError(f"{str(path)!r} takes pyarrow to read: pip install 'amft-fast[math]'") from None
+        raise ImportError(f"it takes {name}: pip install 'amft-fast[math]'") from None
+
+
+def _parquet(path: Path) -> Iterator[Placed]:
+    _needs("pyarrow")
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        yield from _table_rows(path, file.iter_batches(batch_size=256))
+
+
+def _arrow(path: Path) -> Iterator[Placed]:
+    """An Arrow file of either form: datasets writes streams, Feather is the one with an index."""
+    pa = _needs("pyarrow")
+    with path.open("rb") as raw:
+        if raw.peek(6)[:6] == b"ARROW1":
+            file = pa.ipc.open_file(raw)
+            batches: Iterable[Any] = (file.get_batch(i) for i in range(file.num_record_batches))
+        else:
+            batches = pa.ipc.open_stream(raw)
+        yield from _table_rows(path, batches)
+
+
+def _table_rows(path: Path, batches: Iterable[Any]) -> Iterator[Placed]:
+    i = 0
+    for batch in batches:
+        for row in _python_rows(batch):
+            i += 1
+            yield f"{path}:{i}", row
+
+
+def _python_rows(batch: Any) -> Iterable[dict[str, Any] | BadRow]:
+    """The rows of a batch; one that holds text that is not UTF-8, or a time that Python has not, does not spoil its
+    neighbours."""
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            i = 0
-            for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    i += 1
-                    yield f"{path}:{i}", row
-    except (OSError, pyarrow.ArrowException) as e:
-        raise UserError(f"data file {str(path)!r} cannot be read as Parquet: {str(e).splitlines()[0]}") from None
+        return batch.to_pylist()
+    except (ValueError, OverflowError) as e:
+        if batch.num_rows == 1:
+            return [BadRow(first_line(e))]
+    return chain.from_iterable(_python_rows(batch.slice(i, 1)) for i in range(batch.num_rows))
 
 
-def _hub(text: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _hub(text: str, split: str) -> Iterator[Placed]:
     try:
         import datasets
     except ImportError:
@@ -140,226 +294,24 @@ def _hub(text: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     hub_logging.set_verbosity_error()
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(name, config or None, split=asked or split, streaming=True)
+        if any((Path(name) / f).is_file() for f in ("state.json", "dataset_dict.json")):
+            found = datasets.load_from_disk(name)
+            rows = found[asked or split] if isinstance(found, datasets.DatasetDict) else found
+        else:
+            rows = datasets.load_dataset(name, config or None, split=asked or split, streaming=True)
         for i, row in enumerate(rows, 1):
             yield f"{text}:{i}", row
     except Exception as e:  # every layer below (datasets, hub, http, fsspec) has exceptions of its own
-        raise UserError(
-            f"dataset {text!r} is no file here, and could not be had from the hub: {_first_line(e)}"
-        ) from None
+        where = (
+            "is a folder that datasets cannot read"
+            if os.path.isdir(name)
+            else ("is no file here, and could not be had from the hub")
+        )
+        raise UserError(f"dataset {shown(text, 200)} {where}: {first_line(e)}") from None
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
-
-
-# --------------------------------------------------------------------------------------------------------------- layouts
-
-
-def read_row(row: dict[str, Any], columns: dict[str, str] | None = None) -> Row:
-    """The problem in a row, by its layout or by the column map. Raises BadRow."""
-    if columns:
-        return _mapped(row, columns)
-    layout = recognise(row)
-    if layout is None:
-        raise BadRow(f"columns {', '.join(sorted(map(str, row)))[:200]} are of no known layout ({LAYOUTS})")
-    return _READERS[layout](row)
-
-
-def recognise(row: dict[str, Any]) -> str | None:
-    """The layout's name, or None."""
-    has = row.keys().__contains__
-    if has("prompt") and isinstance(row.get("reward_model"), dict):
-        return "verl"
-    if has("question") and has("choices") and has("answerKey"):
-        return "arc"
-    if has("question") and has("options") and (has("answer") or has("answer_index")):
-        return "mmlu-pro"
-    if has("Question") and has("Correct Answer"):
-        return "gpqa"
-    if has("problem") and has("solution"):
-        return "math"
-    if has("question") and isinstance(row.get("answer"), str) and "####" in row["answer"]:
-        return "gsm8k"
-    named = any(map(has, ("prompt", "question", "problem")))
-    return "plain" if named and any(map(has, ("answer", "final_answer", "ground_truth"))) else None
-
-
-def _mapped(row: dict[str, Any], columns: dict[str, str]) -> Row:
-    unknown = set(columns) - {"problem", "answer", "response", "system"}
-    if unknown or not {"problem", "answer"} <= set(columns):
-        raise UserError(f"columns must map problem and answer, and may map response and system, got {sorted(columns)}")
-    found = {}
-    for role, name in columns.items():
-        value: Any = row
-        for part in name.split("."):
-            if not isinstance(value, dict) or part not in value:
-                raise BadRow(f"no column {name!r} (the map's {role})")
-            value = value[part]
-        found[role] = value
-    system, problem = _chat(found["problem"])
-    response = found.get("response")
-    return Row(problem, _answer(found["answer"]), _response(response), found.get("system") or system)
-
-
-def _verl(row: dict[str, Any]) -> Row:
-    system, problem = _chat(row["prompt"])
-    response = next((row[c] for c in ("target", "response", "solution") if row.get(c)), None)
-    answer = _answer(row["reward_model"].get("ground_truth"))
-    return Row(problem, answer, _response(response), system, _offers_choices(problem, answer))
-
-
-def _offers_choices(problem: str, answer: str) -> bool:
-    return answer in LETTERS and all(re.search(rf"(?m)^\s*\(?{c}[).:]", problem) for c in "AB")
-
-
-def _gsm8k(row: dict[str, Any]) -> Row:
-    steps, _, answer = row["answer"].rpartition("####")
-    steps = re.sub(r"<<[^<>]*>>", "", steps).strip()
-    answer = answer.strip()
-    return Row(_text("question", row["question"]), answer, f"{steps}\nThe answer is \\boxed{{{answer}}}.")
-
-
-def _math(row: dict[str, Any]) -> Row:
-    solution = _text("solution", row["solution"])
-    answer = row.get("answer")
-    boxed = extract(solution) if "\\boxed" in solution or "\\fbox" in solution else None
-    if answer is None:
-        if boxed is None:
-            raise BadRow("no column answer, and no boxed answer in solution")
-        answer = boxed
-    return Row(_text("problem", row["problem"]), _answer(answer), solution if boxed else None)
-
-
-def _arc(row: dict[str, Any]) -> Row:
-    choices = row["choices"]
-    if not isinstance(choices, dict) or not isinstance(choices.get("text"), list):
-        raise BadRow("choices holds no list text")
-    labels = [str(label) for label in choices.get("label") or []]
-    if str(row["answerKey"]) not in labels:
-        raise BadRow(f"answerKey {row['answerKey']!r} is none of the labels {labels}")
-    return _multiple_choice(row["question"], choices["text"], labels.index(str(row["answerKey"])))
-
-
-def _mmlu_pro(row: dict[str, Any]) -> Row:
-    index, answer = row.get("answer_index"), row.get("answer")
-    if not isinstance(index, int):
-        if not isinstance(answer, str) or answer not in LETTERS or not answer:
-            raise BadRow(f"answer must be a letter, got {answer!r}")
-        index = LETTERS.index(answer)
-    return _multiple_choice(row["question"], row["options"], index)
-
-
-def _gpqa(row: dict[str, Any]) -> Row:
-    names = ["Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
-    options = [_text(name, row.get(name)) for name in names]
-    # The right one stands first in every row: shuffle, by the question alone.
-    order = sorted(range(4), key=lambda i: digest(f"{i}|{row['Question']}"))
-    return _multiple_choice(row["Question"], [options[i] for i in order], order.index(0))
-
-
-def _multiple_choice(question: Any, options: Any, right: int) -> Row:
-    if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS) or not 0 <= right < len(options):
-        raise BadRow(f"need 2 to {len(LETTERS)} options and the right one among them, got {options!r:.80} and {right}")
-    lines = "\n".join(f"{letter}) {str(option).strip()}" for letter, option in zip(LETTERS, options))
-    return Row(f"{_text('question', question).strip()}\n\n{lines}", LETTERS[right], choices=True)
-
-
-def _plain(row: dict[str, Any]) -> Row:
-    question = next(row[c] for c in ("problem", "question", "prompt") if row.get(c) is not None)
-    system, problem = _chat(question)
-    answer = next((row[c] for c in ("answer", "final_answer", "ground_truth") if row.get(c) is not None), None)
-    response = next((row[c] for c in ("response", "target", "completion") if row.get(c)), None)
-    answer = _answer(answer)
-    return Row(problem, answer, _response(response), system, _offers_choices(problem, answer))
-
-
-_READERS: dict[str, Callable[[dict[str, Any]], Row]] = {
-    "verl": _verl,
-    "arc": _arc,
-    "mmlu-pro": _mmlu_pro,
-    "gpqa": _gpqa,
-    "gsm8k": _gsm8k,
-    "math": _math,
-    "plain": _plain,
-}
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"{name} must be a text, got {value!r:.60}")
-    return value
-
-
-def _chat(value: Any) -> tuple[str | None, str]:
-    """(system prompt, last user message) of a chat, or (None, the text)."""
-    if isinstance(value, str):
-        return None, value
-    if not isinstance(value, list) or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value):
-        raise BadRow(f"the prompt must be a text or a list of messages, got {value!r:.60}")
-    users = [m["content"] for m in value if m.get("role") == "user"]
-    if len(users) != 1:
-        raise BadRow(f"the prompt must hold one user message, got {len(users)}")
-    return next((m["content"] for m in value if m.get("role") == "system"), None), users[0]
-
-
-def _answer(value: Any) -> str:
-    """A gold answer as text: 27.0 is "27", a list of one its only element, a list of several joined by commas."""
-    if isinstance(value, bool) or value is None:
-        raise BadRow(f"the answer must be a text or a number, got {value!r}")
-    if isinstance(value, list):
-        return ", ".join(_answer(v) for v in value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, str | int | float):
-        raise BadRow(f"the answer must be a text or a number, got {value!r:.60}")
-    return str(value).strip()
-
-
-def _response(value: Any) -> str | None:
-    """A demonstration: a text, or the assistant's message of a chat."""
-    if isinstance(value, list):
-        value = next((m.get("content") for m in reversed(value) if isinstance(m, dict)), None)
-    return value if isinstance(value, str) else None
-
-
-# ----------------------------------------------------------------------------------------------------- sameness of problems
-
-
-def words(text: str) -> list[str]:
-    """The words of a problem without case, dollars and punctuation; signs of arithmetic stay."""
-    return [w for w in (re.sub(r"[^\w+\-*/^=<>]", "", w) for w in text.casefold().split()) if w]
-
-
-def digest(text: str) -> str:
-    """16 hex digits that hang on the text alone."""
-    return blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def problem_key(problem: str) -> str:
-    """The identity of a problem: the same for two texts that differ in spacing, case, dollars or punctuation alone."""
-    return digest("".join(words(problem)))
-
-
-class Fingerprints:
-    """Evaluation problems, to be kept out of training: found again as a whole, or by any 13 words in a row."""
-
-    N = 13
-
-    def __init__(self) -> None:
-        self._whole: set[str] = set()
-        self._grams: set[int] = set()
-
-    def add(self, problem: str) -> None:
-        w = words(problem)
-        self._whole.add(digest("".join(w)))
-        self._grams.update(self._of(w))
-
-    def overlap(self, problem: str) -> bool:
-        """Whether the problem is one of those added, or shares 13 words in a row with one."""
-        w = words(problem)
-        return digest("".join(w)) in self._whole or not self._grams.isdisjoint(self._of(w))
-
-    def _of(self, w: list[str]) -> list[int]:
-        return [int(digest(" ".join(w[i : i + self.N])), 16) for i in range(len(w) - self.N + 1)]
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, with its type where that says more than the text."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    plain = isinstance(error, ValueError | ImportError) and text
+    return (text if plain else f"{type(error).__name__}: {text}")[:300]

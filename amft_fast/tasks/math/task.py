@@ -1,23 +1,26 @@
 """Mathematical reasoning: problems with a gold answer, demonstrations, and a reward for the right final answer.
 
-Data come from files or the hub in the layouts of math_sources.py, rewards from math_reward.py. Splits are `train`, `val` and
+Data come from files or the hub (sources.py) in the layouts of layouts.py, rewards from reward.py. Splits are `train`, `val` and
 `test`, told apart by a hash of the problem's text, and one for each benchmark of configs/benchmarks.toml that is asked for.
-Training problems that stand in a benchmark, or share 13 words in a row with one of its problems, are left out.
+Training problems that stand in a benchmark, or share 13 words in a row with one of its problems, are left out. Rows without a
+gold answer are demonstrations alone: `prompts` does not show them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from amft_fast.config import MathConfig
 from amft_fast.interfaces import Demo, Item, Message, StepResult
 from amft_fast.tasks.math.answer import extract
-from amft_fast.tasks.math.benchmarks import Benchmark, load_benchmark, pick, read_benchmarks
+from amft_fast.tasks.math.benchmarks import Benchmark, chosen, load_benchmark
 from amft_fast.tasks.math.data import CountTokens, Limits, Problem, Store, Tally, View, load
 from amft_fast.tasks.math.dry_run import dry_run
 from amft_fast.tasks.math.reward import choice_reward, format_reward, reward, rewards
-from amft_fast.tasks.math.sources import Fingerprints, Source
+from amft_fast.tasks.math.sameness import Fingerprints
+from amft_fast.tasks.math.sources import Source
 
 __all__ = ["SYSTEM_PROMPT", "MathEpisode", "MathTask", "choice_reward", "format_reward", "reward", "rewards"]
 
@@ -25,6 +28,7 @@ SYSTEM_PROMPT = (
     "Solve the problem. Reason step by step and check your work. Write the final answer once, at the end, inside \\boxed{}; "
     "if the problem offers choices, write only the letter of the right one there."
 )
+SLACK = 8  # tokens that a text may take more between others than alone, and the end of an answer
 THINKING_PROMPT = (
     "First think the problem through, trying ideas and checking them, between <think> and </think>. Then write down the "
     "solution. Write the final answer once, at its end, inside \\boxed{}; if the problem offers choices, write only the letter "
@@ -35,7 +39,7 @@ THINKING_PROMPT = (
 class MathTask:
     """The task: `amft_fast.interfaces.Task` over problems with a gold answer. One turn.
 
-    Its settings are those of the section `task.math` (see `config.MathConfig`). Tokens are those of the tokenizer that
+    Its settings are those of the section `task.math` (see `config.MathConfig`). Tokens are those of the encoder that
     `prepare` is given, without one thirds of characters.
 
     Raises ValueError naming an argument that is out of range. Data are read by `prepare`, or at the first look at a split;
@@ -49,8 +53,8 @@ class MathTask:
         if not s.train:
             raise ValueError("train must name at least one file or dataset")
         self.prompting = Prompting(s.system_prompt, s.keep_system, s.thinking)
-        known = read_benchmarks(s.benchmarks_file) if s.benchmarks or s.decontaminate else {}
-        self._benchmarks, self._others = pick(known, s.benchmarks), pick(known, s.decontaminate)
+        self._benchmarks = chosen(s.benchmarks_file, s.benchmarks)
+        self._others = chosen(s.benchmarks_file, s.decontaminate)
         self.splits = ("train", "val", "test", *(b.name for b in self._benchmarks))
         self._stores: dict[str, Store] = {}
         self.tallies: list[Tally] = []
@@ -58,20 +62,26 @@ class MathTask:
     dry_run = staticmethod(dry_run)
 
     def prepare(self, encoder: Any = None, max_new_tokens: int = 0) -> list[str]:
-        """Reads the data; returns what became of its rows, as lines of text."""
+        """Reads the data; returns what became of its rows, as lines of text.
+
+        `encoder` (rollout.encoder.Encoder) counts tokens and knows the model's context, into which a prompt, an answer of
+        `max_new_tokens` and a demonstration must fit; without one nothing bounds them but the settings.
+        """
         s = self.settings
-        limits = Limits(
-            s.max_prompt_tokens, s.max_demo_tokens, *([_counter(encoder.tokenizer)] if encoder is not None else [])
-        )
+        limits = Limits(s.max_prompt_tokens, s.max_demo_tokens)
+        if encoder is not None:
+            scaffold = len(encoder.prompt(self.prompting.messages(Problem("", "", None)))) + SLACK
+            count = _counter(encoder.tokenizer)
+            limits = replace(limits, count=count, context=encoder.context, scaffold=scaffold, answer=max_new_tokens)
         stores = {split: Store() for split in self.splits}
         self.tallies, fingerprints = [], Fingerprints()
         for benchmark in self._benchmarks:
             self.tallies.append(load_benchmark(benchmark, stores[benchmark.name]))
-            _add_all(fingerprints, stores[benchmark.name])
+            _add_all(fingerprints, stores[benchmark.name], benchmark.name)
         for other in self._others:
             store = Store()
-            load_benchmark(other, store)
-            _add_all(fingerprints, store)
+            self.tallies.append(load_benchmark(other, store, needed="nothing"))
+            _add_all(fingerprints, store, other.name)
         self.tallies.append(
             load(
                 "training data",
@@ -80,6 +90,7 @@ class MathTask:
                 columns=s.columns,
                 limits=limits,
                 forbidden=fingerprints,
+                drop_forbidden=s.drop_overlap,
                 max_problems=s.max_train,
             )
         )
@@ -87,13 +98,14 @@ class MathTask:
         return [line for tally in self.tallies for line in tally.lines()]
 
     def assign_split(self, key: str) -> str:
-        """The split of a problem, by its key (`math_sources.problem_key`) alone: it never moves."""
+        """The split of a problem, by its key (`sameness.problem_key`) alone: it never moves."""
         at, (val, test) = int(key, 16) / 2**64, (self.settings.val_share, self.settings.test_share)
         return "val" if at < val else "test" if at < val + test else "train"
 
     def prompts(self, split: str) -> Sequence[Item]:
+        """The problems of a split that have a gold answer."""
         store = self._store(split)
-        return View(store, range(len(store)), _item)
+        return View(store, store.with_answer, _item)
 
     def demos(self, split: str) -> Sequence[Demo]:
         """The problems of a split that have a demonstration."""
@@ -128,8 +140,8 @@ class Prompting:
 
     def messages(self, problem: Problem) -> tuple[Message, ...]:
         system = problem.system if self.keep_system and problem.system else self.system
-        user = Message("user", problem.problem)
-        return (Message("system", system), user) if system else (user,)
+        first = (Message("system", system),) if system else ()
+        return (*first, *(Message(role, text) for role, text in problem.history), Message("user", problem.problem))
 
 
 class MathEpisode:
@@ -165,9 +177,9 @@ def _item(problem: Problem) -> Item:
     return Item(problem.id, problem)
 
 
-def _add_all(fingerprints: Fingerprints, store: Store) -> None:
+def _add_all(fingerprints: Fingerprints, store: Store, name: str) -> None:
     for problem in store:
-        fingerprints.add(problem.problem)
+        fingerprints.add("\n\n".join([*(text for _, text in problem.history), problem.problem]), name)
 
 
 class BenchmarkTask:
