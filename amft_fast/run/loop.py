@@ -116,7 +116,7 @@ class Loop:
             state = self.trainer.state_dict() | self.evaluator.state_dict() | {"wall_s": self.wall}
             path = checkpoint.save(self.files.checkpoints, self.trainer.step, tensors, state, self.world)
             if self.world.main:
-                checkpoint.prune(self.files.checkpoints, self.cfg.checkpoint.keep_last)
+                checkpoint.prune(self.files.checkpoints, self.cfg.checkpoint.keep_last, path)
             self.saved_step = self.trainer.step
         return path
 
