@@ -3,6 +3,7 @@ import os
 # One thread: bit-for-bit comparisons must not depend on the machine, and tests share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import resource
 import signal
 
 import pytest
@@ -40,3 +41,11 @@ def _signal_handlers():
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def file_limit():
+    """`file_limit(bytes)` bounds the size of files: stands for a full disk, with the same errors of the same calls."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -239,14 +239,6 @@ def test_another_format_is_named(tmp_path):
         checkpoint.load(path)
 
 
-@pytest.fixture
-def file_limit():
-    """Bounds the size of files: stands for a full disk, with the same errors of the same calls."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize(("size", "note"), [(3000, ""), (5000, "x" * 9000)], ids=["the tensors", "state.json"])
 def test_no_room_is_a_sentence_and_what_was_there_stays(tmp_path, file_limit, size, note):
     save(tmp_path, 1)

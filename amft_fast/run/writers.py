@@ -6,11 +6,14 @@ import json
 import math
 import os
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from amft_fast.config import Config
+from amft_fast.errors import UserError
 
 
 def plain(value: Any) -> Any:
@@ -24,51 +27,144 @@ def plain(value: Any) -> Any:
     return value
 
 
-class JsonLines:
-    """An append-only file of JSON objects with a `step`; on resume, lines from the resumed step on are dropped."""
+def replace_text(path: Path, text: str) -> None:
+    """Gives a file another text, on disk when this returns; a kill or a full disk leaves the old one whole.
 
-    def __init__(self, path: Path, resume_step: int) -> None:
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] < resume_step:
-                        kept.append(line)
-                except (json.JSONDecodeError, KeyError):
-                    continue  # a line cut off by a crash
-        aside = path.with_suffix(".part")
-        aside.write_text("".join(line + "\n" for line in kept))
-        os.replace(aside, path)
-        self.file: TextIO = path.open("a")
+    Raises UserError when it cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        try:
+            with aside.open("wb") as f:
+                f.write(text.encode())
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(aside, path)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
+    except OSError as e:
+        raise UserError(f"{path} cannot be written: {e.strerror}; what it held before is still there") from None
+
+
+class JsonLines:
+    """An append-only file of JSON objects with a `step`; on resume, lines from the resumed step on are dropped.
+
+    Lines that are no such object are left out and named through `say`, with the whole file kept beside, but for one cut off at
+    the end by a crash. Each line is with the system when `write` returns, and on disk after `sync`. Raises UserError when the
+    file cannot be written, or when it or its folder was taken away.
+    """
+
+    def __init__(self, path: Path, resume_step: int, say: Callable[[str], None] = print) -> None:
+        self.path = path
+        try:
+            held = path.read_bytes() if path.exists() else b""
+            kept, damaged = _kept(held, resume_step)
+            if damaged:
+                beside = path.with_name(path.name + ".damaged")
+                beside.write_bytes(held)
+                which = f"line {damaged[0]}" + (f" and {len(damaged) - 1} more are" if damaged[1:] else " is")
+                say(f"{path}: {which} damaged and left out; the file as it was is kept as {beside.name}")
+            replace_text(path, kept.decode())
+            self.file = path.open("ab", buffering=0)
+        except OSError as e:
+            raise UserError(f"{path} cannot be read and written: {e.strerror}") from None
 
     def write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(plain(record)) + "\n")
-        self.file.flush()
+        line = (json.dumps(plain(record)) + "\n").encode()
+        try:
+            while line:
+                line = line[self.file.write(line) :]
+            there = os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno()))
+        except FileNotFoundError:
+            there = False
+        except OSError as e:
+            raise UserError(
+                f"{self.path} cannot be written: {e.strerror}; what was saved before is as it was: make room there, then go on "
+                "from the last checkpoint with --resume"
+            ) from None
+        if not there:
+            raise UserError(
+                f"{self.path} was moved or deleted while the run wrote to it, so the run has stopped; put its folder back and "
+                "go on from the last checkpoint with --resume, or start again"
+            )
+
+    def sync(self) -> None:
+        """Forces to disk what was written."""
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as e:
+            raise UserError(f"{self.path} cannot be written: {e.strerror}") from None
 
     def close(self) -> None:
         self.file.close()
 
 
-class TensorBoard:
-    """Scalars for TensorBoard, or nothing when switched off."""
+def _kept(held: bytes, resume_step: int) -> tuple[bytes, list[int]]:
+    """The lines of steps before `resume_step`, and the numbers of those that are no records (one cut off at the end apart)."""
+    kept, damaged = [], []
+    lines = held.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line.decode())
+            step = record["step"]
+            if not isinstance(record, dict) or type(step) is not int:
+                raise TypeError
+        except (ValueError, TypeError, KeyError, RecursionError):
+            if number < len(lines):  # what follows the last line break is nothing, or what a crash has left of a line
+                damaged.append(number)
+            continue
+        if step < resume_step and number < len(lines):
+            kept.append(line + b"\n")
+    return b"".join(kept), damaged
 
-    def __init__(self, folder: Path, enabled: bool, resume_step: int) -> None:
-        self.writer = None
+
+class TensorBoard:
+    """Scalars for TensorBoard, or nothing when switched off. When its files can no longer be written `say` tells so, once."""
+
+    def __init__(self, folder: Path, enabled: bool, resume_step: int, say: Callable[[str], None] = print) -> None:
+        self.writer, self.say = None, say
         if enabled:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder), purge_step=resume_step or None)
+            others = set(threading.enumerate())
+            try:
+                self.writer = SummaryWriter(str(folder), purge_step=resume_step or None)
+            except OSError as e:
+                self._give_up(e)
+            _silence(set(threading.enumerate()) - others)
 
     def write(self, step: int, record: dict[str, Any]) -> None:
         if self.writer is None:
             return
-        for name, value in record.items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
-                self.writer.add_scalar(name, value, step)
+        try:
+            for name, value in record.items():
+                if isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
+                    self.writer.add_scalar(name, value, step)
+        except OSError as e:  # of an earlier line: a thread writes them
+            self._give_up(e)
+
+    def _give_up(self, error: OSError) -> None:
+        self.say(f"no more TensorBoard files (log.tensorboard): {error.strerror or error}")
+        self.writer = None
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer.close()
+            try:
+                self.writer.close()
+            except OSError as e:
+                self._give_up(e)
+
+
+def _silence(threads: set[threading.Thread]) -> None:
+    """An OSError that ends one of these prints no traceback: their owner raises it again where it can be told in a sentence."""
+    shown = threading.excepthook
+
+    def hook(args: Any) -> None:
+        if args.thread not in threads or not isinstance(args.exc_value, OSError):
+            shown(args)
+
+    threading.excepthook = hook
 
 
 class Progress:
