@@ -216,7 +216,8 @@ class LoraConfig(Section):
     alpha: float | None = Field(None, gt=0)
     """The factors' product counts alpha / rank times; default: 2 rank."""
     targets: list[str] = ["all-linear"]
-    """Names of the linear layers that get factors (q_proj, ...); all-linear: all but the output embedding."""
+    """Names of the layers that get factors (q_proj, ..., embed_tokens where it is not tied); all-linear: all linear ones but
+    the output embedding."""
 
 
 class ModelConfig(Section):

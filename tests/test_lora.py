@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fakes import make_checkpoint
 from runs import cfg_for, train
 from sequences import mixed
 from transformers import AutoModelForCausalLM
@@ -96,6 +97,35 @@ def test_targets_that_do_not_fit_are_one_sentence(checkpoint_folder):
         make(checkpoint_folder, targets=["no_such_layer"])
     with pytest.raises(UserError, match="leave out the output embedding"):
         make(checkpoint_folder, targets=["lm_head"])
+    for targets in (["embed_tokens"], ["embed_tokens", "q_proj"]):
+        with pytest.raises(UserError, match=r"shares with the output embedding .* leave it out"):
+            make(checkpoint_folder, targets=targets)
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["embed_tokens", "q_proj"]], ids="+".join)
+def test_an_embedding_s_factors_are_trained_and_exported(tmp_path, targets):
+    folder = make_checkpoint(tmp_path / "untied", tie=False)
+    policy = make(folder, targets=targets)
+    engine = LocalEngine(policy, TrainConfig(lr=1e-2))
+    before = {n: p.detach().clone() for n, p in policy.named_parameters()}
+    first = engine.backward(batch()).loss
+    for _ in range(3):
+        engine.step()
+        loss = engine.backward(batch()).loss
+    assert loss < first
+    moved = {n for n, p in policy.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in before if "lora_" in n} and any("lora_embedding_A" in n for n in moved)
+    engine.export(tmp_path / "out")
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.testing.assert_close(
+        Policy(plain, ObjectiveConfig()).logprobs(batch()).logprobs,
+        policy.logprobs(batch()).logprobs,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    reference = engine.plain_copy()
+    torch.testing.assert_close(policy.logprobs(batch(), reference).logprobs, policy.logprobs(batch()).logprobs)
 
 
 def test_a_run_with_adapters_and_a_reference_resumes_where_it_stopped(tmp_path, checkpoint_folder):

@@ -1,4 +1,4 @@
-"""LoRA through peft: small trainable factors beside frozen linear layers, W x + (α / r) · B A x.
+"""LoRA through peft: small trainable factors beside frozen linear layers (and embeddings), W x + (α / r) · B A x.
 
 peft is asked to put its layers into the model and for nothing else: the model keeps its class, so the loss head, the engines
 and the rollouts see what they always see, with fewer parameters that ask for a gradient. Frozen ones then cost no gradient, no
@@ -44,7 +44,15 @@ def add(model: nn.Module, cfg: LoraConfig) -> nn.Module:
         raise UserError(
             "model.lora.targets must leave out the output embedding, whose product the loss head computes itself"
         )
-    trained = {id(p) for layer in layers(model).values() for p in factors(layer).values()}
+    if any(layer.base_layer.weight is head.weight for layer in layers(model).values()):
+        raise UserError(
+            f"model.lora.targets: {cfg.targets} has the input embedding, which this model shares with the output embedding "
+            "(tie_word_embeddings): factors would change the one and not the other, and no plain checkpoint could hold that; "
+            "leave it out"
+        )
+    trained = _factors_of(model)
+    if not trained:
+        raise UserError(f"model.lora.targets: {cfg.targets} gives this model no factors to train")
     for p in model.parameters():
         p.requires_grad_(id(p) in trained)
     return model
@@ -56,8 +64,14 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def factors(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """A and B of one layer."""
-    return {n: p for n, p in layer.named_parameters() if n.startswith(("lora_A.", "lora_B."))}
+    """A and B of one layer: a linear one, a convolution or an embedding."""
+    names = ("lora_A.", "lora_B.", "lora_embedding_A.", "lora_embedding_B.")
+    return {n: p for n, p in layer.named_parameters() if n.startswith(names)}
+
+
+def _factors_of(model: nn.Module) -> set[int]:
+    """The ids of all factors."""
+    return {id(p) for layer in layers(model).values() for p in factors(layer).values()}
 
 
 def adapted(model: nn.Module) -> bool:
@@ -70,11 +84,11 @@ def merged(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
     One merged weight is made at a time.
     """
-    found = layers(model)
+    found, own = layers(model), _factors_of(model)
     for name, p in model.named_parameters():
         layer_name, base, rest = name.partition(".base_layer.")
         if not base:
-            if ".lora_A." not in name and ".lora_B." not in name:
+            if id(p) not in own:
                 yield name, p.detach()
             continue
         weight = p.detach()
