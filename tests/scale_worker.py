@@ -48,10 +48,12 @@ def give_returns(policy, seqs):
     return [s.with_fields(returns=0.5) for s in seqs] if policy.value_head is not None else seqs
 
 
-def sweep(engine, seqs):
+def sweep(engine, seqs, least=1):
     world = engine.world
     loss = torch.zeros(())
-    for b in micro_batches(seqs, 20, False, rank=world.rank, ranks=world.size):
+    mine = micro_batches(seqs, 10, False, rank=world.rank, ranks=world.size)
+    assert len(mine) >= least, "several micro-batches before each update: one that is dropped must show"
+    for b in mine:
         loss = loss + engine.backward(b).loss.float()
     return float(engine.all_reduce(loss))
 
@@ -60,10 +62,10 @@ def steps(engine, utility, shake):
     """Three probed steps: losses, probes, and the gradient of the third before it is applied."""
     losses, probes = [], []
     for t in range(3):
-        losses.append(sweep(engine, sequences(t)))
+        losses.append(sweep(engine, sequences(t), 2))
         shake(engine.groups)
         engine.end_sweep("sft")
-        losses.append(sweep(engine, give_returns(engine.policy, sequences(t + 10, (4, 2, 6), rl=True))))
+        losses.append(sweep(engine, give_returns(engine.policy, sequences(t + 10, (4, 2, 6), rl=True)), 2))
         shake(engine.groups)
         engine.end_sweep("rl")
         sums, clip = engine.probe(utility)
@@ -169,7 +171,8 @@ CASES = {
     "value-2": (SGD, 2, {"value": True}),
     "value-3": (SGD, 3, {"value": True}),
     "checkpointing-3": (SGD, 3, {"checkpointing": True}),
-    "offload-3": (ADAM, 3, {"offload": True}),
+    **{f"offload-{s}": (ADAM, s, {"offload": True}) for s in (1, 2, 3)},
+    "offload-bf16-2": (ADAM, 2, {"offload": True, "dtype": "bf16"}),
     **{f"bf16-{s}": (ADAM, s, {"dtype": "bf16"}) for s in (1, 2, 3)},
 }
 
@@ -209,6 +212,9 @@ def engines(folder, world):
             engine.export(folder / "export")
             found["export"] = exported(engine, folder / "export")
         assert all(g.master.dtype == torch.float32 for g in engine.groups)
+        low = {g.low.untyped_storage().data_ptr() for g in engine.groups}
+        if settings.offload:
+            assert not any(g.master.untyped_storage().data_ptr() in low for g in engine.groups), "masters of their own"
         assert all(b.dtype == torch.float32 for b in policy.model.buffers()), "rotary frequencies must stay fp32"
     deepspeed.zero_config = zero_config
     return found

@@ -101,12 +101,12 @@ class ShardGroup:
         self.low = low  # the shard in the forward pass's type, as DeepSpeed holds it
         self.pieces = [p for p in pieces if p.size]
         self.master = owner.detach()
-        if offload and owner.device.type != "cpu":
-            self.master = self.master.cpu().pin_memory()
+        if offload:  # without a GPU too, where it saves nothing: so that every test takes this way
+            self.master = self.master.to("cpu", copy=True)
             owner.data = owner.data.new_empty(0)
         self.grad = torch.zeros_like(self.master)
-        if offload and low.device.type != "cpu":
-            self.grad = self.grad.pin_memory()
+        if offload and low.device.type == "cuda":
+            self.master, self.grad = self.master.pin_memory(), self.grad.pin_memory()
         self.master.grad = self.grad
 
     def publish(self) -> None:
@@ -131,6 +131,7 @@ class DeepSpeedEngine(FlatEngine):
     ) -> None:
         super().__init__(policy, cfg, policy.head.weight.device)
         self.world, self.stage, self.build_model = world, engine.zero_stage, build_model
+        self.offload = engine.offload
         self.cut = self.stage == 3
         self.library = import_deepspeed(self.device)
         # A parameter that no row of a micro-batch reaches would be reduced on some ranks and not on others.
@@ -191,7 +192,7 @@ class DeepSpeedEngine(FlatEngine):
         z = self.shards
         for i, (_, g) in enumerate(self.made):
             parts, offset = z.averaged_gradients[i], 0
-            if g.grad.device != parts[0].device:  # one transfer to the host, not one per parameter
+            if self.offload:  # one transfer to the host, not one per parameter
                 parts = [torch.cat([part.reshape(-1) for part in parts]).to(g.grad.device)]
             for part in parts:
                 into = g.grad[offset : offset + part.numel()]
