@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from amft_fast import __version__
+from amft_fast import __version__, config, config_file
 from amft_fast.errors import UserError
 
 EPILOG = """settings: every setting of the config can be given as a flag, --section.field value (for example
@@ -18,6 +19,33 @@ EPILOG = """settings: every setting of the config can be given as a flag, --sect
 
 EVAL_EPILOG = """ With --benchmarks, --temperature and the like are given as such, the model's and the engine's settings as
 settings (--model.rope_theta 40000 --rollout.max_batch 64)."""
+
+
+# Lowest and highest value of the options that are numbers; those of a config have theirs in config.py.
+NUMBERS = {
+    "samples": (1, 2**20),
+    "limit": (1, config.MAX_INT),
+    "temperature": (0, 1e4),
+    "top_p": (1e-6, 1),
+    "max_new_tokens": (1, 2**24),
+    "seed": (0, config.MAX_INT),
+    "seeds": (1, 10**6),
+    "cores": (1, 10**6),
+    "budget": (1, config.MAX_INT),
+    "gpus": (1, 2**20),
+    "gpu_memory": (1e-3, 1e9),
+    "prompt_tokens": (1, 2**24),
+    "response_tokens": (1, 2**24),
+    "image_tokens": (0, 2**24),
+    "peak_tflops": (1e-3, 1e9),
+    "mfu": (1e-3, 1),
+}
+PATHS = ("config", "resume", "target", "model", "out", "benchmarks_file", "run", "plan")
+# What the disk or its owner refuses, wherever it comes up: the user's to mend, and no fault of the program's.
+DISK = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP,
+}  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -101,15 +129,38 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code. A user's mistake is one sentence on stderr and exit code 2."""
     parser = build_parser()
-    args, flags = parser.parse_known_args(argv)
+    # A setting takes its value with it before argparse looks: it would take the value for the config.
+    rest, settings = config_file.split_flags(sys.argv[1:] if argv is None else argv)
+    args, unknown = parser.parse_known_args(rest)
+    flags = settings + unknown
     if flags and args.command not in ("train", "eval", "compare") and not getattr(args, "plan", None):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
+        _check_options(args)
         return COMMANDS[args.command](args, flags)
     except UserError as e:
         return _complain(e)
+    except OSError as e:
+        if e.errno not in DISK:
+            raise
+        return _complain(UserError(f"{args.command}: {e.filename or 'a file'}: {e.strerror}"))
     except KeyboardInterrupt:
         return 130
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Numbers in their bounds, and paths that a file system takes."""
+    for name, (low, high) in NUMBERS.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:
+            bound = f"at most {high:g}" if value > high else f"at least {low:g}"
+            raise UserError(f"--{name.replace('_', '-')} must be {bound}, got {config_file.short(value)}")
+    for name in PATHS:
+        try:
+            if getattr(args, name, None):
+                setattr(args, name, config.clean_path(getattr(args, name)))
+        except ValueError as e:
+            raise UserError(f"{name.replace('_', '-')}: {e}") from None
 
 
 def _complain(error: UserError) -> int:
@@ -123,12 +174,11 @@ def _complain(error: UserError) -> int:
 
 
 def _train(args: argparse.Namespace, flags: list[str]) -> int:
-    from amft_fast import config_file
-
     path = args.config
     if args.resume:
         if not Path(args.resume).is_dir():
-            raise UserError(f"--resume: no run folder {args.resume!r}")
+            hint = f"; give a config before it: train {args.resume} --resume" if args.resume.endswith(".toml") else ""
+            raise UserError(f"--resume: no run folder {args.resume!r}{hint}")
         path = path or str(Path(args.resume) / "config.toml")
         flags = [*flags, "--run.dir", args.resume]
     if path is None:
@@ -149,15 +199,10 @@ def _train(args: argparse.Namespace, flags: list[str]) -> int:
 
 
 def _eval_benchmarks(args: argparse.Namespace, flags: list[str]) -> int:
-    from amft_fast import config_file
     from amft_fast.study import benchmarks
 
-    for name, least in (("samples", 1), ("limit", 1), ("max_new_tokens", 1), ("temperature", 0), ("seed", 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if not 0 < args.top_p <= 1:
-        raise UserError(f"--top-p must lie in (0, 1], got {args.top_p}")
+    if 0 < args.temperature < 1e-4:
+        raise UserError(f"--temperature must be 0 (greedy) or at least 0.0001, got {args.temperature}")
     if args.target.endswith(".toml"):
         raise UserError(f"eval --benchmarks takes a checkpoint folder or hub name, got the config {args.target!r}")
     engine = ["--rollout.engine", args.engine] if args.engine else []
@@ -173,11 +218,9 @@ def _eval_benchmarks(args: argparse.Namespace, flags: list[str]) -> int:
 def _eval(args: argparse.Namespace, flags: list[str]) -> int:
     if args.benchmarks:
         return _eval_benchmarks(args, flags)
-    from amft_fast import config_file
-
-    cfg = config_file.load(args.target, flags)
-    if args.model:
-        cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": args.model})})
+    cfg = config_file.load(args.target, [*flags, *(["--model.path", args.model] if args.model else [])])
+    if args.out and not Path(args.out).absolute().parent.is_dir():
+        raise UserError(f"--out: no folder {str(Path(args.out).parent)!r} to write to")
     from amft_fast.run.build import build
     from amft_fast.run.evaluate import check_splits, evaluate
     from amft_fast.run.signals import StopSignal
@@ -228,10 +271,12 @@ def eval_table(result: dict[str, dict[str, float]], k: int) -> str:
 def _compare(args: argparse.Namespace, flags: list[str]) -> int:
     from amft_fast.study.compare import compare
 
-    for name in ("seeds", "cores"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     methods = [m for m in args.methods.split(",") if m]
+    if not methods:
+        raise UserError(f"--methods: name at least one of {', '.join(config.METHODS)}, got {args.methods!r}")
+    twice = next((m for m in methods if methods.count(m) > 1), None)
+    if twice:
+        raise UserError(f"--methods: {twice} is named twice")
     return compare(args.config, methods, args.seeds, Path(args.out), args.cores, args.budget, flags)
 
 
@@ -244,7 +289,6 @@ def _report(args: argparse.Namespace, flags: list[str]) -> int:
 
 def _doctor(args: argparse.Namespace, flags: list[str]) -> int:
     if args.plan:
-        from amft_fast import config_file
         from amft_fast.doctor import plan
 
         print(plan.run(config_file.load(args.plan, flags), args))

@@ -6,36 +6,112 @@ flags into a `Config`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import os
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from amft_fast.methods import METHODS
 
+# What no setting may go beyond: whole numbers of torch and numpy have 64 bits, and most others become fp32.
+MAX_INT, MAX_FLOAT = 2**63 - 1, 3.4028234663852886e38
+
+
+def clean_path(text: str) -> str:
+    """`text` with ~ and ~user at its start as a shell reads them. Raises ValueError for what no file system takes."""
+    check_text(text)
+    if text.startswith("~"):
+        text = os.path.expanduser(text)
+        if text.startswith("~"):
+            raise ValueError(f"names a home that is not here: {text.partition('/')[0]!r}")
+    if len(text.encode()) > 4095 or any(len(part.encode()) > 255 for part in text.split("/")):
+        raise ValueError(
+            f"is too long for a path: 4095 bytes in all and 255 between slashes, got {len(text.encode())} bytes"
+        )
+    return text
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError for what cannot be written to a file's name or to a text file."""
+    if "\0" in text:
+        raise ValueError(f"holds a NUL character, got {text[:40]!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"is not valid Unicode, got {text[:40]!r}") from None
+
+
+def _clean_source(text: str) -> str:
+    """A file or dataset, or name=file or dataset."""
+    name, equals, path = text.rpartition("=")
+    return name + equals + clean_path(path)
+
+
+def _check(value: Any) -> None:
+    """Raises ValueError for numbers and texts that fit no setting."""
+    if isinstance(value, str):
+        check_text(value)
+    elif isinstance(value, int) and abs(value) > MAX_INT:
+        raise ValueError(f"must fit into 64 bits, got a number of {value.bit_length()} bits")
+    elif isinstance(value, float) and abs(value) > MAX_FLOAT:
+        raise ValueError(f"must fit into fp32, got {value:g}")
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check(key)
+            _check(item)
+
+
+FilePath = Annotated[str, AfterValidator(clean_path)]
 # A file or folder (or name=file): when it is relative and not under the working directory, it is looked up beside the config
 # file. What is there under no such name is left as it is: it may be a name on the hub.
 FILE = "file"
-File = Annotated[str, FILE]
+File = Annotated[str, FILE, AfterValidator(_clean_source)]
+Seed = Annotated[int, Field(ge=0, le=MAX_INT)]
+Tokens = Annotated[int, Field(ge=1, le=2**24)]  # in one sequence
+Rows = Annotated[int, Field(ge=1, le=2**20)]  # at once in memory
+Seconds = Annotated[float, Field(gt=0, le=1e7)]  # what timers take
+# Outside these bounds fp32 logits divided by it are all equal, or overflow.
+Temperature = Annotated[float, Field(ge=1e-4, le=1e4)]
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, docstrings under fields are their descriptions."""
+    """Base of all sections: unknown keys are errors, docstrings under fields are their descriptions.
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    Numbers are finite, fit into 64 bits or fp32, and are no booleans; texts can be written to files.
+    """
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
+            raise ValueError(f"takes no true or false, got {str(value).lower()}")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _fits(cls, value: Any) -> Any:
+        _check(value)
+        return value
 
 
 class RunConfig(Section):
     """Where a run lives and what makes it repeatable."""
 
-    dir: str = "runs/run"
+    dir: Annotated[FilePath, Field(min_length=1)] = "runs/run"
     """Folder of the run; made if missing. A run that is already there is refused unless `--resume` or `overwrite`."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of everything: data order, samples, new parameters."""
     overwrite: bool = False
     """Delete an earlier run in `dir` instead of refusing to start."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes CUDA when there is one."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads for torch; default: torch's own choice."""
 
 
@@ -55,7 +131,7 @@ class GeneralPointsConfig(Section):
     """Show the hand as a picture (GP-VL, see tasks/general_points/vision.py): a vision-language policy is needed."""
     card_size: tuple[int, int] = (112, 160)
     """Width and height of a card in pixels, with images."""
-    card_margin: int = Field(12, ge=0)
+    card_margin: int = Field(12, ge=0, le=1024)
     """Pixels of table around each card, with images."""
     answer_format: Literal["json", "formula"] = "json"
     """json: fields cards, number, formula and a prompt in sentences; formula: bare words, for tiny models."""
@@ -79,7 +155,7 @@ class GeneralPointsConfig(Section):
     """Upper bound on the test problems."""
     max_ood: int | None = Field(None, ge=1)
     """Upper bound on the problems of the other rule."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of splits, order of cards and demonstrations: the data's, apart from run.seed. A base checkpoint is clean of the
     test hands of one such seed only."""
 
@@ -89,8 +165,10 @@ class GeneralPointsConfig(Section):
             raise ValueError(
                 f"targets must be two numbers low <= high from 0 to {MAX_TARGET}, got {list(self.targets)}"
             )
-        if self.card_size[0] < 8 or self.card_size[1] < 16:
-            raise ValueError(f"card_size must be width and height, at least 8 x 16 pixels, got {list(self.card_size)}")
+        if not (8 <= self.card_size[0] <= 4096 and 16 <= self.card_size[1] <= 4096):
+            raise ValueError(
+                f"card_size must be width and height, at least 8 x 16 pixels and at most 4096, got {list(self.card_size)}"
+            )
         if self.val_share + self.test_share >= 1:
             raise ValueError(
                 f"val_share + test_share must leave hands for training, got {self.val_share} + {self.test_share}"
@@ -107,7 +185,7 @@ class VirlConfig(Section):
     """Another such folder, of another city, for the split visual_ood."""
     views: bool = False
     """Show pictures in place of the landmarks' words: a vision-language policy is needed."""
-    view_size: int = Field(112, ge=16)
+    view_size: int = Field(112, ge=16, le=2048)
     """Side of one of the four views of a picture, in pixels."""
     answer_format: Literal["json", "compact"] = "json"
     """json: fields current observation, current instruction, action; compact: bare words, for tiny models."""
@@ -118,19 +196,19 @@ class VirlConfig(Section):
     """Answers judged at one point before it is passed over."""
     legs: tuple[int, int] = (3, 5)
     """Fewest and most legs of a generated route."""
-    cities: int = Field(4, ge=1)
+    cities: int = Field(4, ge=1, le=1000)
     """Cities generated, and as many others for visual_ood."""
-    spacing: float = Field(35.0, gt=0)
+    spacing: float = Field(35.0, gt=0, le=1e6)
     """Metres between the points of a generated route."""
-    leg_points: int = Field(2, ge=0)
+    leg_points: int = Field(2, ge=0, le=1000)
     """Points between the ends of a leg of a published route."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of cities, routes and splits: the data's, apart from run.seed."""
-    num_train: int = Field(1000, ge=1)
+    num_train: int = Field(1000, ge=1, le=10**7)
     """Generated training routes."""
-    num_val: int = Field(128, ge=1)
+    num_val: int = Field(128, ge=1, le=10**7)
     """Generated validation routes."""
-    num_test: int = Field(200, ge=1)
+    num_test: int = Field(200, ge=1, le=10**7)
     """Generated test routes; ood and visual_ood have as many."""
     val_share: float = Field(0.1, gt=0, lt=1)
     """Share of the published routes held out for validation."""
@@ -184,9 +262,9 @@ class MathConfig(Section):
     """Share of the problems held out for the split test."""
     max_train: int | None = Field(None, ge=1)
     """Problems read at most; default: all."""
-    max_prompt_tokens: int = Field(1024, ge=1)
+    max_prompt_tokens: Tokens = 1024
     """Longer problems are left out."""
-    max_demo_tokens: int = Field(8192, ge=1)
+    max_demo_tokens: Tokens = 8192
     """Longer demonstrations are left out, their problems kept."""
 
     @model_validator(mode="after")
@@ -211,7 +289,7 @@ class TaskConfig(Section):
 class LoraConfig(Section):
     """Training of small factors beside frozen linear layers (peft); off at rank 0."""
 
-    rank: int = Field(0, ge=0)
+    rank: int = Field(0, ge=0, le=65536)
     """Rank of the factors; 0 trains the weights themselves."""
     alpha: float | None = Field(None, gt=0)
     """The factors' product counts alpha / rank times; default: 2 rank."""
@@ -230,7 +308,7 @@ class ModelConfig(Section):
     """Type of the parameters in the forward pass; auto: bf16 on CUDA (with fp32 master weights), fp32 on CPU."""
     rope_theta: float | None = Field(None, gt=0)
     """Base of the rotary position embedding, instead of the checkpoint's (40000 stretches Qwen2.5-Math to 16 k tokens)."""
-    max_position_embeddings: int | None = Field(None, ge=1)
+    max_position_embeddings: Tokens | None = None
     """Longest context, instead of the checkpoint's."""
     vision: Literal["trained", "projector", "frozen"] = "trained"
     """What of a vision-language model's eyes is trained. projector: what carries the tower's output into the language model,
@@ -255,12 +333,12 @@ class TrainConfig(Section):
 
     method: Literal[tuple(METHODS)] = "amft"
     """amft learns mu; fixed, linear and cosine are schedules of mu; sft, rl and sft_then_rl are what they say."""
-    steps: int = Field(200, ge=1)
+    steps: int = Field(200, ge=1, le=10**9)
     """Steps after the warm-up. A step draws rollouts once and makes `minibatches_per_rollout` updates."""
     token_budget: int | None = Field(None, ge=1)
     """End after so many tokens instead of `steps`: tokens sampled plus tokens trained on, the controller's own included.
     Schedules and evaluations are then spread over the budget as they are over `steps` otherwise."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=10**9)
     """Updates on demonstrations alone before the first step; the entropy target is measured after them."""
     lr: float = Field(1e-6, gt=0)
     """Peak learning rate of the policy."""
@@ -272,13 +350,13 @@ class TrainConfig(Section):
     """Steps over which the learning rate rises from 0."""
     sft_share: float = Field(0.3, gt=0, lt=1)
     """Share of the steps that sft_then_rl spends on demonstrations."""
-    prompts_per_step: int = Field(64, ge=1)
+    prompts_per_step: Rows = 64
     """Prompts per rollout; each is answered rollout.num_generations times."""
-    demos_per_step: int = Field(64, ge=1)
+    demos_per_step: Rows = 64
     """Demonstrations per step, shared out over the minibatches."""
-    minibatches_per_rollout: int = Field(1, ge=1)
+    minibatches_per_rollout: Rows = 1
     """Optimizer updates per rollout. With 1 the ratio is 1 and the clip never acts."""
-    micro_batch_tokens: int = Field(16384, ge=1)
+    micro_batch_tokens: int = Field(16384, ge=1, le=2**31 - 1)
     """Bound on the tokens (padding included) of one forward pass; changes memory and speed, never the result."""
     packing: bool | None = None
     """Pack sequences into rows without padding, a prompt's answers sharing its tokens; default: where attention allows it."""
@@ -292,7 +370,7 @@ class TrainConfig(Section):
     """Decoupled weight decay on matrices (not on norms and biases)."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradient clipping by global norm."""
-    data_workers: int = Field(2, ge=0)
+    data_workers: int = Field(2, ge=0, le=256)
     """Threads that read and tokenise the next step's demonstrations while a step runs; 0: none."""
     max_bad_steps: int = Field(5, ge=1)
     """Stop, with the state saved, after so many updates in a row whose loss or gradient was not finite."""
@@ -395,9 +473,9 @@ class MetaConfig(Section):
     utility: Literal["reward", "nll", "hybrid"] = "reward"
     """reward: policy gradient on rollouts of held-out prompts; nll: likelihood of held-out demonstrations; hybrid: reward,
     and the demonstration where no rollout of a prompt succeeds."""
-    prompts: int = Field(128, ge=2)
+    prompts: int = Field(128, ge=2, le=2**20)
     """Validation prompts that the utility is taken on."""
-    num_generations: int = Field(8, ge=2)
+    num_generations: int = Field(8, ge=2, le=2**20)
     """Rollouts per validation prompt."""
     refresh_share: float = Field(0.125, gt=0, le=1)
     """Share of the cached rollouts redrawn for each new utility gradient, oldest first; 1: all of them."""
@@ -419,7 +497,7 @@ class VllmConfig(Section):
 
     mode: Literal["colocate", "server"] = "colocate"
     """colocate: one engine per trainer process, on its device; server: servers apart, spoken to over HTTP."""
-    num_servers: int = Field(1, ge=1)
+    num_servers: int = Field(1, ge=1, le=1024)
     """Servers that the trainer starts itself (mode server without `urls`)."""
     urls: list[str] = []
     """Servers that run already (http://HOST:PORT), instead of starting any; docs/rollouts.md says how they must be started."""
@@ -429,35 +507,35 @@ class VllmConfig(Section):
     """Where started servers listen, and where the weights' process group meets. Other than localhost it needs `api_key_env`."""
     api_key_env: str = ""
     """Environment variable with the servers' API key; default: a random key per started server."""
-    python: str = ""
+    python: FilePath = ""
     """Python that runs started servers, where vLLM lives in an environment of its own; default: the trainer's."""
     backend: Literal["auto", "nccl", "ipc", "gloo"] = "auto"
     """How weights travel; auto: gloo on a CPU, ipc to a colocated engine on a GPU, nccl to servers on other GPUs."""
-    bucket_bytes: int = Field(1 << 28, ge=1 << 10)
+    bucket_bytes: int = Field(1 << 28, ge=1 << 10, le=1 << 40)
     """Size of the packed buckets that weights travel in."""
-    tensor_parallel_size: int = Field(1, ge=1)
+    tensor_parallel_size: int = Field(1, ge=1, le=1024)
     """GPUs per engine."""
     gpu_memory_utilization: float = Field(0.5, gt=0, lt=1)
     """Share of a GPU's memory for the engine (a colocated one gives it back while the trainer works)."""
     kv_cache_bytes: int | None = Field(None, ge=1 << 20)
     """Memory for keys and values, instead of a share of the GPU; default on a CPU: 256 MiB."""
-    max_model_len: int | None = Field(None, ge=2)
+    max_model_len: int | None = Field(None, ge=2, le=2**24)
     """Longest prompt with its answer; default: the model's own bound."""
-    max_num_seqs: int = Field(256, ge=1)
+    max_num_seqs: Rows = 256
     """Sequences that an engine decodes at once."""
     enforce_eager: bool | None = None
     """No CUDA graphs and no compilation; default: on a CPU only."""
     sleep: bool = True
     """Whether a colocated engine on a GPU gives its memory back while the trainer works."""
-    start_timeout_s: float = Field(600.0, gt=0)
+    start_timeout_s: Seconds = 600.0
     """How long a server may take to come up."""
-    call_timeout_s: float = Field(60.0, gt=0)
+    call_timeout_s: Seconds = 60.0
     """Bound of every control call, and of a whole transfer of weights."""
-    generate_timeout_s: float = Field(1800.0, gt=0)
+    generate_timeout_s: Seconds = 1800.0
     """Bound of one request for a prompt's answers."""
-    health_every_s: float = Field(5.0, gt=0)
+    health_every_s: Seconds = 5.0
     """Seconds between health checks while rollouts are drawn."""
-    health_timeout_s: float = Field(10.0, gt=0)
+    health_timeout_s: Seconds = 10.0
     """A server that does not answer its health check in this time counts as hung."""
     max_retries: int = Field(3, ge=0)
     """How often one batch of rollouts, or one transfer of weights, is tried again."""
@@ -487,9 +565,9 @@ class RolloutConfig(Section):
     server)."""
     mismatch_warn: float = Field(0.05, gt=0)
     """Mean |log-prob difference| between rollout engine and trainer from which on a step warns."""
-    num_generations: int = Field(8, ge=1)
+    num_generations: Rows = 8
     """Answers per prompt: the group of group-relative advantages."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: Temperature = 1.0
     """Sampling temperature; the loss uses the same."""
     top_p: float = 1.0
     """Must stay 1: the trainer cannot reproduce a truncated distribution (evaluation may truncate, see eval.top_p)."""
@@ -497,16 +575,16 @@ class RolloutConfig(Section):
     """Must stay 0, as top_p must stay 1."""
     min_p: float = 0.0
     """Must stay 0, as top_p must stay 1."""
-    max_new_tokens: int = Field(1024, ge=1)
+    max_new_tokens: Tokens = 1024
     """Bound on the tokens of one turn."""
-    max_batch: int = Field(512, ge=1)
+    max_batch: Rows = 512
     """Sequences decoded at once by the transformers engine; changes memory and speed only."""
     max_batch_tokens: int | None = Field(None, ge=1)
     """Bound on the tokens (prompts padded to the longest, plus max_new_tokens each) of the sequences that the transformers
     engine decodes at once: prompts come in buckets by length. Changes memory and speed only; default: max_batch alone."""
     dynamic_sampling: bool = False
     """Replace groups whose rewards are all equal, which teach nothing, by groups of the next prompts."""
-    max_redraws: int = Field(3, ge=1)
+    max_redraws: int = Field(3, ge=1, le=1000)
     """How often in a step dynamic sampling replaces; groups that are flat then stay."""
 
     @model_validator(mode="after")
@@ -548,9 +626,9 @@ class EvalConfig(Section):
     """Splits evaluated at the start and the end; default: all that the task has."""
     schedule_splits: list[str] = ["val"]
     """Splits evaluated on the schedule."""
-    num_samples: int = Field(8, ge=1)
+    num_samples: Rows = 8
     """Sampled answers per prompt; sampled success is their mean, pass@k is taken with k = num_samples."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: Temperature = 1.0
     """Temperature of the sampled answers."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus of the sampled answers."""
@@ -558,7 +636,7 @@ class EvalConfig(Section):
     """Upper bound on the prompts per split; default: all of them."""
     schedule_max_prompts: int | None = Field(128, ge=1)
     """The same for the scheduled evaluations."""
-    schedule_num_samples: int = Field(4, ge=1)
+    schedule_num_samples: Rows = 4
     """Sampled answers per prompt in the scheduled evaluations."""
 
 

@@ -7,14 +7,26 @@ import glob
 import json
 import os
 import re
+import reprlib
 import tomllib
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from amft_fast.config import FILE, Config
+from amft_fast.config import FILE, Config, clean_path
 from amft_fast.errors import UserError
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def short(value: Any) -> str:
+    """A value as a message shows it, cut where it is long."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # a whole number of too many digits to print
+        return "a number of thousands of digits"
 
 
 def setting_names(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -44,16 +56,25 @@ def _did_you_mean(name: str, known: list[str]) -> str:
 def _explain(error: ValidationError, source: str) -> UserError:
     """One line per mistake: which setting, what was got, what is expected."""
     known = setting_names(Config)
-    lines = []
+    # By setting: of a list's items, and of the kinds that a value may have, the first mistake.
+    lines: dict[str, str] = {}
     for e in error.errors():
-        name = ".".join(str(p) for p in e["loc"])
+        parts = [str(p) for p in e["loc"]]
+        name = next((n for k in range(len(parts), 0, -1) if (n := ".".join(parts[:k])) in known), ".".join(parts))
         if e["type"] == "extra_forbidden":
-            lines.append(f"unknown setting {name}{_did_you_mean(name, known)}")
+            text = f"unknown setting {_cut(name)}{_did_you_mean(_cut(name), known)}"
         elif e["type"] == "value_error":
-            lines.append(f"{name + ': ' if name else ''}{e['ctx']['error']!s}")
+            text = f"{name + ': ' if name else ''}{e['ctx']['error']!s}"
         else:
-            lines.append(f"{name}: {e['msg'][0].lower() + e['msg'][1:]}, got {e['input']!r}")
-    return UserError(f"{source}: " + "\n".join(lines))
+            text = f"{name}: {e['msg'][0].lower() + e['msg'][1:]}, got {short(e['input'])}"
+        lines.setdefault(name, text)
+    return UserError(f"{source}: " + "\n".join(lines.values()))
+
+
+def _cut(name: str) -> str:
+    """A name as a message shows it."""
+    text = name if name.isprintable() and name else repr(name)
+    return text if len(text) <= 100 else text[:100] + "..."
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -63,6 +84,36 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
         out[key] = _merge(out[key], value) if both else value
     return out
+
+
+def split_flags(args: list[str]) -> tuple[list[str], list[str]]:
+    """A command line as (what is no setting, the settings as --section.field=value, or without = where no value follows).
+
+    A setting's value is the next argument; a yes/no setting alone means true.
+    """
+    rest, flags = [], []
+    i = 0
+    while i < len(args):
+        arg, i = args[i], i + 1
+        name, equals, _ = arg.partition("=")
+        if not re.fullmatch(r"--[^\s.]+(\.[^\s.]+)+", name):
+            rest.append(arg)
+            continue
+        following = args[i] if i < len(args) else None
+        if equals:
+            flags.append(arg)
+        elif _is_bool(name) and (following is None or following.lower() not in _TRUTH):
+            flags.append(f"{name}=true")
+        elif following is None or following.startswith("--"):
+            flags.append(name)
+        else:
+            flags.append(f"{name}={following}")
+            i += 1
+    return rest, flags
+
+
+# What may follow a yes/no setting; anything else after it is the next argument.
+_TRUTH = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "1", "0", "null")
 
 
 def parse_flags(flags: list[str]) -> dict[str, Any]:
@@ -77,21 +128,31 @@ def parse_flags(flags: list[str]) -> dict[str, Any]:
         pass
 
     known = setting_names(Config)
-    args: list[str] = []
-    for i, flag in enumerate(flags):
-        args.append(flag)
-        if _is_bool(flag) and (i + 1 == len(flags) or flags[i + 1].startswith("--")):
-            args.append("true")
+    rest, settings = split_flags(flags)
+    none = {name[2:]: None for name, _, value in (s.partition("=") for s in settings) if value == "null"}
+    given = [s for s in settings if s.partition("=")[0][2:] not in none or s.partition("=")[0][2:] not in known]
     try:
-        return CliSettingsSource(Flags, cli_parse_args=args, cli_exit_on_error=False)()
+        values = CliSettingsSource(Flags, cli_parse_args=given + rest, cli_exit_on_error=False)()
     except SettingsError as e:
         text = str(e).removeprefix("error parsing CLI: ")
         unknown = re.match(r"unrecognized arguments: --?([^\s=]+)", text)
+        section = re.match(r'error parsing value for field "(\w+)"', text)
         if unknown:
-            text = f"unknown flag --{unknown[1]}{_did_you_mean(unknown[1], known)}"
+            text = f"unknown flag --{_cut(unknown[1])}{_did_you_mean(_cut(unknown[1]), known)}"
         elif text.startswith("unrecognized arguments"):
             text += "; settings are given as --section.field value"
-        raise UserError(text) from None
+        elif section:
+            named = " ".join(s for s in given if s.startswith(f"--{section[1]}")) or f"--{section[1]}"
+            text = f"{_cut(named)}: no value of this setting; lists are given as JSON, for example '[1, 2]'"
+        raise UserError(text if len(text) < 500 else text[:500] + "...") from None
+    for name in none:
+        if name in known:
+            *sections, leaf = name.split(".")
+            at = values
+            for part in sections:
+                at = at.setdefault(part, {})
+            at[leaf] = None
+    return values
 
 
 def _is_bool(flag: str) -> bool:
@@ -111,22 +172,35 @@ def load(path: str | Path | None, flags: list[str] | None = None) -> Config:
     Raises `UserError`: file missing or not TOML (with its line), unknown key or flag (with the nearest known one), wrong
     type or range, settings that contradict each other.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            with open(path, "rb") as f:
-                values = tomllib.load(f)
-        except FileNotFoundError:
-            raise UserError(f"no config file {str(path)!r}; see the configs/ folder for examples") from None
-        except IsADirectoryError:
-            raise UserError(f"{str(path)!r} is a folder, not a TOML file") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-            raise UserError(f"{path} is not valid TOML: {e}") from None
+    over = parse_flags(flags or [])
+    source = "config" if path is None else str(path)
     try:
-        config = Config.model_validate(_merge(values, parse_flags(flags or [])))
+        config = Config.model_validate(_merge({} if path is None else _read(str(path)), over))
     except ValidationError as e:
-        raise _explain(e, str(path) if path else "config") from None
+        raise _explain(e, source) from None
+    except RecursionError:
+        raise UserError(f"{source}: values are nested too deeply") from None
     return config if path is None else _resolve_paths(config, Path(path).resolve().parent)
+
+
+def _read(path: str) -> dict[str, Any]:
+    """The values of a TOML file."""
+    try:
+        with open(clean_path(path), "rb") as f:
+            text = f.read().decode("utf-8-sig")
+        return tomllib.loads(text)
+    except FileNotFoundError:
+        raise UserError(f"no config file {path!r}; see the configs/ folder for examples") from None
+    except IsADirectoryError:
+        raise UserError(f"{path!r} is a folder, not a TOML file") from None
+    except OSError as e:
+        raise UserError(f"config {path!r} cannot be read: {e.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not valid TOML: {e}") from None
+    except RecursionError:
+        raise UserError(f"{path} is not valid TOML: it is nested too deeply") from None
+    except ValueError as e:  # of the path, or a number of thousands of digits
+        raise UserError(f"config {short(path)}: {e}") from None
 
 
 def is_there(path: str) -> bool:
@@ -162,7 +236,8 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
-    return json.dumps(value)
+    # TOML allows no half of a surrogate pair, which JSON writes for what lies beyond 16 bits, and no raw DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def to_toml(config: Config) -> str:

@@ -200,11 +200,6 @@ def machine_of(cfg: Config, args: Any) -> tuple[Machine, list[str]]:
     gpus = args.gpus or max(here, 1)
     if cfg.engine.kind == "local" and gpus > 1:
         notes.append(f"engine.kind local trains on one GPU, {gpus - 1} of {gpus} would be idle")
-    for name in ("gpus", "gpu_memory", "prompt_tokens", "response_tokens", "peak_tflops", "mfu"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name):g}")
-    if args.image_tokens < 0:
-        raise UserError(f"--image-tokens must not be negative, got {args.image_tokens}")
     machine = Machine(
         gpus=gpus,
         memory=args.gpu_memory * GB if args.gpu_memory else memory,
