@@ -9,6 +9,7 @@ import os
 import re
 import reprlib
 import tomllib
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -116,23 +117,33 @@ def split_flags(args: list[str]) -> tuple[list[str], list[str]]:
 _TRUTH = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "1", "0", "null")
 
 
+@cache
+def _settings() -> type:
+    """The config as pydantic-settings wants it."""
+    from pydantic_settings import BaseSettings
+
+    class Flags(BaseSettings, Config):
+        pass
+
+    return Flags
+
+
 def parse_flags(flags: list[str]) -> dict[str, Any]:
     """`["--train.lr", "1e-4", "--run.overwrite"]` as a nested dict of the settings given.
 
     `--name=value` works too, lists are JSON, `null` is none, and a yes/no setting alone means true. Unknown names raise
     `UserError` with the nearest known one.
     """
-    from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
-
-    class Flags(BaseSettings, Config):
-        pass
+    if not flags:
+        return {}
+    from pydantic_settings import CliSettingsSource, SettingsError
 
     known = setting_names(Config)
     rest, settings = split_flags(flags)
     none = {name[2:]: None for name, _, value in (s.partition("=") for s in settings) if value == "null"}
     given = [s for s in settings if s.partition("=")[0][2:] not in none or s.partition("=")[0][2:] not in known]
     try:
-        values = CliSettingsSource(Flags, cli_parse_args=given + rest, cli_exit_on_error=False)()
+        values = CliSettingsSource(_settings(), cli_parse_args=given + rest, cli_exit_on_error=False)()
     except SettingsError as e:
         text = str(e).removeprefix("error parsing CLI: ")
         unknown = re.match(r"unrecognized arguments: --?([^\s=]+)", text)
@@ -144,6 +155,7 @@ def parse_flags(flags: list[str]) -> dict[str, Any]:
         elif section:
             named = " ".join(s for s in given if s.startswith(f"--{section[1]}")) or f"--{section[1]}"
             text = f"{_cut(named)}: no value of this setting; lists are given as JSON, for example '[1, 2]'"
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
         raise UserError(text if len(text) < 500 else text[:500] + "...") from None
     for name in none:
         if name in known:
