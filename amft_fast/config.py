@@ -665,6 +665,8 @@ class ProfileConfig(Section):
     """Steps to profile; the report is printed and the traces are written to `profile/` in the run's folder."""
     skip: int = Field(2, ge=0)
     """Steps before the first profiled one."""
+    rollouts: bool = False
+    """Record the operations of rollouts too: several megabytes for each token that is decoded."""
 
 
 class CheckpointConfig(Section):

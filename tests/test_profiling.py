@@ -16,6 +16,18 @@ def test_kinds_of_operations():
     assert profiling.peak_flops(torch.device("cpu")) > 0
 
 
+def trace(folder):
+    return json.loads((folder / "profile" / "trace.json").read_text())["traceEvents"]
+
+
+def within(events, phase):
+    """The names of what happened inside a phase, other phases apart."""
+    spans = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("name") == phase and e.get("ph") == "X"]
+    assert spans
+    inside = [e for e in events if any(a < e.get("ts", a) < b for a, b in spans) and e.get("cat") != "overhead"]
+    return {e["name"] for e in inside if not e["name"].startswith("amft.")}
+
+
 def test_a_profiled_run_says_where_the_time_went(tmp_path, checkpoint_folder, capsys):
     flags = ["--profile.steps", "2", "--profile.skip", "1", "--train.steps", "4", "--train.warmup_steps", "0"]
     assert (
@@ -33,9 +45,19 @@ def test_a_profiled_run_says_where_the_time_went(tmp_path, checkpoint_folder, ca
         "optimizer moments",
     ):
         assert word in text, word
-    trace = json.loads((tmp_path / "profile" / "trace.json").read_text())
-    traced = {e.get("name") for e in trace["traceEvents"]}
+    events = trace(tmp_path)
+    traced = {e.get("name") for e in events}
     assert {"amft.update", "amft.rollout", "aten::mm"} <= traced
     # Which operations are the dearest depends on what else the machine does; that those named did run does not.
     dearest = [row.split()[0] for row in text.partition("  operation\n")[2].splitlines()[: profiling.TOP]]
     assert len(dearest) == profiling.TOP and set(dearest) <= traced
+    assert "rollouts are made of is left out" in text and not within(events, "amft.rollout")
+    assert {"aten::mm", "[memory]"} <= within(events, "amft.update")
+
+
+def test_rollouts_are_recorded_when_asked_for(tmp_path, checkpoint_folder, capsys):
+    flags = ["--profile.steps", "1", "--profile.skip", "0", "--train.steps", "1", "--train.warmup_steps", "0"]
+    flags += ["--profile.rollouts", "--eval.every", "0", "--checkpoint.keep_best", "false"]
+    assert train(cfg_for(tmp_path, checkpoint_folder, *flags)) == 0
+    assert "left out" not in capsys.readouterr().out
+    assert {"aten::mm", "[memory]"} <= within(trace(tmp_path), "amft.rollout")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Phases:
         self.cuda = device.type == "cuda"
         self.spans: list[tuple[str, Any, Any]] = []
         self.depth = 0
+        self.inside: Callable[[str], AbstractContextManager] = lambda name: nullcontext()  # entered in each phase
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -35,7 +36,7 @@ class Phases:
         if self.cuda:
             torch.cuda.nvtx.range_push(name)
         try:
-            with record_function(RANGE + name):
+            with record_function(RANGE + name), self.inside(name):
                 yield
         finally:
             if self.cuda:

@@ -30,8 +30,8 @@ class Loop:
         self.recorder = Recorder(cfg, parts, files)
         self.profiler = None
         if cfg.profile.steps:
-            folder = files.folder / "profile"
-            self.profiler = StepProfiler(folder, cfg.profile.steps, cfg.profile.skip, parts.engine.device)
+            folder, p = files.folder / "profile", cfg.profile
+            self.profiler = StepProfiler(folder, p.steps, p.skip, parts.engine.device, self.phases, p.rollouts)
         self.saved_step = -1
         self.wall_before = 0.0
         self.started = time.perf_counter()

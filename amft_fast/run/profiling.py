@@ -3,18 +3,25 @@
 Writes `profile/trace.json` (for ui.perfetto.dev; with the phases' names), on a GPU also `profile/memory.pickle` (for
 pytorch.org/memory_viz), and prints the top of both: seconds by phase, by kind of operation and by operation, the share of
 matrix products, MFU (their operations over all the time), and the peak by category.
+
+Rollouts are timed, and their operations left out: each decoded token has as many as a forward pass of a whole micro-batch, and
+they alone filled a trace that no viewer opens. `--profile.rollouts` records them too.
 """
 
 from __future__ import annotations
 
+import json
 import time
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from amft_fast.engine.phases import RANGE
+from amft_fast.engine.phases import RANGE, Phases
 
 # Kinds by what an operation's name holds, first match wins.
 KINDS = (
@@ -31,6 +38,9 @@ KINDS = (
     ("softmax and loss head", ("softmax", "logprob", "policy", "slab", "logsumexp")),
 )
 TOP = 10
+LEFT_OUT = ("rollout", "eval")  # phases that sample
+# Toggled all together: torch warns when one kind is left on.
+KINDS_OF_ACTIVITY = (ProfilerActivity.CPU, ProfilerActivity.CUDA, ProfilerActivity.XPU)
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
 
@@ -40,13 +50,36 @@ def kind_of(name: str) -> str:
 
 
 class StepProfiler:
-    """Profiles `steps` whole steps after `skip` others: `begin` before each step, `done` after it."""
+    """Profiles `steps` whole steps after `skip` others: `begin` before each step, `done` after it.
 
-    def __init__(self, folder: Path, steps: int, skip: int, device: torch.device) -> None:
+    Operations in the phases of LEFT_OUT are recorded only with `rollouts`.
+    """
+
+    def __init__(
+        self, folder: Path, steps: int, skip: int, device: torch.device, phases: Phases, rollouts: bool = False
+    ) -> None:
         self.folder, self.steps, self.left, self.skip = folder, steps, steps, skip
         self.cuda = device.type == "cuda"
         self.profiler: profile | None = None
         self.tokens, self.seconds = 0, 0.0
+        self.rollouts, self.sampled_s, self.paused = rollouts, 0.0, False
+        if not rollouts:
+            phases.inside = self._inside
+
+    @contextmanager
+    def _inside(self, phase: str) -> Iterator[None]:
+        """Pauses the profiler in phases that sample."""
+        if self.profiler is None or self.paused or phase not in LEFT_OUT:
+            yield
+            return
+        profiler, self.paused, begin = self.profiler, True, time.perf_counter()
+        profiler.toggle_collection_dynamic(False, KINDS_OF_ACTIVITY)
+        try:
+            yield
+        finally:
+            profiler.toggle_collection_dynamic(True, KINDS_OF_ACTIVITY)
+            self.paused = False
+            self.sampled_s += time.perf_counter() - begin if phase == "rollout" else 0.0
 
     def begin(self) -> None:
         if self.left and self.skip <= 0 and self.profiler is None:
@@ -74,6 +107,8 @@ class StepProfiler:
         profiler.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self.folder / "trace.json"))
+        if not (self.rollouts or self.cuda):  # a GPU's memory is not recorded in the trace
+            _drop_memory_events(self.folder / "trace.json")
         peak = live_peak(profiler)
         if self.cuda:
             peak = torch.cuda.max_memory_allocated()
@@ -92,17 +127,31 @@ class StepProfiler:
         for e in events:
             kinds[kind_of(e.key)] = kinds.get(kind_of(e.key), 0.0) + own(e)
         lines = [f"profile of {self.steps} steps: {self.seconds:.2f} s, {self.tokens / self.seconds:,.0f} tokens/s"]
+        lines += [] if self.rollouts else ["  what rollouts are made of is left out; --profile.rollouts records it"]
         lines += _rows("phase", {n: t / 1e6 for n, t in phases.items()}, self.seconds)
         lines += _rows("kind of operation", {n: t / 1e6 for n, t in kinds.items()}, total / 1e6)
         top = sorted(events, key=own, reverse=True)[:TOP]
         lines += _rows("operation", {e.key[:60]: own(e) / 1e6 for e in top}, total / 1e6)
         done, best = sum(e.flops for e in events), peak_flops(torch.device("cuda" if self.cuda else "cpu"))
         if best:
-            mfu = done / self.seconds / best
-            lines.append(
-                f"  MFU {mfu:.1%}: {done / self.seconds / 1e9:,.1f} of {best / 1e9:,.0f} GFLOP/s over the whole step"
-            )
+            rate = done / max(self.seconds - self.sampled_s, 1e-9)
+            over = "the whole step" if self.rollouts else "the step but for its rollouts"
+            lines.append(f"  MFU {rate / best:.1%}: {rate / 1e9:,.1f} of {best / 1e9:,.0f} GFLOP/s over {over}")
         return "\n".join([*lines, *_memory(peak, static), f"  written to {self.folder}"])
+
+
+def _drop_memory_events(path: Path) -> None:
+    """Takes out of a trace the records of the allocator within phases that were left out: pausing does not stop those."""
+    trace = json.loads(path.read_text())
+    names = {RANGE + phase for phase in LEFT_OUT}
+    spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in trace["traceEvents"] if e.get("name") in names and "dur" in e)
+
+    def inside(event: dict[str, Any]) -> bool:
+        at = bisect_right(spans, (event["ts"], float("inf"))) - 1
+        return at >= 0 and event["ts"] <= spans[at][1]
+
+    trace["traceEvents"] = [e for e in trace["traceEvents"] if e.get("name") != "[memory]" or not inside(e)]
+    path.write_text(json.dumps(trace))
 
 
 def peak_flops(device: torch.device) -> float:
