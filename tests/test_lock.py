@@ -1,0 +1,77 @@
+"""Two runs in one folder: the second is told whose it is."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from amft_fast.errors import UserError
+from amft_fast.run import lock
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from amft_fast.run.lock import locked
+with locked(Path(sys.argv[1])):
+    child = os.fork() if "fork" in sys.argv else 1
+    if child:
+        print("held", child, flush=True)
+    time.sleep(600)
+"""
+
+
+def hold(folder, *options):
+    """Another process that holds the folder."""
+    root = str(Path(__file__).parent.parent)
+    env = os.environ | {"PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), *options], stdout=subprocess.PIPE, text=True, env=env
+    )
+    word, child = process.stdout.readline().split()
+    assert word == "held"
+    return process, int(child)
+
+
+def test_the_second_is_told_whose_the_folder_is_and_a_death_gives_it_back(tmp_path):
+    folder = tmp_path / "runs" / "x"
+    process, _ = hold(folder)
+    with pytest.raises(UserError, match=rf"in use by process {process.pid} on .*--run.dir"), lock.locked(folder):
+        pytest.fail("both hold it")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with lock.locked(folder, pytest.fail):
+        assert str(os.getpid()) in (folder / lock.FILE).read_text()
+    assert (folder / lock.FILE).read_text() == ""
+
+
+def test_a_child_that_outlives_it_does_not_hold_the_folder(tmp_path):
+    """The workers of a data loader, say."""
+    process, child = hold(tmp_path, "fork")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    try:
+        with lock.locked(tmp_path, pytest.fail):
+            os.kill(child, 0)  # it lives
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    def none(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", none)
+    said = []
+    with lock.locked(tmp_path, said.append):
+        pass
+    assert len(said) == 1 and "No locks available" in said[0]
+
+
+def test_a_folder_that_cannot_be_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written: Not a directory"), lock.locked(tmp_path / "file" / "run"):
+        pass
