@@ -28,7 +28,6 @@ from amft_fast.model.layers import checkpoint_layers
 from amft_fast.model.policy import Policy
 from amft_fast.rollout.transformers import TransformersEngine
 from amft_fast.run.build import build
-from amft_fast.run.folder import prepare_folder
 from amft_fast.run.loop import Loop
 from amft_fast.run.writers import RunFiles
 
@@ -258,7 +257,8 @@ def test_peak_of_a_whole_run(flags, tmp_path):
     peaks = {}
     with LiveMemory() as live:
         parts = build(cfg, lambda: False)
-        files = RunFiles(prepare_folder(cfg, False), cfg, steps, 0)
+        files = RunFiles(tmp_path, cfg, steps)
+        files.open(0)
         loop = Loop(cfg, parts, files)
         trainer = loop.trainer
 

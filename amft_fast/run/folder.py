@@ -5,38 +5,68 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import transformers
+from pydantic import BaseModel
 
 from amft_fast import __version__
 from amft_fast.config import Config
-from amft_fast.config_file import to_toml
+from amft_fast.config_file import load, to_toml
 from amft_fast.doctor.installed import cpu_name
 from amft_fast.errors import UserError
+from amft_fast.run.writers import replace_text
 
 
-def prepare_folder(cfg: Config, resume: bool) -> Path:
-    """The run's folder. An earlier run there is an error, unless it is resumed or may be overwritten."""
+def check_folder(cfg: Config, resume: bool) -> None:
+    """Raises UserError when an earlier run is there that is neither to be resumed nor to be overwritten."""
+    if (Path(cfg.run.dir) / "metrics.jsonl").exists() and not resume and not cfg.run.overwrite:
+        raise UserError(
+            f"run.dir {cfg.run.dir!r} holds an earlier run: go on with --resume, take another --run.dir, or delete it with "
+            "--run.overwrite"
+        )
+
+
+def take_folder(cfg: Config, resume: bool) -> list[str]:
+    """Makes the folder this run's, once nothing can refuse it any more: what is to be overwritten goes, the config is written.
+
+    Returns the settings that a resumed run had otherwise before, as `name old -> new`. Raises UserError when it cannot be
+    written.
+    """
     folder = Path(cfg.run.dir)
+    changes = changed_settings(folder, cfg) if resume else []
     try:
-        if (folder / "metrics.jsonl").exists() and not resume:
-            if not cfg.run.overwrite:
-                raise UserError(
-                    f"run.dir {str(folder)!r} holds an earlier run: go on with --resume, take another --run.dir, or delete it "
-                    "with --run.overwrite"
-                )
+        folder.mkdir(parents=True, exist_ok=True)
+        if not resume:
             for name in ("checkpoints", "tb", "model"):
                 shutil.rmtree(folder / name, ignore_errors=True)
             for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl", "summary.json", "report.html", "report.png"):
                 (folder / name).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(to_toml(cfg))
-        (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
     except OSError as e:
-        raise UserError(f"run.dir {str(folder)!r} cannot be written: {e.strerror}") from None
-    return folder
+        raise UserError(f"run.dir {cfg.run.dir!r} cannot be written: {e.strerror}") from None
+    replace_text(folder / "config.toml", to_toml(cfg))
+    replace_text(folder / "environment.json", json.dumps(environment(), indent=1))
+    return changes
+
+
+def changed_settings(folder: Path, cfg: Config) -> list[str]:
+    """`name old -> new` of the settings in which a config differs from that of the run in `folder`, its place apart."""
+    try:
+        before = load(folder / "config.toml")
+    except UserError:  # none there, or of another version: nothing to compare with
+        return []
+
+    def pairs(old: BaseModel, new: BaseModel, prefix: str) -> Iterator[str]:
+        for name in type(new).model_fields:
+            a, b = getattr(old, name), getattr(new, name)
+            if isinstance(b, BaseModel):
+                yield from pairs(a, b, f"{prefix}{name}.")
+            elif a != b and prefix + name not in ("run.dir", "run.overwrite"):
+                yield f"{prefix}{name} {a} -> {b}"
+
+    return list(pairs(before, cfg, ""))
 
 
 def environment() -> dict[str, str]:

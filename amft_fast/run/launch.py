@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from amft_fast.config import Config
 from amft_fast.controller import inert
@@ -18,10 +21,11 @@ from amft_fast.report.page import write_report
 from amft_fast.rollout.context import check_demos
 from amft_fast.run import checkpoint
 from amft_fast.run.build import build
-from amft_fast.run.folder import prepare_folder
+from amft_fast.run.folder import check_folder, take_folder
+from amft_fast.run.lock import locked
 from amft_fast.run.loop import Loop
 from amft_fast.run.signals import StopSignal
-from amft_fast.run.writers import NoFiles, RunFiles
+from amft_fast.run.writers import NoFiles, RunFiles, replace_text
 from amft_fast.train import Parts
 
 
@@ -31,10 +35,12 @@ def train(cfg: Config, resume: bool = False, task: Task | None = None) -> int:
     `task` takes the place of the one that the config names. 0: done; 129, 130 or 143: stopped by SIGHUP, SIGINT or SIGTERM with
     the state saved. Signal handlers are as before when this returns. Raises UserError for what the user can mend.
     """
-    with StopSignal() as stop:
+    folder = Path(cfg.run.dir)
+    with StopSignal() as stop, locked(folder) if launched_rank() == 0 else nullcontext():
         if cfg.run.threads:
             torch.set_num_threads(cfg.run.threads)
-        folder = prepare_folder(cfg, resume) if launched_rank() == 0 else Path(cfg.run.dir)
+        if launched_rank() == 0:
+            check_folder(cfg, resume)
         parts = build(cfg, stop, task)
         world = parts.engine.world
         if cfg.train.method != "rl" or cfg.train.warmup_steps:
@@ -62,7 +68,7 @@ def go(cfg: Config, resume: bool, folder: Path, parts: Parts, stop: StopSignal) 
     if resume and found is None:
         say(f"--resume: no whole checkpoint under {folder / 'checkpoints'}, starting from the beginning")
     total = cfg.train.warmup_steps + cfg.train.steps
-    files = RunFiles(folder, cfg, total, found[2]["step"] if found else 0) if world.main else NoFiles(folder)
+    files = RunFiles(folder, cfg, total) if world.main else NoFiles(folder)
     try:
         loop = Loop(cfg, parts, files)
         if found:
@@ -71,6 +77,11 @@ def go(cfg: Config, resume: bool, folder: Path, parts: Parts, stop: StopSignal) 
                 loop.load(state, tensors)
             except ValueError as e:
                 raise UserError(f"--resume: {path} does not fit this config: {e}") from None
+        changes = take_folder(cfg, resume) if world.main else []
+        files.open(loop.trainer.step)
+        if changes:
+            files.say(f"resumed with other settings: {', '.join(changes)}")
+        if found:
             files.say(f"resumed from {path} at step {loop.trainer.step} of {total}")
         try:
             loop.run()
@@ -88,7 +99,12 @@ def finish(cfg: Config, parts: Parts, loop: Loop, folder: Path) -> None:
     """The exported model, summary.json, report.html, and the table on the terminal."""
     trainer = loop.trainer
     if cfg.checkpoint.export:
-        parts.engine.export(folder / "model")
+        with _written(folder / "model"):
+            parts.engine.export(folder / "model")
+            if parts.engine.world.main:
+                parts.encoder.tokenizer.save_pretrained(folder / "model")
+                if parts.encoder.vision is not None:
+                    parts.encoder.vision.processor.save_pretrained(folder / "model")
     if not parts.engine.world.main:
         return
     summary = {
@@ -103,14 +119,23 @@ def finish(cfg: Config, parts: Parts, loop: Loop, folder: Path) -> None:
         "entropy_target": trainer.entropy_target,
         **loop.evaluator.results,
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
-    if cfg.checkpoint.export:
-        parts.encoder.tokenizer.save_pretrained(folder / "model")
-        if parts.encoder.vision is not None:
-            parts.encoder.vision.processor.save_pretrained(folder / "model")
+    replace_text(folder / "summary.json", json.dumps(summary, indent=1))
     loop.files.say(results_table(summary))
-    report = write_report(folder)
+    with _written(folder / "report.html"):
+        report = write_report(folder)
     loop.files.say(f"report:  {report}\nsummary: {folder / 'summary.json'}")
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Raises UserError for what keeps a file or folder from being written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        raise UserError(
+            f"{path} could not be written: {getattr(e, 'strerror', None) or e}; the last checkpoint is whole: make room there, "
+            "and --resume writes it from that"
+        ) from None
 
 
 def results_table(summary: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from amft_fast.config import Config
 from amft_fast.engine.parts import Tensors
 from amft_fast.errors import RolloutFailure, UserError
+from amft_fast.interfaces import Task
 from amft_fast.run import checkpoint
 from amft_fast.run.evaluate import Evaluator
 from amft_fast.run.profiling import StepProfiler, static_bytes
@@ -32,6 +35,7 @@ class Loop:
         if cfg.profile.steps:
             folder, p = files.folder / "profile", cfg.profile
             self.profiler = StepProfiler(folder, p.steps, p.skip, parts.engine.device, self.phases, p.rollouts)
+        self.origin = {"seed": cfg.run.seed, "task": cfg.task.name, "data": fingerprint(parts.task)}
         self.saved_step = -1
         self.wall_before = 0.0
         self.started = time.perf_counter()
@@ -113,7 +117,9 @@ class Loop:
             tensors = self.trainer.tensors()
             if self.world.main:
                 tensors["rng.cpu"] = torch.get_rng_state()
-            state = self.trainer.state_dict() | self.evaluator.state_dict() | {"wall_s": self.wall}
+            state = self.trainer.state_dict() | self.evaluator.state_dict() | {"wall_s": self.wall} | self.origin
+            if self.world.main:
+                self.files.sync()  # a checkpoint stands for the rows before it too
             path = checkpoint.save(self.files.checkpoints, self.trainer.step, tensors, state, self.world)
             if self.world.main:
                 checkpoint.prune(self.files.checkpoints, self.cfg.checkpoint.keep_last, path)
@@ -121,8 +127,25 @@ class Loop:
         return path
 
     def load(self, state: dict[str, Any], tensors: Tensors) -> None:
-        """Takes up the state of a checkpoint."""
+        """Takes up the state of a checkpoint. Raises UserError for that of another run, ValueError for another model's."""
+        for name, here in self.origin.items():
+            if state[name] != here:
+                what = f"{name} {state[name]!r}, the config says {here!r}" if name != "data" else "other training data"
+                raise UserError(
+                    f"--resume: the checkpoint is of {what}; give back what it was, or begin anew with another --run.dir"
+                )
         self.trainer.load(state, tensors)
         self.evaluator.load_state_dict(state)
         torch.set_rng_state(tensors["rng.cpu"])
         self.saved_step, self.wall_before = self.trainer.step, state["wall_s"]
+
+
+def fingerprint(task: Task) -> str:
+    """Of the training data: the ids of at most 10,000 prompts, spread evenly, and the numbers of prompts and demonstrations.
+
+    What a run has drawn so far means nothing for other data.
+    """
+    prompts = task.prompts("train")
+    ids = [prompts[i].id for i in range(0, len(prompts), max(1, len(prompts) // 10_000))]
+    text = json.dumps([len(prompts), len(task.demos("train")), ids])
+    return hashlib.sha256(text.encode()).hexdigest()

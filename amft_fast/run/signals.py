@@ -27,7 +27,9 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            # What is ignored stays so, as nohup wants it; but SIGINT, which a shell's background ignores, asks for an end.
+            wanted = (n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN)
+            self._before = {number: signal.signal(number, self._receive) for number in wanted}
         return self
 
     def __exit__(

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -204,23 +205,42 @@ class Progress:
 
 
 class RunFiles:
-    """The files of a run that grow while it goes."""
+    """The files of a run that grow while it goes, from `open` to `close`."""
 
-    def __init__(self, folder: Path, cfg: Config, total: int, resume_step: int) -> None:
-        self.folder = folder
-        self.checkpoints = folder / "checkpoints"
-        self.metrics: Any = JsonLines(folder / "metrics.jsonl", resume_step)
-        self.evals: Any = JsonLines(folder / "evals.jsonl", resume_step)
-        self.samples: Any = JsonLines(folder / "samples.jsonl", resume_step)
-        self.tensorboard: Any = TensorBoard(folder / "tb", cfg.log.tensorboard, resume_step)
-        self.progress: Any = Progress(total, resume_step, cfg.log.every, cfg.log.progress)
+    metrics: Any
+    evals: Any
+    samples: Any
+    tensorboard: Any
+    progress: Any
+
+    def __init__(self, folder: Path, cfg: Config, total: int) -> None:
+        self.folder, self.checkpoints = folder, folder / "checkpoints"
+        self.cfg, self.total = cfg, total
+        self.closing = ExitStack()
+
+    def open(self, step: int) -> None:
+        """Takes the files up at a step: what was written of later ones is dropped. Raises UserError where that cannot be."""
+        make, log = self._closed_at_the_end, self.cfg.log
+        self.progress = make(Progress(self.total, step, log.every, log.progress))
+        self.metrics = make(JsonLines(self.folder / "metrics.jsonl", step, self.say))
+        self.evals = make(JsonLines(self.folder / "evals.jsonl", step, self.say))
+        self.samples = make(JsonLines(self.folder / "samples.jsonl", step, self.say))
+        self.tensorboard = make(TensorBoard(self.folder / "tb", log.tensorboard, step, self.say))
+
+    def _closed_at_the_end(self, part: Any) -> Any:
+        self.closing.callback(part.close)
+        return part
 
     def say(self, text: str) -> None:
         self.progress.say(text)
 
+    def sync(self) -> None:
+        """Forces to disk what was written of the steps so far."""
+        for part in (self.metrics, self.evals, self.samples):
+            part.sync()
+
     def close(self) -> None:
-        for part in (self.metrics, self.evals, self.samples, self.tensorboard, self.progress):
-            part.close()
+        self.closing.close()
 
 
 class NoFiles(RunFiles):
@@ -230,6 +250,8 @@ class NoFiles(RunFiles):
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.metrics = self.evals = self.samples = self.tensorboard = self.progress = self
 
+    def open(self, step: int) -> None: ...
+    def sync(self) -> None: ...
     def write(self, *record: Any) -> None: ...
     def step(self, done: int, figures: dict[str, float | None]) -> None: ...
     def say(self, text: str) -> None: ...

@@ -1,0 +1,209 @@
+"""A run's folder in bad company: full disks, other hands, other runs, other settings. A sentence, and nothing is lost."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+
+import pytest
+import torch
+from fakes import CopyTask
+from test_lock import hold
+from test_train import cfg_for, lines, train, without_times
+
+from amft_fast import config_file
+from amft_fast.errors import UserError
+from amft_fast.run import checkpoint
+from amft_fast.run.signals import StopSignal
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, checkpoint_folder):
+    """An undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert train(cfg_for(folder, checkpoint_folder)) == 0
+    return folder
+
+
+def same(folder, whole):
+    """The run left what the undisturbed one did."""
+    assert without_times(lines(folder)) == without_times(lines(whole))
+    a, b = (checkpoint.load(f / "checkpoints" / "step-000006")[0] for f in (folder, whole))
+    assert all(torch.equal(a[k], b[k]) for k in b)
+    assert set(json.loads((folder / "summary.json").read_text())["end"]) == {"train", "val", "test", "ood"}
+
+
+def everything(folder):
+    """All that is in a folder, links and contents; the lock apart, whose file comes and goes."""
+    return {
+        str(p.relative_to(folder)): os.readlink(p) if p.is_symlink() else p.read_bytes()
+        for p in folder.rglob("*")
+        if (p.is_symlink() or p.is_file()) and p.name != "run.lock"
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "said"),
+    [
+        ("config.toml", (), r"config.toml cannot be written: File too large"),
+        ("metrics.jsonl", ("--checkpoint.every", "0", "--checkpoint.keep_best", "false"), "metrics.jsonl cannot be written"),
+        ("checkpoints/step-000006/state.safetensors", (), r"the checkpoint of step \d could not be written .*File too large"),
+    ],
+    ids=lambda x: x.rpartition("/")[2] if isinstance(x, str) and "." in x else "",
+)  # fmt: skip
+def test_a_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(
+    tmp_path, checkpoint_folder, whole, file_limit, file, flags, said
+):
+    """The size of files is bounded just under that of one file of the run."""
+    cfg = cfg_for(tmp_path / "run", checkpoint_folder, *flags)
+    file_limit((whole / file).stat().st_size - 100)
+    with pytest.raises(UserError, match=said):
+        train(cfg)
+    file_limit(resource.RLIM_INFINITY)
+    assert train(cfg, resume=True) == 0
+    same(tmp_path / "run", whole)
+
+
+def test_a_full_disk_at_a_resume_leaves_everything_as_it_was(tmp_path, checkpoint_folder, whole, file_limit):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, symlinks=True)
+    before = everything(folder)
+    cfg = cfg_for(folder, checkpoint_folder, "--train.steps", "6")
+    file_limit(100)
+    with pytest.raises(UserError, match="File too large"):
+        train(cfg, resume=True)
+    assert everything(folder) == before
+
+
+@pytest.mark.parametrize("file", ["report.html", "model/config.json"])
+def test_what_a_run_leaves_at_its_end_is_written_by_a_resume_where_it_could_not_be(
+    tmp_path, checkpoint_folder, whole, file
+):
+    """A folder stands where the file should be."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, symlinks=True, ignore=shutil.ignore_patterns("report.html"))
+    (folder / file).mkdir(parents=True)
+    cfg = cfg_for(folder, checkpoint_folder, "--checkpoint.export", "true")
+    with pytest.raises(
+        UserError, match=f"{file.partition('/')[0]} could not be written: Is a directory; .*--resume writes it"
+    ):
+        train(cfg, resume=True)
+    (folder / file).rmdir()
+    assert train(cfg, resume=True) == 0
+    assert (folder / "report.html").is_file() and (folder / "model" / "config.json").is_file()
+
+
+class Taken(CopyTask):
+    """At the third drawing of rollouts somebody takes the run's folder away."""
+
+    def __init__(self, folder, hand):
+        super().__init__()
+        self.folder, self.hand, self.asked = folder, hand, 0
+
+    def start(self, item):
+        self.asked += 1
+        if self.asked == 200:
+            self.hand(self.folder)
+        return super().start(item)
+
+
+@pytest.mark.parametrize("hand", [shutil.rmtree, lambda f: f.rename(f.with_name("moved"))], ids=["deleted", "moved"])
+def test_a_folder_taken_away_stops_the_run_with_a_sentence(tmp_path, checkpoint_folder, hand):
+    cfg = cfg_for(tmp_path / "run", checkpoint_folder, "--train.steps", "30", "--eval.every", "0")
+    with pytest.raises(UserError, match=r"moved or deleted|could not be written .*No such file"):
+        train(cfg, task=Taken(tmp_path / "run", hand))
+    assert not (tmp_path / "run").exists(), "nothing new was begun in its place"
+
+
+@pytest.mark.parametrize("flags", [(), ("--run.overwrite",)], ids=["resume", "overwrite"])
+def test_a_run_that_goes_on_is_neither_resumed_nor_overwritten_by_another(tmp_path, checkpoint_folder, whole, flags):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, symlinks=True)
+    before = everything(folder)
+    process, _ = hold(folder)
+    try:
+        with pytest.raises(UserError, match=f"in use by process {process.pid} on "):
+            train(cfg_for(folder, checkpoint_folder, *flags), resume=not flags)
+        assert everything(folder) == before
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    if not flags:
+        assert train(cfg_for(folder, checkpoint_folder), resume=True) == 0
+        same(folder, whole)
+
+
+class Other(CopyTask):
+    """Other training data."""
+
+    def prompts(self, split):
+        return super().prompts(split)[::-1] if split == "train" else super().prompts(split)
+
+
+@pytest.mark.parametrize(
+    ("flags", "task", "said"),
+    [
+        (("--run.seed", "3"), None, r"checkpoint is of seed 0, the config says 3"),
+        (("--task.name", "math"), None, r"checkpoint is of task 'general_points', the config says 'math'"),
+        ((), Other(), r"checkpoint is of other training data"),
+        (("--train.method", "rl"), None, r"of method 'fixed', the config says 'rl'"),
+        (("--advantage.kind", "gae"), None, r"does not fit this config: .*value_head"),
+    ],
+    ids=["seed", "task", "data", "method", "parameters"],
+)
+def test_a_resume_of_another_run_is_refused_and_leaves_everything_as_it_was(
+    tmp_path, checkpoint_folder, whole, flags, task, said
+):
+    """config.toml and the rows after the checkpoint too."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, symlinks=True)
+    shutil.rmtree(folder / "checkpoints" / "step-000006")
+    before = everything(folder)
+    with pytest.raises(UserError, match=said):
+        train(cfg_for(folder, checkpoint_folder, *flags), resume=True, task=task)
+    assert everything(folder) == before
+
+
+def test_settings_that_changed_are_named(tmp_path, checkpoint_folder, whole, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, symlinks=True)
+    cfg = cfg_for(folder, checkpoint_folder, "--train.steps", "5", "--train.lr", "0.02", "--objective.kl_coef", "0.5")
+    assert train(cfg, resume=True) == 0
+    out = capsys.readouterr().out
+    assert "resumed with other settings: train.steps 4 -> 5, train.lr 0.01 -> 0.02, objective.kl_coef 0.0 -> 0.5" in out
+    assert config_file.load(folder / "config.toml") == cfg
+    assert train(cfg, resume=True) == 0
+    assert "other settings" not in capsys.readouterr().out
+
+
+def test_an_earlier_run_is_overwritten_only_by_one_that_starts(tmp_path, checkpoint_folder, whole):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, symlinks=True)
+    before = everything(folder)
+    with pytest.raises(UserError, match=r"no config\.json"):
+        train(cfg_for(folder, tmp_path / "no_model_here", "--run.overwrite"))
+    assert everything(folder) == before
+
+
+def test_whole_damaged_checkpoints_are_not_begun_anew(tmp_path, checkpoint_folder, whole):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, symlinks=True)
+    for _, path in checkpoint.steps(folder / "checkpoints"):
+        (path / "state.json").write_text("{")
+    before = everything(folder)
+    with pytest.raises(UserError, match=r"no checkpoint under .* is whole"):
+        train(cfg_for(folder, checkpoint_folder), resume=True)
+    assert everything(folder) == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """nohup ignores SIGHUP for what it starts."""
+    was = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop()
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, was)
