@@ -224,31 +224,41 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
     from amft_fast.run.build import build
     from amft_fast.run.evaluate import check_splits, evaluate
     from amft_fast.run.signals import StopSignal
+    from amft_fast.run.writers import replace_text
 
     e = cfg.eval
     with StopSignal() as stop:
         parts = build(cfg, stop)
         splits = check_splits("eval.splits", e.splits, parts.task)
-        try:
-            result = evaluate(
-                parts.rollout_engine,
-                parts.task,
-                parts.encoder,
-                splits,
-                num_samples=e.num_samples,
-                max_prompts=e.max_prompts,
-                max_new_tokens=cfg.rollout.max_new_tokens,
-                seed=cfg.run.seed,
-                temperature=e.temperature,
-                top_p=e.top_p,
-                on_split=lambda split: print(f"evaluating {split} ...", file=sys.stderr, flush=True),
-            )
-        except InterruptedError:
-            return stop.exit_code
-    print(eval_table(result, e.num_samples))
-    if args.out:
-        Path(args.out).write_text(json.dumps({"model": cfg.model.path, "results": result}, indent=1))
-    return 0
+        result: dict[str, dict[str, float]] = {}
+        code = 0
+        for split in splits:
+            try:
+                result |= evaluate(
+                    parts.rollout_engine,
+                    parts.task,
+                    parts.encoder,
+                    [split],
+                    num_samples=e.num_samples,
+                    max_prompts=e.max_prompts,
+                    max_new_tokens=cfg.rollout.max_new_tokens,
+                    seed=cfg.run.seed,
+                    temperature=e.temperature,
+                    top_p=e.top_p,
+                    on_split=lambda split: print(f"evaluating {split} ...", file=sys.stderr, flush=True),
+                )
+            except InterruptedError:
+                code = stop.exit_code
+                break
+            if args.out:  # after each split: whatever ends this keeps what is there
+                missing = [s for s in splits if s not in result]
+                text = json.dumps({"model": cfg.model.path, "results": result, "missing": missing}, indent=1)
+                replace_text(Path(args.out), text)
+    if result:
+        print(eval_table(result, e.num_samples))
+    if code:
+        print(f"stopped; not evaluated: {', '.join(s for s in splits if s not in result)}", file=sys.stderr)
+    return code
 
 
 # What every evaluation has; the rest of a row is the task's own.

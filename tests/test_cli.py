@@ -1,6 +1,12 @@
 """The command line: mistakes are one sentence and exit code 2; settings stand where one likes."""
 
+import json
+import os
+import signal
+
 import pytest
+from fakes import CopyTask
+from test_train import cfg_for
 
 from amft_fast import cli, config_file
 
@@ -71,3 +77,23 @@ def test_a_mistake_is_one_sentence(args, said, capsys):
     assert cli.main(args) == 2
     error = capsys.readouterr().err
     assert said in error and error.startswith("amft-fast: ") and len(error) < 700 and error.count("\n") == 1
+
+
+class Interrupting(CopyTask):
+    """In its second split a signal comes."""
+
+    def start(self, item):
+        if item.id.startswith("val/"):
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().start(item)
+
+
+def test_an_interrupted_evaluation_keeps_what_is_there(tmp_path, checkpoint_folder, monkeypatch, capsys):
+    monkeypatch.setattr("amft_fast.run.build.make_task", lambda cfg: Interrupting())
+    (tmp_path / "c.toml").write_text(config_file.to_toml(cfg_for(tmp_path / "run", checkpoint_folder)))
+    assert cli.main(["eval", str(tmp_path / "c.toml"), "--out", str(tmp_path / "out.json")]) == 130
+    said = capsys.readouterr()
+    assert "train" in said.out and "test" not in said.out and "stopped; not evaluated: val, test, ood" in said.err
+    kept = json.loads((tmp_path / "out.json").read_text())
+    assert list(kept["results"]) == ["train"] and kept["missing"] == ["val", "test", "ood"]
+    assert kept["results"]["train"]["prompts"] == 4
