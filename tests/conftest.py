@@ -3,8 +3,10 @@ import os
 # One thread: bit-for-bit comparisons must not depend on the machine, and tests share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import io
 import resource
 import signal
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import pytest
 import torch
@@ -45,7 +47,19 @@ def _signal_handlers():
 
 @pytest.fixture
 def file_limit():
-    """`file_limit(bytes)` bounds the size of files: stands for a full disk, with the same errors of the same calls."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    """`with file_limit(bytes)` bounds the size of files: stands for a full disk, with the same errors of the same calls.
+
+    What is printed meanwhile goes nowhere: pytest keeps it in files.
+    """
+
+    @contextmanager
+    def limited(size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+            try:
+                yield
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from fakes import CopyTask, make_checkpoint
-from test_train import cfg_for, lines, without_times
+from runs import cfg_for, lines, without_times
 
 from amft_fast.errors import UserError
 from amft_fast.run import checkpoint

@@ -11,7 +11,7 @@ from amft_fast import config_file
 from amft_fast.config import Config
 from amft_fast.errors import UserError
 
-NAMES = config_file._fields(Config)
+NAMES = config_file.setting_names(Config)
 # Values as TOML has them; flags take the same texts.
 VALUES = [
     "nan", "-inf", "inf", "0", "-1", "1", "2", "0.5", "1e-320", "1e39", "-1e308", str(2**31), str(2**63), "-" + "9" * 30,

@@ -1,7 +1,6 @@
 """The files that grow while a run goes: what a crash, a full disk and other hands do to them."""
 
 import json
-import resource
 import shutil
 
 import pytest
@@ -59,11 +58,12 @@ def test_no_room_for_a_line_is_a_sentence(tmp_path, file_limit):
     path = tmp_path / "metrics.jsonl"
     file = JsonLines(path, 0)
     file.write({"step": 0})
-    file_limit(20)
-    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written: File too large; .* --resume"):
+    with (
+        file_limit(20),
+        pytest.raises(UserError, match=r"metrics.jsonl cannot be written: File too large; .* --resume"),
+    ):
         file.write({"step": 1})
     file.close()
-    file_limit(resource.RLIM_INFINITY)
     JsonLines(path, 9, pytest.fail).close()
     assert steps(path) == [0]
 
@@ -71,8 +71,7 @@ def test_no_room_for_a_line_is_a_sentence(tmp_path, file_limit):
 def test_no_room_at_a_resume_leaves_the_file_as_it_was(tmp_path, file_limit):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step": 1}\n')
-    file_limit(5)
-    with pytest.raises(UserError, match="cannot be written: File too large"):
+    with file_limit(5), pytest.raises(UserError, match="cannot be written: File too large"):
         JsonLines(path, 2)
     assert steps(path) == [0, 1] and [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -97,8 +96,7 @@ def test_a_folder_taken_away_in_mid_run_stops_it_at_once(tmp_path, hand):
 def test_a_text_is_replaced_whole_or_not_at_all(tmp_path, file_limit):
     path = tmp_path / "summary.json"
     replace_text(path, "old")
-    file_limit(100)
-    with pytest.raises(UserError, match="File too large; what it held before is still there"):
+    with file_limit(100), pytest.raises(UserError, match="File too large; what it held before is still there"):
         replace_text(path, "new" * 100)
     assert path.read_text() == "old"
     replace_text(path, "μ")
@@ -112,7 +110,7 @@ def test_tensorboard_files_that_cannot_be_written_are_said_and_end_nothing(tmp_p
     board.write(0, {"loss": 1.0})
     board.close()
     board = TensorBoard(tmp_path / "elsewhere", True, 0, said.append)
-    file_limit(10)
-    board.write(0, {"loss": 1.0})
-    board.close()
+    with file_limit(10):
+        board.write(0, {"loss": 1.0})
+        board.close()
     assert len(said) == 2 and all("log.tensorboard" in text for text in said)

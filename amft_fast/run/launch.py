@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +98,7 @@ def finish(cfg: Config, parts: Parts, loop: Loop, folder: Path) -> None:
     """The exported model, summary.json, report.html, and the table on the terminal."""
     trainer = loop.trainer
     if cfg.checkpoint.export:
-        with _written(folder / "model"):
-            parts.engine.export(folder / "model")
-            if parts.engine.world.main:
-                parts.encoder.tokenizer.save_pretrained(folder / "model")
-                if parts.encoder.vision is not None:
-                    parts.encoder.vision.processor.save_pretrained(folder / "model")
+        _export(parts, folder / "model")
     if not parts.engine.world.main:
         return
     summary = {
@@ -121,19 +115,21 @@ def finish(cfg: Config, parts: Parts, loop: Loop, folder: Path) -> None:
     }
     replace_text(folder / "summary.json", json.dumps(summary, indent=1))
     loop.files.say(results_table(summary))
-    with _written(folder / "report.html"):
-        report = write_report(folder)
+    report = write_report(folder)
     loop.files.say(f"report:  {report}\nsummary: {folder / 'summary.json'}")
 
 
-@contextmanager
-def _written(path: Path) -> Iterator[None]:
-    """Raises UserError for what keeps a file or folder from being written."""
+def _export(parts: Parts, folder: Path) -> None:
+    """The policy as a transformers folder with all that loads it. Raises UserError when it cannot be written."""
     try:
-        yield
+        parts.engine.export(folder)
+        if parts.engine.world.main:
+            parts.encoder.tokenizer.save_pretrained(folder)
+            if parts.encoder.vision is not None:
+                parts.encoder.vision.processor.save_pretrained(folder)
     except (OSError, SafetensorError) as e:
         raise UserError(
-            f"{path} could not be written: {getattr(e, 'strerror', None) or e}; the last checkpoint is whole: make room there, "
+            f"{folder} could not be written: {getattr(e, 'strerror', None) or e}; the last checkpoint is whole: make room, "
             "and --resume writes it from that"
         ) from None
 
