@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,6 +93,27 @@ def test_what_a_run_leaves_at_its_end_is_written_by_a_resume_where_it_could_not_
     (folder / file).rmdir()
     assert train(cfg, resume=True) == 0
     assert (folder / "report.html").is_file() and (folder / "model" / "config.json").is_file()
+
+
+def test_too_little_room_is_told_before_the_first_step(tmp_path, checkpoint_folder, whole, monkeypatch):
+    saved = (whole / "checkpoints" / "step-000006" / "state.safetensors").stat().st_size
+    for free, enough in ((saved // 2, False), (saved, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        if enough:
+            assert train(cfg_for(tmp_path / "run", checkpoint_folder, "--train.steps", "1")) == 0
+            continue
+        with pytest.raises(UserError, match=r"GB are free there and one checkpoint takes .* GB"):
+            train(cfg_for(tmp_path / "run", checkpoint_folder))
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_checkpoints_that_cannot_be_are_told_before_the_first_step(tmp_path, checkpoint_folder):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "checkpoints").write_text("a file")
+    with pytest.raises(UserError, match="checkpoints: File exists"):
+        train(cfg_for(folder, checkpoint_folder, "--run.overwrite"))
+    assert not (folder / "metrics.jsonl").exists()
 
 
 class Taken(CopyTask):

@@ -220,6 +220,11 @@ class FlatEngine:
             part.copy_(state.part(prefix + piece.name, piece.start, piece.size))
         return flats
 
+    def state_bytes(self) -> int:
+        """Bytes of this rank's masters and moments, which is nearly all of its part of a checkpoint."""
+        copies = 1 + len(ADAM_MOMENTS) * (self.cfg.optimizer == "adamw")
+        return copies * sum(g.master.numel() * g.master.element_size() for g in self.all_groups)
+
     def state_dict(self) -> dict[str, Any]:
         """What to save: masters and moments by parameter name (this rank's parts of them), the guard's counters."""
         tensors: dict[str, Any] = {}

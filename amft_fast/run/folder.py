@@ -29,6 +29,16 @@ def check_folder(cfg: Config, resume: bool) -> None:
         )
 
 
+def check_room(folder: Path, needed: int) -> None:
+    """Raises UserError when less than `needed` bytes, those of one checkpoint, are free where the run's folder lies."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"run.dir {str(folder)!r}: {free / 1e9:.3g} GB are free there and one checkpoint takes {needed / 1e9:.3g} GB: make "
+            "room, or take another --run.dir"
+        )
+
+
 def take_folder(cfg: Config, resume: bool) -> list[str]:
     """Makes the folder this run's, once nothing can refuse it any more: what is to be overwritten goes, the config is written.
 
@@ -44,8 +54,9 @@ def take_folder(cfg: Config, resume: bool) -> list[str]:
                 shutil.rmtree(folder / name, ignore_errors=True)
             for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl", "summary.json", "report.html", "report.png"):
                 (folder / name).unlink(missing_ok=True)
+        (folder / "checkpoints").mkdir(exist_ok=True)  # told now, not after the steps before the first of them
     except OSError as e:
-        raise UserError(f"run.dir {cfg.run.dir!r} cannot be written: {e.strerror}") from None
+        raise UserError(f"run.dir {cfg.run.dir!r} cannot be written: {e.filename}: {e.strerror}") from None
     replace_text(folder / "config.toml", to_toml(cfg))
     replace_text(folder / "environment.json", json.dumps(environment(), indent=1))
     return changes

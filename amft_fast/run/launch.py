@@ -20,7 +20,7 @@ from amft_fast.report.page import write_report
 from amft_fast.rollout.context import check_demos
 from amft_fast.run import checkpoint
 from amft_fast.run.build import build
-from amft_fast.run.folder import check_folder, take_folder
+from amft_fast.run.folder import check_folder, check_room, take_folder
 from amft_fast.run.lock import locked
 from amft_fast.run.loop import Loop
 from amft_fast.run.signals import StopSignal
@@ -76,6 +76,8 @@ def go(cfg: Config, resume: bool, folder: Path, parts: Parts, stop: StopSignal) 
                 loop.load(state, tensors)
             except ValueError as e:
                 raise UserError(f"--resume: {path} does not fit this config: {e}") from None
+        if world.main:
+            check_room(folder, world.size * parts.engine.state_bytes())
         changes = take_folder(cfg, resume) if world.main else []
         files.open(loop.trainer.step)
         if changes:
