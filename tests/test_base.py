@@ -99,7 +99,11 @@ DAMAGE = {
     "tokenizer empty": (lambda f: cut(f, "tokenizer.json", 0), "the tokenizer of"),
     "tokenizer settings cut": (lambda f: cut(f, "tokenizer_config.json"), "the tokenizer of"),
     "generation settings cut": (lambda f: cut(f, "generation_config.json"), "generation_config.json"),
-    "tokenizer too large": (lambda f: grow(f, 3), "embedding has 14 rows"),
+    "tokenizer too large": (
+        lambda f: grow(f, 3),
+        "counts up to token 16 ('new2'), and the model's embedding has 14 rows",
+    ),
+    "a pad token of its own": (lambda f: grow(f, 0, pad_token="[PAD]"), "counts up to token 14 ('[PAD]')"),
     "code of its own": (
         lambda f: settings(f, model_type="other", auto_map={"AutoConfig": "x.Y", "AutoModelForCausalLM": "x.Z"}),
         "the configuration of",
@@ -107,9 +111,10 @@ DAMAGE = {
 }
 
 
-def grow(folder, n):
+def grow(folder, n, **special):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([f"new{i}" for i in range(n)])
+    tokenizer.add_special_tokens(special)
     tokenizer.save_pretrained(folder)
 
 
@@ -153,6 +158,15 @@ def test_what_is_whole_loads(folder, tmp_path):
 def test_a_tokenizer_smaller_than_the_embedding_is_right(folder):
     settings(folder, vocab_size=64)
     assert len(load_tokenizer(ModelConfig(path=str(folder)))) == 14
+
+
+def test_special_tokens_that_nothing_writes_need_no_row(folder):
+    grow(folder, 0, additional_special_tokens=["<spare>"])
+    load(folder)
+    path = folder / "chat_template.jinja"
+    path.write_text("<spare>" + path.read_text())
+    with pytest.raises(UserError, match=r"counts up to token 14 \('<spare>'\)"):
+        load(folder)
 
 
 def test_the_stops_of_generation_config_are_read(folder):

@@ -57,12 +57,15 @@ def test_prompts_that_leave_too_little_are_counted_and_too_long_ones_refused(tok
     encoder = Encoder(tokenizer, context=30)  # a prompt of n words takes n + 2 tokens
     assert check_prompts(encoder, Lines(1, 8, 18), ("train", "val"), 10) == []
     assert check_prompts(encoder, Lines(1, 19, 25, 27), ("val",), 10) == [
-        "val: 3 of 4 prompts looked at leave fewer than rollout.max_new_tokens = 10 of the model's context of 30 tokens; their "
-        "answers are cut, the shortest at 1"
+        "val: prompts of up to 29 tokens leave 1 of the model's context of 30, fewer than rollout.max_new_tokens = 10: their "
+        "answers are cut at what is left"
     ]
     with pytest.raises(UserError, match="the prompt of train/28 takes 30 tokens, and the model's context is 30"):
         check_prompts(encoder, Lines(1, 28), ("train",), 10)
     assert check_prompts(Encoder(tokenizer), Lines(1000), ("train",), 10**9) == []
+    # One that is too long is found among many.
+    with pytest.raises(UserError, match="the prompt of train/40 takes 42 tokens"):
+        check_prompts(encoder, Lines(*[1] * 700, 40, *[2] * 900), ("train",), 10)
 
 
 def test_a_demonstration_longer_than_the_context_is_named(tokenizer):
@@ -172,7 +175,9 @@ def test_a_model_with_learned_positions_trains_within_them_and_says_what_that_cu
     assert cli.main(["train", TINY, *flags, "--rollout.max_new_tokens", "60"]) == 0
     out = capsys.readouterr().out
     assert "problem too long for the model's context: " in out
-    assert "sample: " in out and "of the model's context of 100 tokens; their answers are cut" in out
+    assert (
+        "sample: prompts of up to " in out and "of the model's context of 100, fewer than rollout.max_new_tokens" in out
+    )
     assert cli.main(["train", TINY, *flags, "--run.overwrite", "--rollout.max_new_tokens", "100"]) == 2
     assert "rollout.max_new_tokens is 100, which leaves no room" in capsys.readouterr().err
 

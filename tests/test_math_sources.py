@@ -196,6 +196,12 @@ def test_where_reading_broke_off_is_said(tmp_path):
         read(tmp_path / "a.jsonl.gz")
 
 
+def test_a_row_with_a_column_named_as_a_wrapper_is_a_row(tmp_path):
+    row = {"problem": "P", "examples": [{"problem": "Q"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    assert read(tmp_path / "a.jsonl") == [row]
+
+
 def test_empty_files_have_no_rows(tmp_path):
     for name in ("a.jsonl", "a.json", "a.csv"):
         (tmp_path / name).write_bytes(b"")

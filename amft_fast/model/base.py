@@ -78,7 +78,11 @@ def check_vocabulary(cfg: ModelConfig, tokenizer: Any) -> None:
             f"model.path: the tokenizer of {cfg.path!r} could not be loaded: there are no tokenizer files (tokenizer.json or "
             "its like), copy them from the model that this one was made of"
         )
-    largest = max(vocabulary.values())
+    # Special tokens that nothing writes do no harm: transformers adds some by itself, and texts never become any.
+    added, template = tokenizer.added_tokens_decoder, str(tokenizer.chat_template)
+    own = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+    written = [i for i in vocabulary.values() if i not in added or not added[i].special or added[i].content in template]
+    largest = max([*written, *(i for i in own if i is not None)])
     if isinstance(rows, int) and largest >= rows:
         raise UserError(
             f"model.path: the tokenizer of {cfg.path!r} counts up to token {largest} "

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from amft_fast.errors import UserError
-from amft_fast.interfaces import Task
+from amft_fast.interfaces import Message, Task
 from amft_fast.rollout.encoder import Encoder
 
-LOOKED_AT = 256  # prompts or demonstrations of a split
-WITH_IMAGES = 16  # each is read and scaled for its size
+READ = 2048  # prompts of a split that are read, of which the longest texts are tokenised
+LOOKED_AT = 16  # prompts or demonstrations that are tokenised; images are read and scaled for their size
 RAISE = "or raise model.max_position_embeddings where the model allows it"
 
 
@@ -30,7 +30,7 @@ def check_setting(context: int | None, max_new_tokens: int, name: str = "rollout
 def check_prompts(
     encoder: Encoder, task: Task, splits: Sequence[str], max_new_tokens: int, name: str = "rollout.max_new_tokens"
 ) -> list[str]:
-    """A sentence for each split in which prompts leave less than `max_new_tokens` for their answers, of those looked at.
+    """A sentence for each split in which a prompt leaves less than `max_new_tokens` for its answer, of those looked at.
 
     Raises UserError for a prompt that is longer than the context itself.
     """
@@ -39,14 +39,12 @@ def check_prompts(
     check_setting(encoder.context, max_new_tokens, name)
     said = []
     for split in splits:
-        chosen = _spread(task.prompts(split), lambda item: task.start(item).messages)
-        lengths = [len(prompt_that_fits(encoder, task.start(item).messages, item.id)) for item in chosen]
-        short = [n for n in lengths if n + max_new_tokens > encoder.context]
-        if short:
+        chosen = _longest(task, task.prompts(split))
+        longest = max((len(prompt_that_fits(encoder, messages, where)) for where, messages in chosen), default=0)
+        if longest + max_new_tokens > encoder.context:
             said.append(
-                f"{split}: {len(short)} of {len(lengths)} prompts looked at leave fewer than {name} = {max_new_tokens} of the "
-                f"model's context of {encoder.context} tokens; their answers are cut, the shortest at "
-                f"{encoder.context - max(short)}"
+                f"{split}: prompts of up to {longest} tokens leave {encoder.context - longest} of the model's context of "
+                f"{encoder.context}, fewer than {name} = {max_new_tokens}: their answers are cut at what is left"
             )
     return said
 
@@ -54,11 +52,11 @@ def check_prompts(
 def check_demos(encoder: Encoder, task: Task) -> None:
     """Raises UserError for a training demonstration that is longer than the context, of those looked at."""
     if encoder.context is not None:
-        for demo in _spread(task.demos("train"), lambda demo: demo.messages):
+        for demo in _spread(task.demos("train"), LOOKED_AT):
             encoder.demo(demo)
 
 
-def prompt_that_fits(encoder: Encoder, messages: Sequence[Any], where: str) -> list[int]:
+def prompt_that_fits(encoder: Encoder, messages: Sequence[Message], where: str) -> list[int]:
     """The token ids of a prompt. Raises UserError when they leave no room for a single token of an answer."""
     prompt = encoder.prompt(messages)
     if encoder.room(prompt, 1) < 1:
@@ -69,10 +67,16 @@ def prompt_that_fits(encoder: Encoder, messages: Sequence[Any], where: str) -> l
     return prompt
 
 
-def _spread(items: Sequence[Any], messages_of: Any) -> list[Any]:
-    """At most LOOKED_AT items, evenly over all."""
+def _longest(task: Task, items: Sequence[Any]) -> list[tuple[str, Sequence[Message]]]:
+    """(id, messages) of the items with the longest texts; of any items, where they show images."""
     if not len(items):
         return []
-    limit = WITH_IMAGES if any(m.images for m in messages_of(items[0])) else LOOKED_AT
+    pictured = any(m.images for m in task.start(items[0]).messages)
+    read = [(item.id, task.start(item).messages) for item in _spread(items, LOOKED_AT if pictured else READ)]
+    return sorted(read, key=lambda one: -sum(len(m.content) for m in one[1]))[:LOOKED_AT]
+
+
+def _spread(items: Sequence[Any], limit: int) -> list[Any]:
+    """At most `limit` items, evenly over all."""
     count = min(limit, len(items))
     return [items[i * len(items) // count] for i in range(count)]

@@ -29,6 +29,7 @@ _FILE_NAME = re.compile(r"\.(?:jsonl|ndjson|json|parquet|arrow|csv|tsv)(?:\.(?:g
 FILE_KINDS = ".jsonl, .json, .csv, .tsv, .parquet, .arrow, the text ones also as .gz, .bz2, .xz, .zst"
 # Keys under which a JSON file that is one object holds its rows.
 _WRAPPERS = ("data", "rows", "train", "examples", "instances", "problems", "questions")
+_PROBLEM_COLUMNS = {"problem", "question", "prompt", "messages", "conversations", "instruction"}
 
 Placed = tuple[str, "dict[str, Any] | BadRow"]
 
@@ -172,7 +173,9 @@ def _whole(path: Path, text: str) -> Iterator[Placed]:
 
 
 def _wrapped(found: dict[str, Any]) -> list[Any] | None:
-    """The list of rows in an object that is their wrapper."""
+    """The list of rows in an object that is their wrapper; None for a row, which may have a column of such a name."""
+    if not _PROBLEM_COLUMNS.isdisjoint(found):
+        return None
     lists = (found[k] for k in _WRAPPERS if isinstance(found.get(k), list))
     return next((rows for rows in lists if rows and all(isinstance(r, dict) for r in rows)), None)
 
