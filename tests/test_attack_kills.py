@@ -19,4 +19,4 @@ def test_40_kills(tmp_path):
     out = subprocess.run(command, capture_output=True, text=True, env=env)
     assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-6000:]
     counted = json.loads(out.stdout.splitlines()[-1])
-    assert counted["kills"] == 40 and counted["with rows"] > 20 and counted["runs"] > 1, counted
+    assert counted["kills"] == 40 and counted["with rows"] > 20, counted
