@@ -17,6 +17,7 @@ BENCHMARKS = {
     "compile-gate": ("bench.compile_gate", "every Triton configuration compiled for GPUs that are not here"),
     "weight-sync": ("bench.weight_sync", "new weights into a running vLLM, in place, against a reload from disk"),
     "rollout": ("bench.rollout", "tokens per second of vLLM against transformers"),
+    "reward": ("bench.reward", "the maths reward against math-verify, verl's and lm-eval's scorers"),
     "gpu": ("bench.gpu", "everything that needs a GPU, in under ten minutes: tests first, then both benchmarks"),
 }
 

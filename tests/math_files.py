@@ -13,7 +13,3 @@ needs_files = pytest.mark.skipif(
     not all((FOLDER / name).is_file() for name in FILES),
     reason=f"needs {', '.join(FILES)} in the folder that AMFT_MATH_DATA names (or ../shared/data/math)",
 )
-needs_math_verify = pytest.mark.skipif(
-    not __import__("importlib.util").util.find_spec("math_verify"),
-    reason="needs math-verify: pip install 'amft-fast[math]'",
-)

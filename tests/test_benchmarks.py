@@ -79,8 +79,8 @@ def benchmark(tmp_path):
 @pytest.fixture
 def bare_words(monkeypatch):
     """The answer is the whole response: the test tokenizer has no box."""
-    for module in ("amft_fast.tasks.math.reward", "amft_fast.tasks.math.task", "amft_fast.study.benchmarks"):
-        monkeypatch.setattr(f"{module}.extract", lambda text: text.strip() or None)
+    for name in ("tasks.math.reward.final_answer", "tasks.math.task.extract", "study.benchmarks.extract"):
+        monkeypatch.setattr(f"amft_fast.{name}", lambda text: text.strip() or None)
 
 
 SETTINGS = Settings("model", system_prompt="", max_new_tokens=8)
@@ -130,6 +130,7 @@ def test_results_are_written_for_people_and_for_programs(encoder, benchmark, tmp
     assert results["words"]["samples"] == 2 and stored["settings"]["limit"] == 7
     text, page = ((tmp_path / "o" / f"results.{e}").read_text() for e in ("md", "html"))
     assert "| words | 7 | 2 |" in text and "| benchmark | k = 1 | k = 2 |" in text
+    assert "| words | \\text{yes} | no | wrong |" in text and "Answers beside their golds" in page
     assert "&lt;model&gt;" in page and "<model>" not in page and "words" in page
 
 

@@ -22,7 +22,7 @@ from typing import Any, get_args
 
 # Shown even when they are absent; the others below only when they are there.
 PACKAGES = ("torch", "transformers", "triton", "numpy", "safetensors", "tensorboard", "matplotlib", "vllm", "deepspeed")
-IF_THERE = ("flash-attn", "liger-kernel", "peft", "math-verify", "datasets", "trl", "cut-cross-entropy", "torchvision")
+IF_THERE = ("flash-attn", "liger-kernel", "peft", "datasets", "trl", "cut-cross-entropy", "torchvision")
 IF_THERE += ("kernels", "accelerate")
 
 # Feature, packages it needs, extra that brings them, and the setting that must know it ("" when there is none).
@@ -33,7 +33,7 @@ FEATURES = (
     ("FlashAttention", ("flash-attn",), "flash", "model.attention=flash_attention_2"),
     ("LoRA", ("peft",), "lora", "model.lora.rank"),
     ("Liger's layers", ("liger-kernel",), "flash", ""),
-    ("mathematics tasks", ("math-verify", "datasets"), "math", "task.name=math"),
+    ("mathematics tasks", ("datasets", "pyarrow"), "math", "task.name=math"),
     ("benchmarks against other kernels", ("liger-kernel", "cut-cross-entropy", "trl"), "bench", ""),
     ("tests and lint", ("pytest", "hypothesis", "ruff"), "dev", ""),
 )

@@ -25,6 +25,7 @@ from amft_fast.study.tables import Table, page
 from amft_fast.tasks.math.answer import extract
 from amft_fast.tasks.math.benchmarks import Benchmark
 from amft_fast.tasks.math.task import BenchmarkTask, Prompting
+from amft_fast.tasks.math.thinking import opened_thought
 
 if TYPE_CHECKING:
     from amft_fast.config import Config
@@ -77,13 +78,14 @@ def evaluate(
     except OSError as e:
         raise UserError(f"--out {str(out)!r} cannot be written: {e.strerror}") from None
     prompting = Prompting(settings.system_prompt, settings.keep_system, settings.thinking)
+    prompting.opened = opened_thought(encoder.tokenizer)
     results = {}
     for benchmark in benchmarks:
         task = BenchmarkTask(benchmark, prompting, settings.limit)
         for line in (*task.tally.lines(), *check_prompts(encoder, task, ("test",), settings.max_new_tokens, LENGTH)):
             say(line)
         answers = _draw(engine, encoder, task, benchmark, settings, out / f"{benchmark.name}.jsonl", at_once, say)
-        results[benchmark.name] = figures(answers)
+        results[benchmark.name] = figures(answers) | {"examples": examples(answers)}
         say(f"{benchmark.name}: {_percent(results[benchmark.name]['mean'])}")
     write_results(out, settings, results)
     return results
@@ -200,6 +202,19 @@ def figures(answers: Answers) -> dict[str, Any]:
     }
 
 
+EXAMPLES = 8
+
+
+def examples(answers: Answers) -> list[list[str]]:
+    """[gold, answer found, verdict] of the first answer to some problems, the wrong ones first."""
+    first = (answers.rows[problem][0] for problem in sorted(answers.rows))
+    shown = sorted(first, key=lambda row: bool(row["right"]))[:EXAMPLES]
+    return [
+        [row["gold"], "(none)" if row["answer"] is None else row["answer"], "right" if row["right"] else "wrong"]
+        for row in shown
+    ]
+
+
 HEAD = ("benchmark", "problems", "n", "avg@n", "± s.e.", "pass@n", "tokens", "truncated", "no answer")
 
 
@@ -246,6 +261,12 @@ NOTE = (
 )
 
 
+def _short(text: str) -> str:
+    """A text that fits into a cell of a table."""
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def write_results(out: Path, settings: Settings, results: dict[str, dict[str, Any]]) -> None:
     """results.json, results.md and results.html."""
     (out / "results.json").write_text(json.dumps({"settings": asdict(settings), "results": results}, indent=1))
@@ -254,7 +275,12 @@ def write_results(out: Path, settings: Settings, results: dict[str, dict[str, An
     curve = [
         [name, *(_percent(f["pass_at"][k]) if k in f["pass_at"] else "" for k in ks)] for name, f in results.items()
     ]
-    tables = [Table("Results", HEAD, rows), Table("pass@k", ("benchmark", *(f"k = {k}" for k in ks)), curve)]
+    beside = [[name, *(_short(cell) for cell in example)] for name, f in results.items() for example in f["examples"]]
+    tables = [
+        Table("Results", HEAD, rows),
+        Table("pass@k", ("benchmark", *(f"k = {k}" for k in ks)), curve),
+        Table("Answers beside their golds", ("benchmark", "gold", "answer", "judged"), beside),
+    ]
     sentence = (
         f"Temperature {settings.temperature:g}, top-p {settings.top_p:g}, seed {settings.seed}, at most "
         f"{settings.max_new_tokens:,} tokens an answer."

@@ -1,59 +1,79 @@
-"""The final answer of a response: where it stands, its normal form, and whether two answers are plainly equal or not.
+"""The final answer of a response: where it stands.
 
-Nothing here needs a library, and every function is linear in the text, so it is safe on anything a policy may write. What
-cannot be decided here (`plain_verdict` returns None) is left to math_compare.py, which runs in a worker process.
+Nothing here needs a library, and every function is linear in the text, so it is safe on anything a policy may write. Whether
+two answers are the same is told in compare.py.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from fractions import Fraction
+
+from amft_fast.tasks.math import units
+from amft_fast.tasks.math.kinds import Words
+from amft_fast.tasks.math.latex import Unreadable
+from amft_fast.tasks.math.reading import read
+from amft_fast.tasks.math.signs import names
 
 MAX_RESPONSE = 1 << 18
 """Characters of a response that are read, from its end: an answer stands last."""
 MAX_ANSWER = 2000
 """Answers longer than this are wrong unread. The longest gold answer of the benchmarks has 222 characters."""
-
-# ------------------------------------------------------------------------------------------------- where the answer stands
-
-_BOX_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-_BETWEEN_BOXES = re.compile(r"(?:[\s$,;.]|\\[()\[\]]|\b(?:and|or)\b|\\text\s*\{\s*(?:and|or)\s*\}|\\quad|\\,)*")
-_ANCHOR = re.compile(
-    r"(?:final\s+answer|\banswer)\**\s*(?:is|are|:|=)\s*(?::|therefore\b|thus\b)?[\s*:]*", re.IGNORECASE
-)
-_GSM8K = re.compile(r"####[ \t]*(.+)")
-_MATH = re.compile(r"\$\$(.+?)\$\$|\$((?:\\\$|[^$\n])+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_NEXT_FORMULA = re.compile(r"\s*(?:,\s*)?(?:and|or)?\s*(?:\$|\\\()")
-_SENTENCE_END = re.compile(r"(?<!\\)[.!?](?=\s|$)|\s(?:because|since|as|so|which|where)\s")
-_CLOSING = re.compile(r"(?:=|\bis|\bare|\bequals)\s*([^=]+?)$")
+NEXT_BOX = "\ue002"
+"""Between the boxes of one answer: they are a list, or one answer written in two ways."""
 
 
 def extract(response: str) -> str | None:
-    """The final answer as written, or None.
+    """The final answer as written, or None. Several boxes are joined by commas.
 
     What counts, in this order: the last outermost `\\boxed{...}` (boxes with nothing but commas, "and" or "or" between them
-    are one list); `#### x`; what follows the last "answer is" or "answer:"; the end of the last line, if it is a formula, a
-    bare number or letter, or follows "=" or "is". A text after `</think>` comes before the thoughts.
+    are one list); the last `<answer>...</answer>`; `#### x`; what follows the last "answer is" or "answer:", in some other
+    languages too; what ends the last line: a formula, a bare value, what follows "=" or "is", or the only number of its
+    last sentence, where nothing there takes it back. A text after `</think>` comes before the thoughts. Where the last box is
+    cut off, there is no answer.
     """
+    found = final_answer(response)
+    return found and found.replace(NEXT_BOX, ", ")
+
+
+def final_answer(response: str) -> str | None:
+    """`extract` with NEXT_BOX between boxes, as compare.py takes it."""
     text = response[-MAX_RESPONSE:]
     after = text.rpartition("</think>")[2] if "</think>" in text else ""
     for part in (after, text):
-        for find in (_boxed, _hashes, _anchored, _last_line):
-            found = find(part) if part.strip() else None
+        if not part.strip():
+            continue
+        boxed, cut = _boxed(part)
+        if boxed is not None or cut:
+            return (boxed or "").strip() or None
+        for find in (_tagged, _hashes, _anchored, _is_the_answer, _last_line):
+            found = find(part)
             if found is not None:
                 return found.strip() or None
     return None
 
 
-def _boxed(text: str) -> str | None:
+# ----------------------------------------------------------------------------------------------------------- boxes and marks
+
+_BOX_TOKEN = re.compile(
+    r"\\(?:boxed|fbox)\s*\{|\\(?:boxed|fbox)(?![a-zA-Z])[ ]?([+-]?[\w.,/%]*\w%?|\\[a-zA-Z]+)|\\.|[{}]", re.DOTALL
+)
+_BETWEEN_BOXES = re.compile(r"(?:[\s$,;.]|\\[()\[\]]|\b(?:and|or)\b|\\text\s*\{\s*(?:and|or)\s*\}|\\quad|\\,)*")
+_GSM8K = re.compile(r"####[ \t]*(.+)")
+
+
+def _boxed(text: str) -> tuple[str | None, bool]:
+    """(what the last box holds, or None; whether the last box is cut off)"""
     if "\\boxed" not in text and "\\fbox" not in text:
-        return None
+        return None, False
     spans: list[tuple[int, int, int]] = []  # start of the command, start and end of the content
     open_braces: list[tuple[int, int] | None] = []
+    last = -1
     for token in _BOX_TOKEN.finditer(text):
         word = token[0]
-        if word == "{":
+        if token[1]:
+            last = token.start()
+            spans.append((token.start(), *token.span(1)))
+        elif word == "{":
             open_braces.append(None)
         elif word == "}":
             box = open_braces.pop() if open_braces else None
@@ -62,14 +82,22 @@ def _boxed(text: str) -> str | None:
                     spans.pop()  # the inner boxes of this one
                 spans.append((box[0], box[1], token.start()))
         elif word[-1] == "{" and len(word) > 2:
+            last = token.start()
             open_braces.append((token.start(), token.end()))
-    if not spans:
-        return None
-    last = [spans.pop()]
-    while spans and last[0][0] - spans[-1][2] < 40 and _BETWEEN_BOXES.fullmatch(text, spans[-1][2] + 1, last[0][0]):
-        last.insert(0, spans.pop())
-    parts = list(dict.fromkeys(text[start:end].strip() for _, start, end in last))
-    return ", ".join(parts)
+    if not spans or (spans[-1][0] < last and not spans[-1][0] <= last < spans[-1][2]):
+        return None, last >= 0
+    run = [spans.pop()]
+    while spans and run[0][0] - spans[-1][2] < 40 and _BETWEEN_BOXES.fullmatch(text, spans[-1][2] + 1, run[0][0]):
+        run.insert(0, spans.pop())
+    parts = dict.fromkeys(text[start:end].strip() for _, start, end in run)
+    return NEXT_BOX.join(part for part in parts if part), False
+
+
+def _tagged(text: str) -> str | None:
+    small = text.lower()
+    end = small.rfind("</answer>")
+    begin = small.rfind("<answer>", 0, end) if end >= 0 else -1
+    return _statement(text[begin + len("<answer>") : end]) if begin >= 0 else None
 
 
 def _hashes(text: str) -> str | None:
@@ -77,342 +105,185 @@ def _hashes(text: str) -> str | None:
     return found[-1] if found else None
 
 
+# ------------------------------------------------------------------------------------------------------------ statements
+
+_FINAL = r"(?:final|correct|right|best|required)"
+_ANCHOR = re.compile(
+    rf"\b(?:{_FINAL}\s+)?answers?\b[*_`]*\s*(?:is|are|:|=|：|equals|(?:should|must|will|would)\s+be)[*_`]*\s*(?::|therefore\b|thus\b)?"
+    r"|(?m:^[#*_>\s✅]*final\s+answer[*_:\s]*$)"
+    r"|(?:答案|结果|答)\s*(?:是|为|為|：|:|等于)|答え\s*(?:は|：|:)|(?:정답|답)\s*(?:은|:)"
+    r"|\b(?:respuesta|resposta|risposta)(?:\s+(?:final|finale|correcta|correta|corretta))?\s*(?:es\b|é|è|:)"
+    r"|\br[ée]ponse(?:\s+(?:finale|correcte))?\s*(?:est\b|:)|\bAntwort\s*(?:ist\b|lautet\b|:)"
+    r"|\bответ\s*(?:[:—-]|равен\b)",
+    re.IGNORECASE,
+)
+_IS_THE_ANSWER = re.compile(
+    r"(?:^|[\n.:;,])\s*(?:(?:so|thus|hence|therefore|then)\b,?\s*)?([^\n]{1,80}?)\s+(?:is|are)\s+(?:the|our|my)\s+"
+    rf"(?:{_FINAL}\s+)?answers?\b",
+    re.IGNORECASE,
+)
+_MATH = re.compile(r"\$\$(.+?)\$\$|\$((?:\\\$|[^$\n])+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_SENTENCE_END = re.compile(
+    r"(?<!\\)\.(?=[\s*_`]|$)|(?<![\w)\]}!\\])!(?=\s|$)|。|！|です|입니다"
+    r"|,?\s(?:because|since|as|so|which|where|thus|hence|therefore)\s|\s\((?:since|because|as)\s"
+)
+_PICTURES = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf\ufe0f]")
+_MARKDOWN = " \t\n*_`"
+_HEADING = re.compile(r"\A\s*(?:[>#]+\s+)+")
+
+
 def _anchored(text: str) -> str | None:
     ends = [match.end() for match in _ANCHOR.finditer(text)]
-    return _first_statement(text[ends[-1] : ends[-1] + MAX_ANSWER].lstrip("* \n")) if ends else None
+    return _statement(text[ends[-1] : ends[-1] + MAX_ANSWER]) if ends else None
 
 
-def _first_statement(rest: str) -> str | None:
-    """The first line of `rest` up to the end of its sentence; its formula when it opens with one."""
+def _is_the_answer(text: str) -> str | None:
+    found = _IS_THE_ANSWER.findall(text[-MAX_ANSWER:])
+    return _unmarked(found[-1]) if found else None
+
+
+def _statement(rest: str) -> str | None:
+    """What the first sentence of `rest` states: a formula, a value, with the words that belong to it."""
+    rest = _unmarked(_PICTURES.sub("", rest).strip(_MARKDOWN + ":："))
     math = _MATH.match(rest)
     if math:
-        tail = rest[math.end() :].split("\n", 1)[0]
-        if not _NEXT_FORMULA.match(tail):  # else a list: the sentence as a whole
-            unit = _SENTENCE_END.split(tail, maxsplit=1)[0].strip(" *.,;")
-            return _inner(math) + (f" \\text{{ {unit} }}" if re.fullmatch(r"[a-zA-Z% ]{1,40}", unit) else "")
-    line = rest.split("\n", 1)[0]
-    line = _SENTENCE_END.split(line, maxsplit=1)[0].strip(" *").rstrip(" .,;:")
-    return line or None
+        tail = _SENTENCE_END.split(rest[math.end() :].split("\n", 1)[0], maxsplit=1)[0].rstrip(_MARKDOWN + ".,;!")
+        gap, tail = (" " if tail[:1] in " *_`" else ""), tail.lstrip(_MARKDOWN)
+        return f"${_inner(math)}${gap}{tail}" if tail else _inner(math)
+    line = _SENTENCE_END.split(rest.split("\n", 1)[0], maxsplit=1)[0].strip(_MARKDOWN).rstrip(".,;: ")
+    return line.strip(_MARKDOWN) or None
 
 
-def _last_line(text: str) -> str | None:
-    line = text.rstrip()[-MAX_ANSWER:].rpartition("\n")[2].strip(" *").rstrip(".!,;: *")
-    maths = list(_MATH.finditer(line))
-    if maths and not line[maths[-1].end() :].strip(" .*"):
-        return _inner(maths[-1]).rpartition("=")[2] if "," not in _inner(maths[-1]) else _inner(maths[-1])
-    if len(line) < 60 and (choice(line) or number(normal_form(split_unit(line)[0])) is not None):
-        return line
-    closing = _CLOSING.search(line[-200:])
-    return closing[1] if closing else None
+def _unmarked(text: str) -> str:
+    """Without the signs of Markdown around it: emphasis, code, a heading, a quotation."""
+    return _HEADING.sub("", text.strip(_MARKDOWN)).strip(_MARKDOWN)
 
 
 def _inner(match: re.Match) -> str:
-    return next(g for g in match.groups() if g is not None)
+    return next(g for g in match.groups() if g is not None).strip()
 
 
-# -------------------------------------------------------------------------------------------------------------- normal form
+# --------------------------------------------------------------------------------------------------------- the last line
 
-_UNICODE = str.maketrans(
-    {
-        "−": "-",
-        "–": "-",
-        "×": r"\times ",
-        "·": r"\cdot ",
-        "π": r"\pi ",
-        "∞": r"\infty ",
-        "°": r"^\circ ",
-        "≤": r"\le ",
-        "≥": r"\ge ",
-        "∪": r"\cup ",
-        "∈": r"\in ",
-        "√": r"\sqrt ",
-        "±": r"\pm ",
-        "\u00a0": " ",
-        "\u202f": " ",
-        "\u2009": " ",
-    }
+_TAKEN_BACK = re.compile(
+    r"\b(?:not|no|never|cannot|wrong|incorrect|false|between|least|most|than|about|approx|approximately|roughly|nearly|almost|"
+    r"around|or|either|neither|if|unless|suppose|assume|assuming|maybe|perhaps|possibly|probably|might|could|would|should|"
+    r"guess|up to|over|under|every|each|instead|except|but|without|until|before|after|doubt|whether|when|twice|double|triple|"
+    r"half|thirds?|quarters?|plus|minus|times|divided|multiplied|squared|cubed)\b|n't\b|\?",
+    re.IGNORECASE,
 )
-_STEPS: list[tuple[re.Pattern[str], str]] = [
-    (re.compile(r"\\(?:boxed|fbox)\s*\{([^{}]*)\}"), r"\1"),
-    (re.compile(r"\\(?:left|right|bigl|bigr|Bigl|Bigr|big|Big|displaystyle|textstyle|limits)(?![a-zA-Z])"), ""),
-    (re.compile(r"(?<!\\)(?:\\[()\[\]]|\$)"), ""),
-    (re.compile(r"(?<!\\)\\!"), ""),  # 10,\!080
-    (re.compile(r"\{,\}"), ","),
-    (re.compile(r"(?<=\d)\\[,;:](?=\d{3}(?!\d))"), ""),  # 10\,080
-    (re.compile(r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])|\\hspace\{[^{}]*\}"), " "),
-    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
-    (re.compile(r"\\(?:leq|leqslant)(?![a-zA-Z])"), r"\\le"),
-    (re.compile(r"\\(?:geq|geqslant)(?![a-zA-Z])"), r"\\ge"),
-    (re.compile(r"\\neq(?![a-zA-Z])"), r"\\ne"),
-    (re.compile(r"\\frac\s*(\d)\s*(\d)(?!\d)"), r"\\frac{\1}{\2}"),
-    (re.compile(r"\\frac\s*(\d)\s*\{"), r"\\frac{\1}{"),
-    (re.compile(r"(\\frac\s*\{[^{}]*\})\s*(\d)"), r"\1{\2}"),
-    (re.compile(r"\\sqrt\s*(\d)"), r"\\sqrt{\1}"),
-    (re.compile(r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-zA-Z])|\\degree(?![a-zA-Z])"), r"^\\circ"),
-    (re.compile(r"([_^])\{(\w)\}"), r"\1\2"),
-    (re.compile(r"\s+"), " "),
-]
-
-
-def normal_form(text: str) -> str:
-    """The text with one way of writing for what has several: spacing, delimiters, fractions, signs. Idempotent on answers."""
-    text = text.translate(_UNICODE)
-    for pattern, replacement in _STEPS:
-        text = pattern.sub(replacement, text)
-    text = text.strip().rstrip(".,;:").strip()
-    if text.startswith("{") and text.endswith("}") and _closes_at(text) == len(text) - 1:
-        text = text[1:-1].strip()
-    return re.sub(r" ?([=+\-*/^_,(){}\[\]<>|&]) ?", r"\1", text)
-
-
-def _closes_at(text: str) -> int:
-    """Where the bracket that opens `text` closes; -1 when it does not."""
-    depth = 0
-    for i, c in enumerate(text):
-        if c in "([{":
-            depth += 1
-        elif c in ")]}":
-            depth -= 1
-            if depth == 0:
-                return i
-    return -1
-
-
-# ---------------------------------------------------------------------------------------------------------------- numbers
-
-
-@dataclass(frozen=True)
-class Number:
-    """An exact value; `places` is the power of ten of the last digit of a decimal, None for integers and fractions."""
-
-    value: Fraction
-    places: int | None = None
-    digits: int = 0
-
-    def equals(self, other: Number) -> bool:
-        """Whether they are the same number: exactly, or one is the other rounded or cut to six digits or more."""
-        return self.value == other.value or self.rounds(other.value) or other.rounds(self.value)
-
-    def rounds(self, value: Fraction) -> bool:
-        """Whether this decimal, of at least six significant digits, is `value` rounded or cut to its length."""
-        if self.places is None or self.digits < 6:
-            return False
-        unit = Fraction(10) ** self.places
-        short = abs(value) - abs(self.value)
-        return (value >= 0) == (self.value >= 0) and (abs(short) * 2 <= unit or 0 <= short < unit)
-
-
-_DIGITS = r"\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d{1,400}"
-_DECIMAL = re.compile(
-    rf"([+-]?)\s?(?=\.?\d)({_DIGITS})?(?:\.(\d{{0,400}}))?"
-    r"(?:[eE]([+-]?\d{1,3})|\s?(?:\\times|\\cdot|\*|x)\s?10\^(?:\{([+-]?\d{1,3})\}|(\d)))?"
+_LEADS = re.compile(
+    r"(?:\bis|\bare|\bequals|\bbe|=|:|\bget|\bgets|\bgives|\bhave|\bhas|\bobtain|\bfind)[\s*_]*$", re.IGNORECASE
 )
-_FRACTION = re.compile(r"([+-]?)(?:(\d{1,400})\s?)?\\frac\{(-?)(\d{1,400})\}\{(-?)(\d{1,400})\}")
-_SLASHED = re.compile(r"([+-]?)(?:(\d{1,400}) )?(\d{1,400})\.?/(\d{1,400})")
+_CLOSING = re.compile(r".*\b(?:is|are|equals)\b\s+(?:therefore |thus |then |equal to |simply |just )?(.+)", re.DOTALL)
+_IS_CORRECT = re.compile(r"(?:^|\s)\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right)(?:\s+(?:one|option|choice))?$")
+_WORD = re.compile(r"(?<![A-Za-z\\])(?!(?:sin|cos|tan|log|ln|sqrt|pi)\b)[A-Za-z]{2,}[:,]?\s")
+_NUMBER_IN_TEXT = re.compile(
+    r"(?<![\w.,/^=+*<>~≈-])[-−]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?%?(?![\w/^=+*]|[.,]\d)"
+)
+_ITEM_BEFORE = re.compile(
+    r"\b(?:step|case|part|question|problem|exercise|figure|fig|page|chapter|section|equation|eq|method|option|line|line number|"
+    r"number|no|day|week|round|level|example|theorem|lemma|table|grade|year|version|row|column|term)\s*#?$",
+    re.IGNORECASE,
+)
+_SENTENCES = re.compile(r"(?<=[.!?。])\s+(?=[^\s])")
 
 
-def number(form: str) -> Number | None:
-    """The number that a normal form writes out, or None: integers (with thousands separators), decimals, powers of ten,
-    fractions, mixed numbers."""
-    match = _DECIMAL.fullmatch(form)
-    if match:
-        sign, whole, part, *exponents = match.groups()
-        exponent = int(next((e for e in exponents if e), "0"))
-        whole = re.sub("[, ]", "", whole or "")
-        value = Fraction(int((whole + (part or "")) or "0")) * Fraction(10) ** (exponent - len(part or ""))
-        places = exponent - len(part) if part else None
-        digits = len((whole + (part or "")).lstrip("0"))
-        return Number(-value if sign == "-" else value, places, digits)
-    match = _FRACTION.fullmatch(form)
-    if match:
-        sign, whole, minus, top, minus_below, bottom = match.groups()
-        if whole and (minus or minus_below):
-            return None
-        negative = (sign == "-") ^ (minus == "-") ^ (minus_below == "-")
-    else:
-        match = _SLASHED.fullmatch(form)
-        if not match:
-            return None
-        sign, whole, top, bottom = match.groups()
-        negative = sign == "-"
-    if int(bottom) == 0:
+def _last_line(text: str) -> str | None:
+    lines = [line for line in text.rstrip()[-MAX_ANSWER:].split("\n") if line.strip(_MARKDOWN)]
+    if not lines:
         return None
-    value = Fraction(int(top), int(bottom)) + int(whole or 0)
-    return Number(-value if negative else value)
+    line = _SENTENCES.split(lines[-1].strip())[-1]
+    line = _unmarked(_unmarked(line).rstrip(".,;:。 "))
+    maths = list(_MATH.finditer(line))
+    if maths:
+        before, after = line[: maths[-1].start()], line[maths[-1].end() :].strip(" .*!")
+        if len(maths) > 1 and not _LEADS.search(before):
+            run = line[maths[0].start() :]
+            joined = re.fullmatch(r"(?:,|and|or|\s)*", _MATH.sub("", run))
+            return _unless_taken_back(line[: maths[0].start()], run) if joined else None
+        if not after:
+            return _unless_taken_back(before[maths[-2].end() :] if len(maths) > 1 else before, _inner(maths[-1]))
+    elif len(line) < 60 and _has_value(line):
+        return line
+    named = _IS_CORRECT.search(line)
+    if named:
+        return named[1]
+    if "=" in line and not maths:
+        begin = max((m.end() for m in _WORD.finditer(line[: line.index("=")])), default=0)
+        return _unless_taken_back(line[:begin], line[begin:].lstrip("= "))
+    closing = _CLOSING.fullmatch(line[-200:]) if not maths else None
+    if closing and _has_value(closing[1]):
+        return closing[1]
+    only = _only_number(line) if not maths else None
+    return only or (closing[1] if closing else None)
 
 
-# ------------------------------------------------------------------------------------------------------------------ units
-
-_UNIT_NAMES = {
-    "percent": "% percent percentage pct",
-    "degree": "degree deg",
-    "dollar": "dollar usd buck",
-    "cent": "cent",
-    "pound (money)": "gbp",
-    "euro": "euro eur",
-    "mm": "mm millimeter millimetre",
-    "cm": "cm centimeter centimetre",
-    "m": "meter metre",
-    "km": "km kilometer kilometre",
-    "inch": "inch in",
-    "foot": "foot feet ft",
-    "yard": "yard yd",
-    "mile": "mile mi",
-    "second": "second sec",
-    "minute": "minute min",
-    "hour": "hour hr",
-    "day": "day",
-    "week": "week",
-    "month": "month",
-    "year": "year yr",
-    "gram": "gram gm",
-    "kg": "kg kilogram",
-    "mg": "mg milligram",
-    "pound": "pound lb",
-    "ounce": "ounce oz",
-    "ton": "ton",
-    "liter": "liter litre",
-    "ml": "ml milliliter millilitre",
-    "gallon": "gallon gal",
-    "mile/hour": "mph",
-    "km/hour": "kmh kmph kph",
-    "radian": "radian rad",
-    "unit": "unit",
-}
-_LETTERS = {"m": "m", "s": "second", "g": "gram", "h": "hour", "L": "liter", "l": "liter", "K": "kelvin", "J": "joule"}
-_UNITS = {name: unit for unit, names in _UNIT_NAMES.items() for name in names.split()}
-_IRREGULAR = {"inches": "inch", "feet": "foot"}
-_TEXT = r"\\(?:text|mbox|mathrm|textrm|textbf|textit|textnormal|mathbf|mathit|operatorname|rm)"
-_POWER = r"(?:\s*\^\s*\{?\s*(-?\d)\s*\}?)?"
-_TEXT_UNIT = re.compile(rf"(?:\\[,; ]|~|\s)*{_TEXT}\s*\{{([^{{}}]*)\}}{_POWER}\s*\.?$")
-_PLAIN_UNIT = re.compile(rf"(?<=[\d}})])\s*([a-zA-Z][a-zA-Z/. ]*?)\.?{_POWER}$")
-_MONEY = re.compile(r"^\s*([+-]?)\s*(?:US)?\s*(\\?\$|\\text\s*\{\s*\\?\$\s*\}|£|€)\s*(?=[\d.])")
+def _unless_taken_back(before: str, found: str) -> str | None:
+    return None if _TAKEN_BACK.search(before) else found
 
 
-def split_unit(text: str) -> tuple[str, str | None]:
-    """(the rest, the unit's name or None) of an answer: `3 \\text{ cm}^2` is `("3", "cm^2")`, `\\$5` is `("5", "dollar")`.
-
-    In formulas only what is set as text, or is a unit's whole name, counts as a unit: in `2 m` the m is a variable.
-    """
-    text = text.strip().strip("$") if text.count("$") == 2 and text.strip()[:1] == "$" else text.strip()
-    money = _MONEY.match(text)
-    unit = None
-    if money:
-        unit = {"£": "pound (money)", "€": "euro"}.get(money[2], "dollar")
-        text = money[1] + text[money.end() :]
-    text = text.rstrip(" .$")
-    degrees = re.search(r"(?:\^\s*\{?\s*\\circ\s*\}?|°)\s*$", text)
-    if degrees:
-        return text[: degrees.start()], "degree"
-    percent = re.search(rf"\\?%\s*$|{_TEXT}\s*\{{\s*\\?%\s*\}}\s*$", text)
-    if percent:
-        return text[: percent.start()].strip(), "percent"
-    match, wrapped = _TEXT_UNIT.search(text), True
-    if not match:
-        match, wrapped = _PLAIN_UNIT.search(text), False
-    if match and match.start() > 0:
-        name = _unit_name(match[1], match[2], wrapped)
-        if name:
-            return text[: match.start()].rstrip(" \\,;"), name if unit is None or name == unit else f"{unit} {name}"
-    return text, unit
+def _has_value(text: str) -> bool:
+    """Whether a text is a number, a formula, a list and so on, rather than words."""
+    try:
+        values = read(text, False).values
+    except Unreadable:
+        return False
+    return any(not isinstance(v, Words) for v in values) or choice(text) is not None
 
 
-def _unit_name(words: str, power: str | None, wrapped: bool) -> str | None:
-    """The unit that these words name, as one canonical text; None when they are no unit (or, unwrapped, may be variables)."""
-    words = words.strip(" .").replace("\\", "")
-    parts = [p for p in re.split(r"\s+|(/)", re.sub(r"\bper\b", "/", words)) if p]
-    prefix, known, names = "", False, []
-    for part in parts:
-        low = part.lower()
-        if low in ("square", "sq", "sq."):
-            power = "2"
-        elif low in ("cubic", "cu", "cu."):
-            power = "3"
-        elif part == "/":
-            names.append("/")
-        else:
-            singular = _IRREGULAR.get(low) or _UNITS.get(low) or _UNITS.get(low.removesuffix("s"))
-            singular = _UNITS.get(singular, singular) if singular else None
-            singular = singular or (_LETTERS.get(part) if wrapped else None)
-            known |= singular is not None
-            names.append(singular or low.removesuffix("s"))
-    if not names or not (known or wrapped or all(len(n) > 2 or n == "/" for n in names)):
+_AFTER_NUMBER = set(
+    names("in on at now today altogether total left from for with there because since as again together overall during")
+)
+
+
+def _only_number(sentence: str) -> str | None:
+    """The one number of a sentence that does not take it back, with the unit behind it: "Sam has 13 red apples now."."""
+    found = list(_NUMBER_IN_TEXT.finditer(sentence))
+    if len(found) != 1 or len(re.findall(r"\d+(?:[.,]\d+)*", sentence)) != 1 + ("/" in found[0][0]):
         return None
-    if not wrapped and not known and any(n in ("sin", "cos", "tan", "log", "and", "pi", "mod") for n in names):
+    if _TAKEN_BACK.search(sentence) or _ITEM_BEFORE.search(sentence[: found[0].start()].rstrip(" (")):
         return None
-    name = prefix + " ".join(names).replace(" / ", "/")
-    return f"{name}^{power}" if power and power != "1" else name
+    number, rest = found[0][0], sentence[found[0].end() :]
+    if not re.match(r"\s+[A-Za-z]", rest):
+        return None if rest.lstrip()[:1] in tuple("([{\\") else number
+    words = re.findall(r"[A-Za-z]+", rest)
+    for n in (3, 2, 1):
+        if units.parse(" ".join(words[:n])) is not None:
+            return f"{number} {' '.join(words[:n])}"
+    if words[0].lower() in units.MAGNITUDES:
+        return f"{number} {words[0]}"
+    return number if words[0].lower() in _AFTER_NUMBER else None
 
 
-# ---------------------------------------------------------------------------------------------------------------- verdicts
+# --------------------------------------------------------------------------------------------------------------- choices
 
-_CHOICE = re.compile(r"\(?([A-J])\)?[.:]?")
-_CHOICE_WITH_TEXT = re.compile(r"\(?([A-J])(?:\)|[.:])\s*(?:\S.*)", re.DOTALL)
-_WRAPPED = re.compile(rf"^{_TEXT}\s*\{{(.*)\}}$", re.DOTALL)
+CHOICE = re.compile(r"\(?([A-J])\)?[.:]?")
+_CHOICE_WITH_TEXT = re.compile(r"\(?([A-J])(?:\)|[.:])[.:]?\s*(\S.*)", re.DOTALL)
+_OPTION = re.compile(r"(?:the\s+)?(?:option|choice|answer|letter)s?\s+(?=\(?[A-J]\b)", re.IGNORECASE)
+_WRAPPER = re.compile(
+    r"\\(?:text|mbox|textbf|textrm|textit|mathbf|mathrm|mathit|operatorname|boldsymbol)\s*\{([^{}]*)\}"
+)
+_OTHER_LETTER = re.compile(
+    r"(?<![A-Za-z\\])([A-J])(?:\)|[.:,]|\s+(?:and|or|is|are|was|not|instead|too|also|both|seems|looks|may|might|could)\b|$)"
+)
 
 
-def unwrap_text(form: str) -> str:
-    """`\\text{(C)}` without its wrapping, when it is all there is."""
-    match = _WRAPPED.match(form)
-    return match[1].strip() if match and "}" not in match[1] else form
+def unwrapped(text: str) -> str:
+    """A text without `\\text{...}` and its like around parts of it."""
+    return _WRAPPER.sub(r"\1", text)
 
 
 def choice(answer: str) -> str | None:
     """The letter A to J that an answer to a multiple choice names: `C`, `(C)`, `C.`, `\\text{C}`, `C) Days become shorter`."""
-    form = unwrap_text(normal_form(answer.strip("* ")))
-    match = _CHOICE.fullmatch(form)
+    text = unwrapped(answer.replace("$", "").strip(_MARKDOWN))
+    text = re.sub(r"\\(?:left|right|displaystyle|textstyle)(?![a-zA-Z])|\\[()\[\]]", "", text)
+    text = re.sub(r"\\[ ,;:!]|~|\\q?quad(?![a-zA-Z])|[{}]", " ", text).strip(_MARKDOWN)
+    text = re.sub(r"\(\s*([A-J])\s*\)", r"(\1)", _OPTION.sub("", text, count=1))
+    match = CHOICE.fullmatch(text)
     if match:
         return match[1]
-    match = _CHOICE_WITH_TEXT.fullmatch(form)
-    others = re.findall(r"(?<![A-Za-z])([A-J])(?:\)|[.:,]|\s+(?:and|or)\b|$)", form)
-    return match[1] if match and set(others) <= {match[1]} else None
-
-
-def plain_verdict(answer: str, gold: str) -> bool | None:
-    """True or False where an answer is plainly right or wrong; None where it takes mathematics to tell.
-
-    Plain are choice letters, equal texts, and numbers on both sides with or without units: a missing unit is forgiven, a
-    different one is not.
-    """
-    if not answer.strip() or not gold.strip() or len(answer) > MAX_ANSWER:
-        return False
-    letter = unwrap_text(gold.strip().strip("$"))
-    if _CHOICE.fullmatch(letter):
-        return choice(answer) == choice(letter)
-    a_body, a_unit = split_unit(answer)
-    g_body, g_unit = split_unit(gold)
-    if a_unit and g_unit and a_unit != g_unit:
-        return False
-    a_form, g_form = _bare(normal_form(a_body)), _bare(normal_form(g_body))
-    a, g = number(a_form), number(g_form)
-    if a is not None and g is not None:
-        return same_amount(a, a_unit, g, g_unit)
-    if a_form == g_form and (a_unit == g_unit or a_unit is None or g_unit is None):
-        return a is not None or "percent" not in (a_unit, g_unit) or a_unit == g_unit
-    words_a, words_g = unwrap_text(a_form), unwrap_text(g_form)
-    if re.fullmatch(r"[A-Za-z][A-Za-z ]+", words_g) and words_a.casefold() == words_g.casefold():
-        return True
-    return None
-
-
-def _bare(form: str) -> str:
-    """A number without what is set around it: `\\textbf{(113)}`."""
-    inner = unwrap_text(form)
-    inner = inner[1:-1].strip() if inner[:1] == "(" and inner[-1:] == ")" else inner
-    return inner if number(inner) is not None else form
-
-
-def same_amount(a: Number, a_unit: str | None, g: Number, g_unit: str | None) -> bool:
-    """Whether two numbers with units (which are not different ones) are the same.
-
-    50% is 0.5. Where only one has the sign, it may be left out too (a problem that asks for a percentage): then only above 1,
-    so that 1% never passes for a probability of 1.
-    """
-    if a_unit == g_unit or "percent" not in (a_unit, g_unit):
-        return a.equals(g)
-    if a.equals(g) and abs(a.value) > 1:
-        return True
-    hundredth = Fraction(1, 100)
-    a_value = a.value * hundredth if a_unit == "percent" else a.value
-    g_value = g.value * hundredth if g_unit == "percent" else g.value
-    return a_value == g_value
+    match = _CHOICE_WITH_TEXT.fullmatch(text)
+    if match is None or not set(_OTHER_LETTER.findall(match[2])) <= {match[1]}:
+        return None
+    return match[1]

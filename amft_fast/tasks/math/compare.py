@@ -1,309 +1,375 @@
-"""Whether an answer says the same as the gold answer, where that takes mathematics: lists, sets, intervals, tuples, matrices,
-formulas. Runs in a worker process (math_worker.py), because formulas of a policy's making can take for ever.
+"""Whether an answer says the same as the gold answer.
 
-Structure is compared here, part by part; what is left, single formulas, goes to math-verify, and its "yes" is checked by
-evaluation: it rounds to six decimals, so that 2e-9 would pass for 1e-9, and calls two equations without solutions equal.
-Without math-verify the comparison of structure, texts and numbers remains, which says "no" more often but never "yes" more
-often.
+Both are read (kinds.py), and readings of the same kind are compared part by part. What is left are values: exact ones by exact
+arithmetic, others by evaluation at many points with more digits than their sizes could hide a difference in. Algebra sees
+nothing but mathematical expressions, so that words, dates and labels are the same only when they are written the same.
 """
 
 from __future__ import annotations
 
-import logging
-import random
 import re
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
-from amft_fast.tasks.math.answer import (
-    MAX_ANSWER,
-    normal_form,
-    number,
-    plain_verdict,
-    same_amount,
-    split_unit,
-    unwrap_text,
+from amft_fast.tasks.math.answer import CHOICE, MAX_ANSWER, NEXT_BOX, choice
+from amft_fast.tasks.math.exact import NoValue, TooBig, exact
+from amft_fast.tasks.math.kinds import (
+    Amount,
+    Bracket,
+    Chain,
+    Equation,
+    Items,
+    Matrix,
+    Named,
+    Piece,
+    Ranges,
+    Ratio,
+    Residue,
+    Sum,
+    Under,
+    Words,
+    as_ranges,
 )
-
-MAX_PARTS = 64
-_MATRIX = re.compile(r"\\begin\{([bpvB]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
-_AND = re.compile(
-    r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|\\(?:mathrm|mbox)\s*\{\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])"
-)
-_RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|in|lt|gt)(?![a-zA-Z])")
-_PLUS_MINUS = re.compile(r"\\pm|\\mp")
-# x = 5, f(x) = 2 x, m_{\max} = 7, x \in [1, 2]: the side that names.
-_NAMED = re.compile(
-    r"((?:\\?[a-zA-Z]+|\\angle [A-Z ]+)(?:_(?:\w|\{[^{}]*\}))?'?(?:\([a-zA-Z, ]*\))?)(=|\\in(?![a-zA-Z]))(.+)",
-    re.DOTALL,
-)
+from amft_fast.tasks.math.latex import Unreadable
+from amft_fast.tasks.math.reading import Reading, read
+from amft_fast.tasks.math.tree import ZERO, Node, as_fraction, own_symbol, replaced, symbols
+from amft_fast.tasks.math.units import FAMILIES
+from amft_fast.tasks.math.values import Undecided, Values
 
 
 def same(answer: str, gold: str) -> bool:
-    """Whether `answer` is as good as `gold`. Symmetric but for units, which an answer may leave out."""
-    if len(answer) > MAX_ANSWER or len(gold) > MAX_ANSWER:
-        return False
-    plain = plain_verdict(answer, gold)
-    return plain if plain is not None else _same(answer, gold)
+    """Whether `answer` is as good as `gold`. Past the bounds of evaluate.py it is not."""
+    return _same(answer, gold, _Judge(quick=False))
 
 
-def _same(answer: str, gold: str) -> bool:
-    a, g = _tidy(answer), _tidy(gold)
-    a_kind, a_parts = _structure(a)
-    g_kind, g_parts = _structure(g)
-    if a_kind == g_kind and a_kind != "formula":
-        if len(a_parts) != len(g_parts):
-            return False
-        ordered = a_kind not in ("list", "union")
-        return _all_same(a_parts, g_parts) if ordered else _matched(a_parts, g_parts)
-    if "list" in (a_kind, g_kind):
-        return False
-    if a_kind == g_kind == "formula":
-        return _same_formula(a, g)
-    # What is left is an interval (or several) against an inequality, which math-verify reads.
-    return bool(_RELATION.search(a) or _RELATION.search(g)) and _verified(a, g)
-
-
-def _all_same(answers: list[str], golds: list[str]) -> bool:
-    return all(same(a, g) for a, g in zip(answers, golds))
-
-
-def _matched(answers: list[str], golds: list[str]) -> bool:
-    """Whether the parts are the same in some order. Sameness of numbers and formulas is transitive enough to be greedy."""
-    left = list(answers)
-    for gold in golds:
-        found = next((i for i, a in enumerate(left) if same(a, gold)), None)
-        if found is None:
-            return False
-        del left[found]
-    return True
-
-
-def _tidy(text: str) -> str:
-    """The normal form with connecting words as commas."""
-    return normal_form(_AND.sub(",", re.sub(r",?\s*\$\s*,\s*\$", ",", text)))
-
-
-@lru_cache(4096)
-def _structure(form: str) -> tuple[str, list[str]]:
-    """("list" | "tuple()" and so on by its brackets | "union" | "matrix r" | "formula", parts) of a normal form."""
-    matrix = _MATRIX.fullmatch(form)
-    if matrix:
-        rows = [row.split("&") for row in re.split(r"\\\\", matrix[2].strip().removesuffix("\\\\")) if row.strip()]
-        return f"matrix {len(rows)}", [cell.strip() for row in rows for cell in row]
-    braces = re.fullmatch(r"\\(?:lbrace|\{)(.*)\\(?:rbrace|\})", form, re.DOTALL)
-    if braces and "\\{" not in braces[1] and "|" not in braces[1] and "\\mid" not in braces[1]:
-        return "list", _plus_minus(_split(braces[1], ",;"))
-    union = _split(form, "\\cup")
-    if len(union) > 1:
-        return "union", union
-    parts = _split(form, ",;")
-    if len(parts) > 1:
-        return "list", _plus_minus(parts)
-    if _PLUS_MINUS.search(form):
-        return "list", _plus_minus(parts)
-    if form[:1] in ("(", "[") and form[-1:] in (")", "]"):
-        inner = _split(form[1:-1], ",;")
-        if len(inner) > 1 and _balanced(form[1:-1]):
-            return f"tuple{form[0]}{form[-1]}", inner
-    return "formula", [form]
-
-
-def _plus_minus(parts: list[str]) -> list[str]:
-    """Each part with a single ± as its two values."""
-    out = []
-    for part in parts:
-        if len(_PLUS_MINUS.findall(part)) == 1:
-            out += [_PLUS_MINUS.sub("+", part).removeprefix("+"), _PLUS_MINUS.sub("-", part)]
-        else:
-            out.append(part)
-    return out
-
-
-def _balanced(text: str) -> bool:
-    depth = 0
-    for c in text:
-        depth += (c in "([{") - (c in ")]}")
-        if depth < 0:
-            return False
-    return depth == 0
-
-
-def _split(form: str, separators: str) -> list[str]:
-    """The parts of a form between separators (characters, or one command) outside all brackets, empty ones dropped."""
-    parts, depth, begin, i = [], 0, 0, 0
-    word = separators if separators.startswith("\\") else ""
-    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", form):
-        return [form]
-    while i < len(form):
-        c = form[i]
-        depth += (c in "([{") - (c in ")]}")
-        if depth == 0 and (form.startswith(word, i) if word else c in separators and form[i - 1 : i] != "\\"):
-            parts.append(form[begin:i])
-            i += max(len(word), 1)
-            begin = i
-            continue
-        i += 1
-    parts.append(form[begin:])
-    return [p.strip() for p in parts if p.strip()][: MAX_PARTS + 1]
-
-
-# --------------------------------------------------------------------------------------------------------- single formulas
-
-
-def _same_formula(answer: str, gold: str) -> bool:
-    a_name, a_body = _named(answer)
-    g_name, g_body = _named(gold)
-    if (a_name or g_name) and not (a_name and g_name and a_name != g_name):
-        return same(a_body, g_body)
-    a_rest, a_unit = split_unit(answer)
-    g_rest, g_unit = split_unit(gold)
-    if a_unit and g_unit and a_unit != g_unit:
-        return False
-    if a_unit or g_unit:
-        if "percent" in (a_unit, g_unit) and a_unit != g_unit:
-            a, g = number(normal_form(a_rest)), number(normal_form(g_rest))
-            return a is not None and g is not None and same_amount(a, a_unit, g, g_unit)
-        if _same_formula(normal_form(a_rest), normal_form(g_rest)):
-            return True
-        if a_unit and g_unit:
-            return False
-    return answer == gold or _verified(answer, gold)
-
-
-def _named(form: str) -> tuple[str, str]:
-    """The name and the value of `x = 5` (the last value of a chain); ("", form) where nothing is named."""
-    match = _NAMED.fullmatch(form)
-    if not match or (match[2] == "=" and _RELATION.search(match[3])):
-        return "", form
-    value = match[3] if match[2] != "=" else match[3].rpartition("=")[2]
-    return match[1].replace(" ", ""), value
-
-
-def _verified(answer: str, gold: str) -> bool:
-    """math-verify's "yes", unless evaluation contradicts it. False where it is not installed or cannot read one of them."""
-    if not available() or _base_number(answer) or _base_number(gold):
-        return False
-    if _explosive(answer) or _explosive(gold):
-        return False
-    from math_verify import verify
-
-    gold, answer = _apart(gold, answer)
-    for g in _parse(gold):
-        for a in _parse(answer):
-            # Evaluation comes first: it is quick to say "no", where simplifying takes seconds.
-            if _agree(g, a) is not False and verify(g, a, timeout_seconds=None, allow_set_relation_comp=True):
-                return True
-    return False
-
-
-def _base_number(form: str) -> bool:
-    """52_8: math-verify takes the subscript for a name; such numbers are compared as texts."""
-    return re.fullmatch(r"\(?[0-9A-F]+\)?_(?:\w+|\{[^{}]*\})", form) is not None
-
-
-def _explosive(form: str) -> bool:
-    """Towers of powers, and numbers or factorials that alone fill the memory. What this lets through, the time limit ends."""
-    power = r"\^\s*[{(]?\s*-?[\d.]+\s*[})]?\s*"
-    return bool(
-        re.search(
-            rf"(?:{power}){{3}}|\^\{{[^{{}}]*\^\{{[^{{}}]*\^|\^[{{(]?\d{{6,}}|\d{{400,}}|\d{{6,}}\)?\s?!|!\s?\)?\s?!",
-            form,
-        )
-    )
-
-
-def _apart(*forms: str) -> list[str]:
-    """The forms with capitals that also occur small renamed, in all of them alike: math-verify takes M and m for the same."""
-    letters = {t for form in forms for t in re.findall(r"\\[a-zA-Z]+|[a-zA-Z]", form)}
-    free = [g for g in ("xi", "zeta", "eta", "kappa", "nu", "chi", "psi", "tau") if f"\\{g}" not in letters]
-    clash = sorted(c for c in letters if len(c) == 1 and c.isupper() and c.lower() in letters)
-    new = dict(zip(clash, free))
-    return [re.sub(r"\\[a-zA-Z]+|[A-Z]", lambda m: f"\\{new[m[0]]} " if m[0] in new else m[0], form) for form in forms]
-
-
-@lru_cache(1)
-def available() -> bool:
-    """Whether math-verify is installed."""
+def plain_verdict(answer: str, gold: str) -> bool | None:
+    """`same` as far as texts and exact arithmetic go; None where it takes more. Quick on whatever a policy may write."""
     try:
-        import math_verify  # noqa: F401
-    except ImportError:
+        return _same(answer, gold, _Judge(quick=True))
+    except Undecided:
+        return None
+
+
+def _same(answer: str, gold: str, judge: _Judge) -> bool:
+    if not answer.strip() or not gold.strip() or len(answer) > MAX_ANSWER or len(gold) > MAX_ANSWER:
         return False
-    for name in ("math_verify", "latex2sympy2_extended"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    return True
+    if NEXT_BOX in answer:
+        boxes = answer.split(NEXT_BOX)
+        joined = ", ".join(dict.fromkeys(boxes))
+        return judge.any_of(lambda: _same(joined, gold, judge), lambda: all(_same(box, gold, judge) for box in boxes))
+    letter = _letter(gold)
+    if letter is not None:
+        return choice(answer) == letter
+    try:
+        g = read(gold, True)
+        value_only = _without_label(answer)
+        texts = [answer] if value_only is None or not _is_plain(g.values) else [answer, value_only]
+        return judge.any_of(*(lambda text=text: _same_reading(text, g, judge) for text in texts))
+    except (Unreadable, RecursionError):
+        return False
 
 
-@lru_cache(4096)
-def _parse(form: str) -> list[Any]:
-    """What math-verify reads in a formula. Units are not left to it: it takes the t of `2 t` for tons."""
-    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse
-    from sympy import Float, Rational
-
-    plain = number(form)
-    if plain is not None:
-        exact = Rational(plain.value.numerator, plain.value.denominator)
-        return [Float(exact, 30) if plain.places is not None and plain.digits >= 6 else exact]
-    cleaning = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
-    config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=cleaning)
-    text = f"${unwrap_text(form).replace('$', '')}$"
-    return parse(text, [config], fallback_mode="no_fallback", parsing_timeout=None)
+def _letter(gold: str) -> str | None:
+    match = CHOICE.fullmatch(re.sub(r"^\\text\s*\{\s*(.*?)\s*\}$", r"\1", gold.strip().strip("$ ")))
+    return match[1] if match else None
 
 
-# ------------------------------------------------------------------------------------------------------- check of a "yes"
+_LABEL = re.compile(
+    r"\s*(?:\\(?:text|textbf|mathbf|mathrm|textrm)\s*\{\s*\(([A-E])\)\s*\}|\(([A-E])\))(?:\\[ ,;]|~|\s|\\q?quad)+(?=\S)"
+)
 
 
-def _agree(gold: Any, answer: Any) -> bool | None:
-    """Whether two parsed formulas have the same value at random points; None where that cannot be told."""
-    from sympy import Basic, Eq, Tuple
-    from sympy import FiniteSet as Finite
+def _without_label(answer: str) -> str | None:
+    """`(B) 73` without its letter."""
+    match = _LABEL.match(answer)
+    return answer[match.end() :] if match else None
 
-    if isinstance(gold, Finite | Tuple) and isinstance(answer, Finite | Tuple):
-        if len(gold.args) != len(answer.args):
+
+def _is_plain(values: Sequence[Any]) -> bool:
+    return any(isinstance(v, Amount) and not symbols(v.node) for v in values)
+
+
+def _same_reading(text: str, g: Reading, judge: _Judge) -> bool:
+    try:
+        a = read(text, False)
+    except Unreadable:
+        return False
+    if a.key == g.key and a.key:
+        return True
+    return judge.any_of(*(lambda gv=gv, av=av: judge.value(gv, av) for gv in g.values for av in a.values))
+
+
+class _Judge(Values):
+    """Compares readings, of whatever kind; the gold's comes first."""
+
+    # ------------------------------------------------------------------------------------------------------------ kinds
+
+    def value(self, g: Any, a: Any) -> bool:
+        if isinstance(g, Under) or isinstance(a, Under):
+            return self.under(g, a)
+        if isinstance(g, Named) or isinstance(a, Named) or isinstance(g, Equation) or isinstance(a, Equation):
+            return self.named(g, a)
+        if isinstance(a, Chain) and set(a.relations) <= {"=", "~"} and not isinstance(g, Chain):
+            return self.chain_value(g, a)
+        if isinstance(g, Chain) and set(g.relations) <= {"=", "~"} and not isinstance(a, Chain):
+            return self.value(g.sides[-1], a)
+        if isinstance(g, Ranges) or isinstance(a, Ranges):
+            return self.ranges(g, a)
+        if isinstance(g, Sum) or isinstance(a, Sum):
+            return self.sums(g, a)
+        if type(g) is not type(a):
             return False
-        return all(any(_agree(g, a) is not False for a in answer.args) for g in gold.args)
-    if isinstance(answer, Eq) and not isinstance(gold, Eq):
-        return _agree(gold, answer.rhs)
-    if isinstance(gold, Eq) and not isinstance(answer, Eq):
-        return _agree(gold.rhs, answer)
-    if isinstance(gold, Eq) and isinstance(answer, Eq):
-        return _same_equation(gold, answer)
-    if not isinstance(gold, Basic) or not isinstance(answer, Basic) or not (gold.is_number or gold.free_symbols):
-        return None
-    points = _values(gold, answer)
-    if not points:
-        return None
-    return all(_near(x, y) for x, y in points)
+        method = {
+            Amount: self.amounts,
+            Items: self.items,
+            Bracket: self.brackets,
+            Chain: self.chains,
+            Matrix: self.matrices,
+            Residue: self.residues,
+        }.get(type(g))
+        if method is not None:
+            return method(g, a)
+        if isinstance(g, Ratio):
+            return len(g.parts) == len(a.parts) and self.all_same(g.parts, a.parts)
+        return g == a  # Words, Numeral
 
+    def under(self, g: Any, a: Any) -> bool:
+        """Values with conditions: one may leave its conditions out, two must have the same, but for the name."""
+        if not isinstance(g, Under):
+            return self.value(g, a.value)
+        if not isinstance(a, Under):
+            return self.value(g.value, a)
+        if sorted(g.conditions) == sorted(a.conditions):
+            return self.value(g.value, a.value)
+        if len(g.conditions) != 1 or len(a.conditions) != 1 or g.conditions[0][1] != a.conditions[0][1]:
+            return False
+        new, old = g.conditions[0][0], a.conditions[0][0]
+        return self.value(g.value, _renamed(a.value, old, new))
 
-def _same_equation(gold: Any, answer: Any) -> bool:
-    """Whether the differences of the two sides are multiples of each other, or a variable is solved for in one of them."""
-    difference, other = gold.lhs - gold.rhs, answer.lhs - answer.rhs
-    points = [(x, y) for x, y in _values(difference, other) if abs(x) > 1e-9 and abs(y) > 1e-9]
-    if len(points) < 2:
-        return False
-    ratio = points[0][0] / points[0][1]
-    return all(_near(x, y * ratio) for x, y in points)
+    def all_same(self, golds: Sequence[Any], answers: Sequence[Any]) -> bool:
+        return all(self.value(g, a) for g, a in zip(golds, answers, strict=True))
 
+    def brackets(self, g: Bracket, a: Bracket) -> bool:
+        if (g.open, g.close, len(g.items)) != (a.open, a.close, len(a.items)):
+            return False
+        return self.all_same(g.items, a.items)
 
-def _values(gold: Any, answer: Any) -> list[tuple[complex, complex]]:
-    """The values of both at the same random points (one value when nothing is free); empty where they have none."""
-    if getattr(gold, "free_symbols", None) is None or getattr(answer, "free_symbols", None) is None:
-        return []
-    names = sorted({s.name for s in gold.free_symbols | answer.free_symbols})
-    draw, points = random.Random(0), []
-    for _ in range(4 if names else 1):
-        at = {name: draw.uniform(0.5, 2.5) for name in names}
+    def items(self, g: Items, a: Items) -> bool:
+        golds, answers = list(g.items), list(a.items)
+        if any(v == Words(("...",)) for v in golds):
+            return len(golds) == len(answers) and self.all_same(golds, answers)
+        golds, answers = _share_name(golds), _share_name(answers)
+        if g.braces or a.braces:
+            golds, answers = self.distinct(golds), self.distinct(answers)
+        if len(golds) != len(answers):
+            return False
+        names = {v.name for v in golds if isinstance(v, Named)}
+        if len(names) > 1 and not all(isinstance(v, Named) for v in answers):
+            return False
+        return self.matched(golds, answers)
+
+    def matched(self, golds: list[Any], answers: list[Any]) -> bool:
+        """Whether the parts are the same in some order. Sameness is transitive enough to be greedy."""
+        left = list(answers)
+        for gold in golds:
+            found = next((i for i, a in enumerate(left) if self.value(gold, a)), None)
+            if found is None:
+                return False
+            del left[found]
+        return True
+
+    def distinct(self, items: list[Any]) -> list[Any]:
+        out: list[Any] = []
+        for item in items:
+            if not any(self.value(item, other) for other in out):
+                out.append(item)
+        return out
+
+    def matrices(self, g: Matrix, a: Matrix) -> bool:
+        if g.kind != a.kind or len(g.rows) != len(a.rows) or len(g.rows[0]) != len(a.rows[0]):
+            return False
+        pairs = ((_scaled(x, g.scale), _scaled(y, a.scale)) for r, s in zip(g.rows, a.rows) for x, y in zip(r, s))
+        return all(self.value(x, y) for x, y in pairs)
+
+    def residues(self, g: Residue, a: Residue) -> bool:
+        if g.subject and a.subject and g.subject != a.subject:
+            return False
+        if not self.nodes(g.modulus, a.modulus):
+            return False
         try:
-            x, y = (complex(e.doit().subs({s: at[s.name] for s in e.free_symbols}).evalf(30)) for e in (gold, answer))
-        except Exception:
-            return []
-        if x == x and y == y and abs(x) < 1e300 and abs(y) < 1e300:
-            points.append((x, y))
-    return points
+            apart, modulus = exact(("add", g.value, ("neg", a.value))), exact(g.modulus)
+        except (TooBig, NoValue):
+            return False
+        if apart is not None and modulus:
+            return (apart / modulus).denominator == 1
+        return self.nodes(g.value, a.value)
+
+    # ------------------------------------------------------------------------------------------ equations and relations
+
+    def named(self, g: Any, a: Any) -> bool:
+        if isinstance(g, Named) and isinstance(a, Named):
+            if g.name == a.name and self.value(g.value, a.value):
+                return True
+            return self.equations(_as_equation(g), _as_equation(a))
+        if isinstance(g, Equation) or isinstance(a, Equation):
+            return self.equations(_as_equation(g), _as_equation(a))
+        if isinstance(g, Named):
+            return self.value(g.value, a)
+        if isinstance(g, Amount) and a.node is not None and own_symbol(a.node) in symbols(g.node):
+            return False
+        return self.value(g, a.value)
+
+    def equations(self, g: Equation | None, a: Equation | None) -> bool:
+        """Whether two equations in two variables or more say the same: the differences of their sides, or the numerators of
+        these, are multiples of each other. In one variable a restated condition is no answer, unless the gold is one.
+        """
+        if g is None or a is None:
+            return False
+        if self.nodes(g.left, a.left) and self.nodes(g.right, a.right):
+            return True
+        gold, answer = (("add", e.left, ("neg", e.right)) for e in (g, a))
+        names = symbols(gold)
+        if names != symbols(answer) or not names:
+            return False
+        if len(names) == 1 and (g.left[0] == "sym" or a.left[0] == "sym"):
+            return False
+        return self.multiples(gold, answer) or self.multiples(as_fraction(gold)[0], as_fraction(answer)[0])
+
+    def chain_value(self, g: Any, a: Chain) -> bool:
+        """A chain of equal values is its last one, what stands behind ≈ its rounding; one with a false link is nothing."""
+        sides = a.sides
+        if not all(isinstance(s, Amount) and not (s.unit and s.loose) for s in sides):
+            return False
+        for one, two, relation in zip(sides, sides[1:], a.relations):
+            bare = Amount(one.node, None, one.decimal), Amount(two.node, None, two.decimal)
+            if not (self.amounts(*bare) or (relation == "~" and self.roughly(*bare))):
+                return False
+        last = a.relations.index("~") if "~" in a.relations else len(sides) - 1
+        if last < len(sides) - 1 and isinstance(g, Amount) and g.decimal and g.node == sides[-1].node:
+            return self.value(g, sides[-1])
+        unit = next((s.unit for s in sides if s.unit), None)
+        return self.value(g, replace(sides[last], unit=sides[last].unit or unit))
+
+    def chains(self, g: Chain, a: Chain) -> bool:
+        if g.relations == a.relations and len(g.sides) == len(a.sides) and self.all_same(g.sides, a.sides):
+            return True
+        if set(g.relations) <= {"="} and set(a.relations) <= {"="}:
+            return all(isinstance(s, Amount) for s in g.sides) and self.chain_value(g.sides[-1], a)
+        if len(g.sides) != 2 or g.relations != a.relations or g.relations[0] not in ("<", "<="):
+            return False
+        if not all(isinstance(s, Amount) for s in (*g.sides, *a.sides)):
+            return False
+        gold, answer = (("add", c.sides[0].node, ("neg", c.sides[1].node)) for c in (g, a))
+        return symbols(gold) == symbols(answer) and self.multiples(gold, answer, positive=True)
+
+    # ---------------------------------------------------------------------------------------------------------- intervals
+
+    def ranges(self, g: Any, a: Any) -> bool:
+        try:
+            gold, answer = as_ranges(_set_of(g)), as_ranges(_set_of(a))
+        except Unreadable:
+            return False
+        if gold.name and answer.name and gold.name != answer.name:
+            return False
+        one, two = self.merged(gold.pieces), self.merged(answer.pieces)
+        if len(one) != len(two):
+            return False
+        left = list(two)
+        for piece in one:
+            found = next((i for i, other in enumerate(left) if self.pieces(piece, other)), None)
+            if found is None:
+                return False
+            del left[found]
+        return True
+
+    def pieces(self, g: Piece, a: Piece) -> bool:
+        if (g.low_closed, g.high_closed) != (a.low_closed, a.high_closed):
+            return False
+        return self.amounts(g.low, a.low) and self.amounts(g.high, a.high)
+
+    def merged(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """The pieces in order, those that touch as one; as they are when an end is no number."""
+        try:
+            ordered = sorted(pieces, key=lambda p: (self.order(p.low), not p.low_closed))
+            ends = [(self.order(p.low), self.order(p.high)) for p in ordered]
+        except (Unreadable, TooBig):
+            return list(pieces)
+        out: list[Piece] = []
+        high = None
+        for piece, (low, end) in zip(ordered, ends):
+            touches = high is not None and (low < high or (low == high and (piece.low_closed or out[-1].high_closed)))
+            if touches:
+                last = out[-1]
+                if end > high or (end == high and piece.high_closed and not last.high_closed):
+                    out[-1] = Piece(last.low, last.low_closed, piece.high, piece.high_closed)
+                    high = end
+            else:
+                out.append(piece)
+                high = end
+        return out
+
+    def sums(self, g: Any, a: Any) -> bool:
+        """2 hours 30 minutes against the same, or against another writing of it in units of its family."""
+        one, two = _in_smallest(g), _in_smallest(a)
+        return one is not None and two is not None and one[0] == two[0] and self.nodes(one[1], two[1])
 
 
-def _near(x: complex, y: complex) -> bool:
-    """Equal up to what six significant digits of a decimal leave open."""
-    return abs(x - y) <= 2e-6 * max(abs(x), abs(y)) + 1e-300
+def _share_name(items: list[Any]) -> list[Any]:
+    """x = 2, 3: the name of the first holds for those that follow."""
+    if items and isinstance(items[0], Named) and not any(isinstance(v, Named | Equation) for v in items[1:]):
+        return [items[0].value, *items[1:]]
+    return items
+
+
+def _as_equation(value: Any) -> Equation | None:
+    if isinstance(value, Equation):
+        return value
+    if (
+        isinstance(value, Named)
+        and value.node is not None
+        and isinstance(value.value, Amount)
+        and value.value.unit is None
+    ):
+        return Equation(value.node, value.value.node)
+    return None
+
+
+def _set_of(value: Any) -> Any:
+    """A set of numbers as points."""
+    if isinstance(value, Items) and value.braces and value.items and all(isinstance(v, Amount) for v in value.items):
+        return Ranges(tuple(Piece(v, True, v, True) for v in value.items))
+    return value
+
+
+def _renamed(value: Any, old: str, new: str) -> Any:
+    """The value with another name for a variable; as it is where that name is taken."""
+    if isinstance(value, Amount) and new not in symbols(value.node):
+        return replace(value, node=replaced(value.node, {old: ("sym", new)}))
+    if isinstance(value, Named):
+        return replace(value, value=_renamed(value.value, old, new))
+    if isinstance(value, Items):
+        return replace(value, items=tuple(_renamed(v, old, new) for v in value.items))
+    return value
+
+
+def _scaled(cell: Any, scale: Node | None) -> Any:
+    return Amount(("mul", scale, cell.node)) if scale is not None and isinstance(cell, Amount) else cell
+
+
+def _in_smallest(value: Any) -> tuple[int, Node] | None:
+    """(which family of units, the amount in its smallest one)"""
+    parts = value.parts if isinstance(value, Sum) else (value,)
+    total = ZERO
+    family = None
+    for part in parts:
+        if not isinstance(part, Amount) or part.unit is None or len(part.unit.parts) != 1 or part.unit.parts[0][1] != 1:
+            return None
+        name = part.unit.parts[0][0]
+        at = next((i for i, f in enumerate(FAMILIES) if name in f), None)
+        if at is None or family not in (None, at):
+            return None
+        family = at
+        total = ("add", total, ("mul", part.node, ("num", Fraction(FAMILIES[at][name]))))
+    return (family, total) if family is not None else None

@@ -16,7 +16,8 @@ from itertools import islice
 from typing import Any, Literal, overload
 
 from amft_fast.errors import UserError, shown
-from amft_fast.tasks.math.answer import extract, plain_verdict
+from amft_fast.tasks.math.compare import plain_verdict
+from amft_fast.tasks.math.golds import agrees, gold_fault
 from amft_fast.tasks.math.layouts import LAYOUTS, Row, read_row
 from amft_fast.tasks.math.sameness import Fingerprints, problem_key
 from amft_fast.tasks.math.sources import BadRow, Source, first_line
@@ -264,6 +265,10 @@ def _usable(
             if empty:
                 tally.add("empty", place, f"no {empty}")
                 continue
+            fault = gold_fault(row.answer) if row.answer is not None and needed != "nothing" else ""
+            if fault:
+                tally.add(fault, place, row.answer[:80])
+                continue
             bad_demo = _bad_demo(row)
             if bad_demo and row.answer is None:
                 tally.add(bad_demo, place)
@@ -280,9 +285,8 @@ def _bad_demo(row: Row) -> str:
         return ""
     if not row.response.strip():
         return "empty demonstration"
-    found = extract(row.response) if row.answer is not None and "\\boxed" in row.response else None
-    wrong = found is not None and plain_verdict(found, row.answer) is False
-    return "demonstration with another answer" if wrong else ""
+    boxed = row.answer is not None and ("\\boxed" in row.response or "\\fbox" in row.response)
+    return "demonstration with another answer" if boxed and not agrees(row.response, row.answer) else ""
 
 
 def _batches(items: Iterator, size: int) -> Iterator[list]:

@@ -10,6 +10,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
@@ -56,6 +57,8 @@ class Pool:
     `seconds` bounds the processor time of each pair, and PATIENCE times that its time on the clock: past it the pair is False,
     if need be with its worker's end. A worker that dies by itself is replaced and its pair tried once more. Verdicts are
     remembered, for a policy gives the same answer again and again.
+
+    Any thread may compare, one at a time. A process that is forked off gets workers of its own.
     """
 
     def __init__(self, workers: int, seconds: float = 4.0) -> None:
@@ -66,19 +69,33 @@ class Pool:
         """Workers killed for taking too long."""
         self._workers: list[_Worker] = []
         self._known: OrderedDict[tuple[str, str], bool] = OrderedDict()
+        self._lock, self._process = threading.RLock(), os.getpid()
         atexit.register(self.close)
 
     def compare(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """Whether each answer is as good as its gold."""
-        unique = [pair for pair in dict.fromkeys(pairs) if pair not in self._known]
-        verdicts = dict(zip(unique, self._run(unique))) if unique else {}
-        out = [verdicts[pair] if pair in verdicts else self._known[pair] for pair in pairs]
-        self._known.update(verdicts)
-        while len(self._known) > REMEMBERED:
-            self._known.popitem(last=False)
-        return out
+        if self._process != os.getpid():
+            # Forked off: the workers are the parent's, and its lock may be held by a thread that is not here.
+            self._workers, self._lock, self._process = [], threading.RLock(), os.getpid()
+        with self._lock:
+            unique = [pair for pair in dict.fromkeys(pairs) if pair not in self._known]
+            verdicts = dict(zip(unique, self._run(unique))) if unique else {}
+            out = [verdicts[pair] if pair in verdicts else self._known[pair] for pair in pairs]
+            self._known.update(verdicts)
+            while len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+            return out
 
     def _run(self, pairs: list[tuple[str, str]]) -> list[bool]:
+        try:
+            return self._judge(pairs)
+        except BaseException:  # Ctrl-C, say: what busy workers will answer belongs to nothing that comes later
+            for worker in [w for w in self._workers if w.job is not None]:
+                self._workers.remove(worker)
+                worker.kill()
+            raise
+
+    def _judge(self, pairs: list[tuple[str, str]]) -> list[bool]:
         waiting, tries = deque(range(len(pairs))), [0] * len(pairs)
         out, open_jobs = [False] * len(pairs), len(pairs)
         deaths = 0
@@ -131,6 +148,11 @@ class Pool:
 
     def close(self) -> None:
         """Ends the workers; the next call starts new ones."""
+        if self._process != os.getpid():
+            return
+        held = self._lock.acquire(timeout=1.0)  # a thread that still compares must not keep the process from ending
         for worker in self._workers:
             worker.kill()
         self._workers = []
+        if held:
+            self._lock.release()

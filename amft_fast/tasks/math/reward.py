@@ -1,8 +1,10 @@
 """The reward of mathematical answers: 1 when the final answer is as good as the gold answer, else 0.
 
-The answer is found and put into a normal form in this process (math_answer.py); where text and exact numbers do not settle it,
-worker processes do (math_pool.py, math_compare.py), with math-verify when it is installed. A response that cannot be judged in
-time is worth 0 and costs no other response anything.
+The answer is found in this process, and compared here too where texts and exact arithmetic settle it (answer.py, compare.py);
+what takes numerical evaluation is left to worker processes (pool.py, worker.py). A response that cannot be judged in time is
+worth 0 and costs no other response anything.
+
+`reward` and `rewards` may be called from any thread; from asyncio, by `await asyncio.to_thread(rewards, ...)`.
 """
 
 from __future__ import annotations
@@ -12,14 +14,15 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from amft_fast.tasks.math.answer import MAX_RESPONSE, choice, extract, plain_verdict
+from amft_fast.tasks.math.answer import MAX_RESPONSE, choice, extract, final_answer
+from amft_fast.tasks.math.compare import plain_verdict
 from amft_fast.tasks.math.pool import Pool
 
 
 def reward(response: str, ground_truth: str) -> float:
     """1.0 when the final answer of `response` is `ground_truth`, else 0.0. Never raises because of the response.
 
-    The first answer that needs mathematics starts a worker process (a second or two).
+    The first answer that needs numerical evaluation starts a worker process (a second).
     """
     return rewards([response], [ground_truth])[0]
 
@@ -36,8 +39,8 @@ def rewards(responses: Sequence[str], ground_truths: Sequence[str], pool: Pool |
     for i, (response, gold) in enumerate(zip(responses, ground_truths)):
         if not isinstance(gold, str) or not gold.strip():
             raise ValueError(f"ground_truths[{i}] must be a text that is not empty, got {gold!r}")
-        answer = extract(response) if isinstance(response, str) else None
-        verdict = plain_verdict(answer, gold) if answer is not None else False
+        answer = final_answer(response) if isinstance(response, str) else None
+        verdict = _plain_verdict(answer, gold) if answer is not None else False
         if verdict is None:
             unsettled.append((i, (answer, gold)))
         else:
@@ -46,6 +49,14 @@ def rewards(responses: Sequence[str], ground_truths: Sequence[str], pool: Pool |
     for (i, _), verdict in zip(unsettled, verdicts):
         out[i] = float(verdict)
     return out
+
+
+@lru_cache(16384)  # a policy gives the same answers again and again
+def _plain_verdict(answer: str, gold: str) -> bool | None:
+    try:
+        return plain_verdict(answer, gold)
+    except Exception:  # a mistake of ours must cost one item, not the run: the worker that gets it dies alone
+        return None
 
 
 @lru_cache(1)
@@ -64,12 +75,15 @@ def choice_reward(response: str, ground_truth: str) -> float:
 _THOUGHT = re.compile(r"\s*<think>.*?</think>(.*)", re.DOTALL)
 
 
-def format_reward(response: str, thinking: bool = False) -> float:
-    """1.0 when the form is as asked, else 0.0: an answer in \\boxed{}, with `thinking` after one <think> ... </think>."""
+def format_reward(response: str, thinking: bool = False, opened: bool = False) -> float:
+    """1.0 when the form is as asked, else 0.0: an answer in \\boxed{}, with `thinking` after one <think> ... </think>.
+
+    `opened`: the prompt ends in the `<think>` that the response closes.
+    """
     text = response[-MAX_RESPONSE:]
     if thinking:
-        match = _THOUGHT.fullmatch(text)
-        if not match or text.count("<think>") != 1 or text.count("</think>") != 1:
+        match = _THOUGHT.fullmatch(f"<think>{text}" if opened else text)
+        if not match or text.count("<think>") != 1 - opened or text.count("</think>") != 1:
             return 0.0
         text = match[1]
-    return float("\\boxed" in text and extract(text) is not None)
+    return float(("\\boxed" in text or "\\fbox" in text) and extract(text) is not None)

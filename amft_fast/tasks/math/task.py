@@ -21,6 +21,7 @@ from amft_fast.tasks.math.dry_run import dry_run
 from amft_fast.tasks.math.reward import choice_reward, format_reward, reward, rewards
 from amft_fast.tasks.math.sameness import Fingerprints
 from amft_fast.tasks.math.sources import Source
+from amft_fast.tasks.math.thinking import opened_thought, without_opening
 
 __all__ = ["SYSTEM_PROMPT", "MathEpisode", "MathTask", "choice_reward", "format_reward", "reward", "rewards"]
 
@@ -70,6 +71,7 @@ class MathTask:
         s = self.settings
         limits = Limits(s.max_prompt_tokens, s.max_demo_tokens)
         if encoder is not None:
+            self.prompting.opened = opened_thought(encoder.tokenizer)
             scaffold = len(encoder.prompt(self.prompting.messages(Problem("", "", None)))) + SLACK
             count = _counter(encoder.tokenizer)
             limits = replace(limits, count=count, context=encoder.context, scaffold=scaffold, answer=max_new_tokens)
@@ -120,7 +122,8 @@ class MathTask:
         return self._stores[split]
 
     def _demo(self, problem: Problem) -> Demo:
-        return Demo(problem.id, self.prompting.messages(problem), problem.response)
+        response = without_opening(problem.response, self.prompting.opened)
+        return Demo(problem.id, self.prompting.messages(problem), response)
 
     def start(self, item: Item) -> MathEpisode:
         return MathEpisode(item.data, self.prompting, self.settings.format_weight)
@@ -137,6 +140,8 @@ class Prompting:
         ours = THINKING_PROMPT if thinking else SYSTEM_PROMPT
         self.system = ours if system_prompt is None else system_prompt
         self.keep_system, self.thinking = keep_system, thinking
+        self.opened = ""
+        """The `<think>` that the chat template ends a prompt with, where it does."""
 
     def messages(self, problem: Problem) -> tuple[Message, ...]:
         system = problem.system if self.keep_system and problem.system else self.system
@@ -155,7 +160,7 @@ class MathEpisode:
         return judge([self], [text])[0]
 
     def result(self, text: str, right: bool) -> StepResult:
-        form = format_reward(text, self.prompting.thinking)
+        form = format_reward(text, self.prompting.thinking, bool(self.prompting.opened))
         info: dict[str, Any] = {"success": right, "format": form, "answered": float(extract(text) is not None)}
         return StepResult(None, float(right) + self.format_weight * form, True, info)
 

@@ -1,4 +1,4 @@
-"""The process that compares answers: `python -m amft_fast.tasks.math.worker`, driven by math_pool.py through its pipes.
+"""The process that compares answers: `python -m amft_fast.tasks.math.worker`, driven by pool.py through its pipes.
 
 It reads one JSON line `[answer, gold, seconds]` and writes one JSON line, true or false. An item that takes more processor time
 than `seconds` is false; time on the clock would make rewards depend on what else the machine does. An item that hangs where
@@ -43,9 +43,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     _limit("RLIMIT_AS", MEMORY)
-    from amft_fast.tasks.math.compare import available, same
+    from amft_fast.tasks.math.compare import same
 
-    available() and same("x+1", "1+x")  # parsers are built at first use: not on the first item's time
+    same("x+1", "1+x")  # what is loaded at first use is not on the first item's time
     answers.write("ready\n")
     for line in sys.stdin:
         answer, gold, seconds = json.loads(line)
