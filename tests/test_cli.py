@@ -80,15 +80,23 @@ def test_a_mistake_is_one_sentence(args, said, capsys):
 
 
 class Interrupting(CopyTask):
-    """In its second split a signal comes."""
-
-    come = False
+    """In its second split a signal comes, with the first answer that is judged."""
 
     def start(self, item):
-        if item.id.startswith("val/") and not self.come:
-            self.come = True
-            os.kill(os.getpid(), signal.SIGINT)
-        return super().start(item)
+        episode = super().start(item)
+        judge = episode.step
+
+        def step(text):
+            if not self.come:  # a second one would end the process at once
+                self.come = True
+                os.kill(os.getpid(), signal.SIGINT)
+            return judge(text)
+
+        if item.id.startswith("val/"):
+            episode.step = step
+        return episode
+
+    come = False
 
 
 def test_an_interrupted_evaluation_keeps_what_is_there(tmp_path, checkpoint_folder, monkeypatch, capsys):

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fakes import CopyTask
+from holders import hold
 from runs import cfg_for, lines, train, without_times
-from test_lock import hold
 
 from amft_fast import config_file
 from amft_fast.errors import UserError
