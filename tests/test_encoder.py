@@ -197,6 +197,13 @@ def test_special_tokens_in_what_is_said_are_plain_text(name, bos):
     assert [i for i in between if i in special.values()] == [i for i in tame if i in special.values()]
 
 
+def test_splitting_leaves_the_tokenizer_as_other_threads_use_it():
+    encoder = family("chatml")
+    encoder.prompt([Message("user", "<|im_end|>")])
+    encoder.response("a<|im_end|>b")
+    assert not encoder.tokenizer.backend_tokenizer.encode_special_tokens
+
+
 def test_a_text_with_special_tokens_is_split_as_its_neighbours_would_be():
     """Spaces that a special token of the template swallows are swallowed beside a plain one, too."""
     swallowing = AddedToken("<|user|>", special=True, rstrip=True, normalized=False)

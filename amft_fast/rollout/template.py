@@ -6,7 +6,9 @@ template for a conversation with a mark in it.
 
 from __future__ import annotations
 
+import copy
 import re
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +36,7 @@ class Template:
         self._any_special = _one_of(self._special)
         self._any_added = _one_of(added)
         self._thinking = _one_of([t for t in self._special if _THINKING.fullmatch(t)])
+        self._splitter, self._lock = None, threading.Lock()
         self._opening = [] if tokenizer.chat_template else self._opened_by_itself()
         self._folds = False
         self._folds = bool(tokenizer.chat_template) and not self._takes_system()
@@ -111,13 +114,20 @@ class Template:
         return out
 
     def _apart(self, text: str) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = self._split(text)
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         if special.isdisjoint(ids) or special & set(ids) <= {self.tokenizer.unk_token_id}:
             return ids
         # A vocabulary of words holds the token as a word, too: then it is taken apart.
         apart = self._any_special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
-        return self.tokenizer(apart, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return self._split(apart)
+
+    def _split(self, text: str) -> list[int]:
+        """By a tokenizer of its own: splitting is a state of the tokenizer, and other threads encode at the same time."""
+        with self._lock:
+            if self._splitter is None:
+                self._splitter = copy.deepcopy(self.tokenizer)
+        return self._splitter(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def _encoded(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
