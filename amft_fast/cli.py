@@ -108,7 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
         "doctor", help="what is installed and which backends serve; with --plan, whether a run fits"
     )
     doctor.add_argument(
-        "--plan", metavar="CONFIG", help="memory per GPU and FLOPs per step of this config, without weights"
+        "--plan",
+        metavar="CONFIG",
+        help="memory per GPU and FLOPs per step of this config, without weights, on the GPUs asked for, else on what is here",
     )
     doctor.add_argument("--gpus", type=int, help="GPUs to plan for (default: those here, or 1)")
     doctor.add_argument(
@@ -120,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--image-tokens", type=int, default=0, help="of the images of a prompt (default %(default)s)")
     doctor.add_argument(
-        "--peak-tflops", type=float, default=989, help="of a GPU, for the time (default %(default)s: H100)"
+        "--peak-tflops", type=float, help="of a GPU, for the time (default: those of the GPU here, else an H100's 989)"
     )
     doctor.add_argument("--mfu", type=float, default=0.4, help="share of the peak reached (default %(default)s)")
     return parser

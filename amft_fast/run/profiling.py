@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from amft_fast.doctor.memory import PEAK_FLOPS
 from amft_fast.engine.phases import RANGE, Phases
 
 # Kinds by what an operation's name holds, first match wins.
@@ -41,7 +42,6 @@ TOP = 10
 LEFT_OUT = ("rollout", "eval")  # phases that sample
 # Toggled all together: torch warns when one kind is left on.
 KINDS_OF_ACTIVITY = (ProfilerActivity.CPU, ProfilerActivity.CUDA, ProfilerActivity.XPU)
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
 
 def kind_of(name: str) -> str:
