@@ -264,7 +264,7 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
 
 
 # What every evaluation has; the rest of a row is the task's own.
-_COMMON = ("prompts", "k", "greedy", "sampled", "pass_at_k", "stderr", "reward", "length", "truncated")
+_COMMON = ("prompts", "k", "greedy", "sampled", "pass_at_k", "stderr", "reward", "length", "truncated", "no_answer")
 
 
 def eval_table(result: dict[str, dict[str, float]], k: int) -> str:

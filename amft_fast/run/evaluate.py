@@ -10,9 +10,10 @@ from amft_fast.config import Config
 from amft_fast.data.stream import choose
 from amft_fast.engine.world import ALONE, World
 from amft_fast.errors import UserError
-from amft_fast.interfaces import RolloutEngine, Sample, Sampling, Task
+from amft_fast.interfaces import Item, RolloutEngine, Sample, Sampling, Task
 from amft_fast.rollout import episodes
 from amft_fast.rollout.encoder import Encoder
+from amft_fast.run import answers
 from amft_fast.train import Parts, Trainer
 
 
@@ -47,13 +48,14 @@ def evaluate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     on_split: Callable[[str], None] = lambda split: None,
-    keep: list[Sample] | None = None,
+    on_sampled: Callable[[str, list[Item], list[Sample]], None] = lambda split, items, samples: None,
     world: World = ALONE,
 ) -> dict[str, dict[str, float]]:
     """`{split: {greedy, sampled, pass_at_k, ...}}`, all fractions; the seeds are the same at each call.
 
     Beside them: `prompts`, `k`, `stderr` (standard error of `sampled` over prompts), `length` (tokens per sampled answer),
-    `truncated`, and the mean of every float a task reports in its info. Samples are appended to `keep` when given.
+    `truncated`, `no_answer` (where the task says what it read), and the mean of every float a task reports in its info.
+    `on_sampled` is given each split's items and sampled answers, `num_samples` an item, in order.
     The ranks of `world` share the work, and each gets all figures.
     """
     stop = encoder.stop_token_ids
@@ -73,8 +75,7 @@ def evaluate(
 
         greedy = draw(Sampling(temperature=0.0, stop_token_ids=stop), 1)
         sampled = draw(Sampling(temperature=temperature, top_p=top_p, stop_token_ids=stop), num_samples)
-        if keep is not None:
-            keep += sampled
+        on_sampled(split, items, sampled)
         out[split] = summarise(greedy, sampled, num_samples)
     return out
 
@@ -98,10 +99,17 @@ class Evaluator:
         passed = int(trainer.clock // every) if every and trainer.clock >= 0 else -1
         return trainer.step == 0 or trainer.finished or passed >= self.evaluations
 
-    def evaluate(self, trainer: Trainer) -> tuple[dict[str, dict[str, float]], bool]:
-        """The figures by split; and whether it was a whole one: all splits with all prompts at the start and the end, the
-        scheduled ones in between."""
+    def evaluate(self, trainer: Trainer) -> tuple[dict[str, dict[str, float]], bool, list[dict[str, Any]]]:
+        """The figures by split; whether it was a whole one: all splits with all prompts at the start and the end, the
+        scheduled ones in between; and a few answers of each split as people read them."""
         cfg, whole = self.cfg.eval, trainer.step == 0 or trainer.finished
+        kept: list[dict[str, Any]] = []
+
+        def keep(split: str, items: list[Item], samples: list[Sample]) -> None:
+            k = len(samples) // max(len(items), 1)
+            for item, sample in list(zip(items, samples[::k] if k else []))[: self.cfg.log.samples]:
+                kept.append({"split": split, **answers.kept(self.parts.task, item, sample)})
+
         result = evaluate(
             self.parts.rollout_engine,
             self.parts.task,
@@ -113,6 +121,7 @@ class Evaluator:
             seed=self.cfg.run.seed,
             temperature=cfg.temperature,
             top_p=cfg.top_p,
+            on_sampled=keep,
             world=self.parts.engine.world,
         )
         self.evaluated_step = trainer.step
@@ -120,7 +129,7 @@ class Evaluator:
             self.evaluations = int(trainer.clock // cfg.every) + 1
         if whole:
             self.results["start" if trainer.step == 0 else "end"] = result
-        return result, whole
+        return result, whole, kept
 
     def is_best(self, figures: dict[str, float]) -> bool:
         """Whether `checkpoint.metric` is the best so far, where the best is kept."""
@@ -158,6 +167,9 @@ def summarise(greedy: list[Sample], sampled: list[Sample], k: int) -> dict[str, 
         "length": sum(sum(s.loss_mask) for s in sampled) / len(sampled),
         "truncated": sum(s.finish_reason == "length" for s in sampled) / len(sampled),
     }
+    read = [s.info["answer"] for s in sampled if "answer" in s.info]
+    if read:
+        figures["no_answer"] = sum(answer is None for answer in read) / len(read)
     names = {name for s in sampled for name, v in s.info.items() if isinstance(v, float)}
     for name in sorted(names):
         values = [s.info[name] for s in sampled if name in s.info]

@@ -93,8 +93,10 @@ class Loop:
         """Evaluates, writes it down, and keeps the checkpoint when it is the best so far."""
         trainer, files = self.trainer, self.files
         with self.phases("eval"):
-            result, whole = self.evaluator.evaluate(trainer)
+            result, whole, kept = self.evaluator.evaluate(trainer)
         place = {"step": trainer.step - 1, "at": trainer.step, "tokens": trainer.tokens, "wall_s": self.wall}
+        for row in kept:
+            files.eval_samples.write({"step": trainer.step - 1, "at": trainer.step, **row})
         files.evals.write({**place, "full": whole, **result})
         figures = {f"{split}/{k}": v for split, row in result.items() for k, v in row.items()}
         files.tensorboard.write(trainer.step, {f"eval/{k}": v for k, v in figures.items()})
@@ -117,7 +119,8 @@ class Loop:
             tensors = self.trainer.tensors()
             if self.world.main:
                 tensors["rng.cpu"] = torch.get_rng_state()
-            state = self.trainer.state_dict() | self.evaluator.state_dict() | {"wall_s": self.wall} | self.origin
+            own = {"wall_s": self.wall, "alarms": self.recorder.alarms.state_dict()} | self.origin
+            state = self.trainer.state_dict() | self.evaluator.state_dict() | own
             if self.world.main:
                 self.files.sync()  # a checkpoint stands for the rows before it too
             path = checkpoint.save(self.files.checkpoints, self.trainer.step, tensors, state, self.world)
@@ -136,6 +139,7 @@ class Loop:
                 )
         self.trainer.load(state, tensors)
         self.evaluator.load_state_dict(state)
+        self.recorder.alarms.load_state_dict(state["alarms"])
         torch.set_rng_state(tensors["rng.cpu"])
         self.saved_step, self.wall_before = self.trainer.step, state["wall_s"]
 

@@ -210,6 +210,7 @@ class RunFiles:
     metrics: Any
     evals: Any
     samples: Any
+    eval_samples: Any
     tensorboard: Any
     progress: Any
 
@@ -225,6 +226,7 @@ class RunFiles:
         self.metrics = make(JsonLines(self.folder / "metrics.jsonl", step, self.say))
         self.evals = make(JsonLines(self.folder / "evals.jsonl", step, self.say))
         self.samples = make(JsonLines(self.folder / "samples.jsonl", step, self.say))
+        self.eval_samples = make(JsonLines(self.folder / "eval_samples.jsonl", step, self.say))
         self.tensorboard = make(TensorBoard(self.folder / "tb", log.tensorboard, step, self.say))
 
     def _closed_at_the_end(self, part: Any) -> Any:
@@ -236,7 +238,7 @@ class RunFiles:
 
     def sync(self) -> None:
         """Forces to disk what was written of the steps so far."""
-        for part in (self.metrics, self.evals, self.samples):
+        for part in (self.metrics, self.evals, self.samples, self.eval_samples):
             part.sync()
 
     def close(self) -> None:
@@ -248,7 +250,7 @@ class NoFiles(RunFiles):
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.checkpoints = folder, folder / "checkpoints"
-        self.metrics = self.evals = self.samples = self.tensorboard = self.progress = self
+        self.metrics = self.evals = self.samples = self.eval_samples = self.tensorboard = self.progress = self
 
     def open(self, step: int) -> None: ...
     def sync(self) -> None: ...

@@ -136,6 +136,7 @@ def _row(item: Item, k: int, sample: Sample) -> dict[str, Any]:
         "gold": item.data.answer,
         "answer": extract(sample.text),
         "right": sample.success,
+        "reward": sample.reward,
         "tokens": sum(sample.loss_mask),
         "truncated": sample.finish_reason == "length",
         "response": sample.text,
