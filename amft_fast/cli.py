@@ -224,7 +224,8 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
     if args.out and not Path(args.out).absolute().parent.is_dir():
         raise UserError(f"--out: no folder {str(Path(args.out).parent)!r} to write to")
     from amft_fast.run.build import build
-    from amft_fast.run.evaluate import check_splits, evaluate
+    from amft_fast.run.evaluate import check_splits, count_answers, evaluate
+    from amft_fast.run.progress import phase
     from amft_fast.run.signals import StopSignal
     from amft_fast.run.writers import replace_text
 
@@ -234,33 +235,40 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
         splits = check_splits("eval.splits", e.splits, parts.task)
         result: dict[str, dict[str, float]] = {}
         code = 0
-        for split in splits:
-            try:
-                result |= evaluate(
-                    parts.rollout_engine,
-                    parts.task,
-                    parts.encoder,
-                    [split],
-                    num_samples=e.num_samples,
-                    max_prompts=e.max_prompts,
-                    max_new_tokens=cfg.rollout.max_new_tokens,
-                    seed=cfg.run.seed,
-                    temperature=e.temperature,
-                    top_p=e.top_p,
-                    on_split=lambda split: print(f"evaluating {split} ...", file=sys.stderr, flush=True),
-                )
-            except InterruptedError:
-                code = stop.exit_code
-                break
-            if args.out:  # after each split: whatever ends this keeps what is there
-                missing = [s for s in splits if s not in result]
-                text = json.dumps({"model": cfg.model.path, "results": result, "missing": missing}, indent=1)
-                replace_text(Path(args.out), text)
+        answers = count_answers(parts.task, splits, e.max_prompts, e.num_samples)
+        with phase("evaluating", answers, "answers", bars=cfg.log.progress, say=_to_stderr) as progress:
+            for split in splits:
+                try:
+                    result |= evaluate(
+                        parts.rollout_engine,
+                        parts.task,
+                        parts.encoder,
+                        [split],
+                        num_samples=e.num_samples,
+                        max_prompts=e.max_prompts,
+                        max_new_tokens=cfg.rollout.max_new_tokens,
+                        seed=cfg.run.seed,
+                        temperature=e.temperature,
+                        top_p=e.top_p,
+                        on_split=lambda split: _to_stderr(f"evaluating {split} ..."),
+                        on_answer=progress.advance,
+                    )
+                except InterruptedError:
+                    code = stop.exit_code
+                    break
+                if args.out:  # after each split: whatever ends this keeps what is there
+                    missing = [s for s in splits if s not in result]
+                    text = json.dumps({"model": cfg.model.path, "results": result, "missing": missing}, indent=1)
+                    replace_text(Path(args.out), text)
     if result:
         print(eval_table(result, e.num_samples))
     if code:
         print(f"stopped; not evaluated: {', '.join(s for s in splits if s not in result)}", file=sys.stderr)
     return code
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 # What every evaluation has; the rest of a row is the task's own.

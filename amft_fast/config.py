@@ -620,6 +620,8 @@ class EngineConfig(Section):
 class EvalConfig(Section):
     """Evaluation at the start, on a schedule and at the end."""
 
+    at_start: bool = True
+    """Evaluate before the first step; without it the results show no change."""
     every: int = Field(20, ge=0)
     """Steps between evaluations of `schedule_splits` during training; 0: only at the start and the end."""
     splits: list[str] | None = None

@@ -146,7 +146,7 @@ def results_table(summary: dict[str, Any]) -> str:
     for split, after in end.items():
         before = start.get(split, {})
         cells = (
-            f"{before.get(name, float('nan')):>13.1%} -> {after[name]:<5.1%}"
+            f"{f'{before[name]:.1%}' if name in before else '–':>13} -> {after[name]:<5.1%}"
             for name in ("greedy", "sampled", "pass_at_k")
         )
         lines.append(f"{split:<{wide}}" + "".join(f"{c:>22}" for c in cells))

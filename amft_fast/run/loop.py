@@ -59,7 +59,7 @@ class Loop:
                 if self.world.any(self.should_stop()):
                     raise InterruptedError
                 if trainer.step == self.cfg.train.warmup_steps:
-                    trainer.after_warmup()
+                    self.after_warmup()
                 step = self.take_step()
                 if step.failure is not None:
                     raise step.failure
@@ -70,15 +70,29 @@ class Loop:
             raise UserError(f"{e}; the state is saved in {self.save()}, go on with --resume") from e
         self.save()
 
+    def after_warmup(self) -> None:
+        """H* and what else a method wants of the policy after its warm-up."""
+        trainer, cfg = self.trainer, self.cfg
+        drawn = None
+        if trainer.controller.needs_entropy_target and trainer.entropy_target is None:
+            prompts = min(cfg.train.prompts_per_step, len(trainer.rollouts.prompts))
+            drawn = len(self.world.share(prompts * cfg.rollout.num_generations))
+        with self.files.progress.phase("measuring H*" if drawn else "after the warm-up", drawn, "answers") as phase:
+            trainer.rollouts.on_answer = phase.advance
+            trainer.after_warmup()
+        trainer.rollouts.on_answer = lambda: None
+
     def take_step(self) -> Step:
         """One step and its record, profiled where `profile.steps` asks for it. Raises UserError after too many updates in a
         row that were not finite."""
         if self.profiler is not None:
             self.profiler.begin()
         step = self.trainer.train_step()
-        record = self.recorder.step(step, self.trainer)
+        record = self.recorder.step(step, self.trainer, self.evaluator.answers_left())
         if self.profiler is not None:
-            report = self.profiler.done(record, static_bytes(self.trainer.engine, self.trainer.utility))
+            with self.files.progress.phase("reading the profile", 100, "%") as phase:
+                static = static_bytes(self.trainer.engine, self.trainer.utility)
+                report = self.profiler.done(record, static, phase.advance)
             if report is not None:
                 self.files.say(report)
         if step.bad_in_row >= self.cfg.train.max_bad_steps:
@@ -91,9 +105,12 @@ class Loop:
 
     def evaluate(self) -> None:
         """Evaluates, writes it down, and keeps the checkpoint when it is the best so far."""
-        trainer, files = self.trainer, self.files
-        with self.phases("eval"):
-            result, whole, kept = self.evaluator.evaluate(trainer)
+        trainer, files, evaluator = self.trainer, self.files, self.evaluator
+        answers, begin = evaluator.answers(evaluator.is_whole(trainer)), time.perf_counter()
+        mine = answers / self.world.size
+        with self.phases("eval"), files.progress.phase(f"evaluating at {trainer.step}", mine, "answers") as phase:
+            result, whole, kept = evaluator.evaluate(trainer, phase.advance)
+        files.progress.evaluated(answers, time.perf_counter() - begin)
         place = {"step": trainer.step - 1, "at": trainer.step, "tokens": trainer.tokens, "wall_s": self.wall}
         for row in kept:
             files.eval_samples.write({"step": trainer.step - 1, "at": trainer.step, **row})

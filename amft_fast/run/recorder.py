@@ -26,8 +26,8 @@ class Recorder:
         self.mismatch_warnings = 0
         self.alarms = Alarms(cfg)
 
-    def step(self, step: Step, trainer: Trainer) -> dict[str, Any]:
-        """Writes and says what there is to a step; returns its record."""
+    def step(self, step: Step, trainer: Trainer, answers_left: int) -> dict[str, Any]:
+        """Writes and says what there is to a step, after which evaluations draw so many answers more; returns its record."""
         record = self.record(step, trainer.entropy_target)
         alarms = self.alarms.look(record)
         if alarms:
@@ -35,9 +35,10 @@ class Recorder:
         self.files.metrics.write(record)
         self.files.tensorboard.write(record["step"], record)
         self._keep_samples(step)
-        budget = self.cfg.train.token_budget
-        done = trainer.step if budget is None else self.cfg.train.warmup_steps + int(trainer.clock)
-        self.files.progress.step(done, {k: record.get(k) for k in SHOWN})
+        cfg, clock, moved = self.cfg.train, trainer.step - self.cfg.train.warmup_steps, 1.0
+        if cfg.token_budget is not None and clock > 0:
+            clock, moved = trainer.clock, cfg.steps * step.tokens / max(cfg.token_budget - trainer.warmup_tokens, 1)
+        self.files.progress.step(clock, moved, step.seconds, answers_left, {k: record.get(k) for k in SHOWN})
         for text in alarms.values():
             self.files.say(f"alarm at step {step.number}: {text}")
         self._warn_of_mismatch(record)
