@@ -1,4 +1,4 @@
-"""The command line: amft-fast train | eval | compare | report | doctor."""
+"""The command line: amft-fast train | eval | compare | data | export | report | doctor."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ NUMBERS = {
     "image_tokens": (0, 2**24),
     "peak_tflops": (1e-3, 1e9),
     "mfu": (1e-3, 1),
+    "examples": (0, 1000),
 }
 PATHS = ("config", "resume", "target", "model", "out", "benchmarks_file", "run", "plan")
 # What the disk or its owner refuses, wherever it comes up: the user's to mend, and no fault of the program's.
@@ -101,6 +102,29 @@ def build_parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--budget", type=int, help="tokens per run (default: what train.steps of fixed:0.5 take)")
 
+    data = commands.add_parser(
+        "data",
+        help="what a config's data look like to the model, and what of them is not used, before any GPU time",
+        epilog=EPILOG,
+    )
+    data.add_argument("config", help="TOML file")
+    data.add_argument("--split", default="train", help="which to show (default %(default)s)")
+    data.add_argument("--examples", type=int, default=5, help="prompts and demonstrations shown (default %(default)s)")
+    data.add_argument(
+        "--color", choices=("auto", "always", "never"), default="auto", help="of tokens; auto: on a terminal"
+    )
+
+    export = commands.add_parser("export", help="a checkpoint of a run, also of one broken off, as a model to load")
+    export.add_argument("run", help="folder of a run")
+    export.add_argument(
+        "--checkpoint", default="newest", metavar="best|N", help="best, or a step (default: the newest)"
+    )
+    export.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="(default: the base checkpoint's; adapters: fp32)"
+    )
+    export.add_argument("--adapter", action="store_true", help="the LoRA factors alone, as a peft folder")
+    export.add_argument("--out", help="a new folder (default: export/step-N in the run's)")
+
     report = commands.add_parser("report", help="write report.html of a run anew")
     report.add_argument("run", help="folder of a run")
 
@@ -135,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     rest, settings = config_file.split_flags(sys.argv[1:] if argv is None else argv)
     args, unknown = parser.parse_known_args(rest)
     flags = settings + unknown
-    if flags and args.command not in ("train", "eval", "compare") and not getattr(args, "plan", None):
+    if flags and args.command not in ("train", "eval", "compare", "data") and not getattr(args, "plan", None):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         _check_options(args)
@@ -300,6 +324,22 @@ def _compare(args: argparse.Namespace, flags: list[str]) -> int:
     return compare(args.config, methods, args.seeds, Path(args.out), args.cores, args.budget, flags)
 
 
+def _data(args: argparse.Namespace, flags: list[str]) -> int:
+    from amft_fast.run.preview import preview
+
+    color = {"always": True, "never": False}.get(args.color, sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    for line in preview(config_file.load(args.config, flags), args.split, args.examples, color):
+        print(line)
+    return 0
+
+
+def _export(args: argparse.Namespace, flags: list[str]) -> int:
+    from amft_fast.run.export import export
+
+    export(Path(args.run), args.checkpoint, args.dtype, args.adapter, Path(args.out) if args.out else None)
+    return 0
+
+
 def _report(args: argparse.Namespace, flags: list[str]) -> int:
     from amft_fast.report.page import write_report
 
@@ -319,4 +359,12 @@ def _doctor(args: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": _train, "eval": _eval, "compare": _compare, "report": _report, "doctor": _doctor}
+COMMANDS = {
+    "train": _train,
+    "eval": _eval,
+    "compare": _compare,
+    "data": _data,
+    "export": _export,
+    "report": _report,
+    "doctor": _doctor,
+}
