@@ -1,4 +1,4 @@
-"""The command line: amft-fast train | eval | compare | report | doctor."""
+"""The command line: amft-fast train | eval | compare | data | export | report | doctor."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ NUMBERS = {
     "image_tokens": (0, 2**24),
     "peak_tflops": (1e-3, 1e9),
     "mfu": (1e-3, 1),
+    "examples": (0, 1000),
 }
 PATHS = ("config", "resume", "target", "model", "out", "benchmarks_file", "run", "plan")
 # What the disk or its owner refuses, wherever it comes up: the user's to mend, and no fault of the program's.
@@ -101,6 +102,29 @@ def build_parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--budget", type=int, help="tokens per run (default: what train.steps of fixed:0.5 take)")
 
+    data = commands.add_parser(
+        "data",
+        help="what a config's data look like to the model, and what of them is not used, before any GPU time",
+        epilog=EPILOG,
+    )
+    data.add_argument("config", help="TOML file")
+    data.add_argument("--split", default="train", help="which to show (default %(default)s)")
+    data.add_argument("--examples", type=int, default=5, help="prompts and demonstrations shown (default %(default)s)")
+    data.add_argument(
+        "--color", choices=("auto", "always", "never"), default="auto", help="of tokens; auto: on a terminal"
+    )
+
+    export = commands.add_parser("export", help="a checkpoint of a run, also of one broken off, as a model to load")
+    export.add_argument("run", help="folder of a run")
+    export.add_argument(
+        "--checkpoint", default="newest", metavar="best|N", help="best, or a step (default: the newest)"
+    )
+    export.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="(default: the base checkpoint's; adapters: fp32)"
+    )
+    export.add_argument("--adapter", action="store_true", help="the LoRA factors alone, as a peft folder")
+    export.add_argument("--out", help="a new folder (default: export/step-N in the run's)")
+
     report = commands.add_parser("report", help="write report.html of a run anew")
     report.add_argument("run", help="folder of a run")
 
@@ -108,7 +132,9 @@ def build_parser() -> argparse.ArgumentParser:
         "doctor", help="what is installed and which backends serve; with --plan, whether a run fits"
     )
     doctor.add_argument(
-        "--plan", metavar="CONFIG", help="memory per GPU and FLOPs per step of this config, without weights"
+        "--plan",
+        metavar="CONFIG",
+        help="memory per GPU and FLOPs per step of this config, without weights, on the GPUs asked for, else on what is here",
     )
     doctor.add_argument("--gpus", type=int, help="GPUs to plan for (default: those here, or 1)")
     doctor.add_argument(
@@ -120,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--image-tokens", type=int, default=0, help="of the images of a prompt (default %(default)s)")
     doctor.add_argument(
-        "--peak-tflops", type=float, default=989, help="of a GPU, for the time (default %(default)s: H100)"
+        "--peak-tflops", type=float, help="of a GPU, for the time (default: those of the GPU here, else an H100's 989)"
     )
     doctor.add_argument("--mfu", type=float, default=0.4, help="share of the peak reached (default %(default)s)")
     return parser
@@ -133,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     rest, settings = config_file.split_flags(sys.argv[1:] if argv is None else argv)
     args, unknown = parser.parse_known_args(rest)
     flags = settings + unknown
-    if flags and args.command not in ("train", "eval", "compare") and not getattr(args, "plan", None):
+    if flags and args.command not in ("train", "eval", "compare", "data") and not getattr(args, "plan", None):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         _check_options(args)
@@ -222,7 +248,8 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
     if args.out and not Path(args.out).absolute().parent.is_dir():
         raise UserError(f"--out: no folder {str(Path(args.out).parent)!r} to write to")
     from amft_fast.run.build import build
-    from amft_fast.run.evaluate import check_splits, evaluate
+    from amft_fast.run.evaluate import check_splits, count_answers, evaluate
+    from amft_fast.run.progress import phase
     from amft_fast.run.signals import StopSignal
     from amft_fast.run.writers import replace_text
 
@@ -232,28 +259,31 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
         splits = check_splits("eval.splits", e.splits, parts.task)
         result: dict[str, dict[str, float]] = {}
         code = 0
-        for split in splits:
-            try:
-                result |= evaluate(
-                    parts.rollout_engine,
-                    parts.task,
-                    parts.encoder,
-                    [split],
-                    num_samples=e.num_samples,
-                    max_prompts=e.max_prompts,
-                    max_new_tokens=cfg.rollout.max_new_tokens,
-                    seed=cfg.run.seed,
-                    temperature=e.temperature,
-                    top_p=e.top_p,
-                    on_split=lambda split: print(f"evaluating {split} ...", file=sys.stderr, flush=True),
-                )
-            except InterruptedError:
-                code = stop.exit_code
-                break
-            if args.out:  # after each split: whatever ends this keeps what is there
-                missing = [s for s in splits if s not in result]
-                text = json.dumps({"model": cfg.model.path, "results": result, "missing": missing}, indent=1)
-                replace_text(Path(args.out), text)
+        answers = count_answers(parts.task, splits, e.max_prompts, e.num_samples)
+        with phase("evaluating", answers, "answers", bars=cfg.log.progress, say=_to_stderr) as progress:
+            for split in splits:
+                try:
+                    result |= evaluate(
+                        parts.rollout_engine,
+                        parts.task,
+                        parts.encoder,
+                        [split],
+                        num_samples=e.num_samples,
+                        max_prompts=e.max_prompts,
+                        max_new_tokens=cfg.rollout.max_new_tokens,
+                        seed=cfg.run.seed,
+                        temperature=e.temperature,
+                        top_p=e.top_p,
+                        on_split=lambda split: _to_stderr(f"evaluating {split} ..."),
+                        on_answer=progress.advance,
+                    )
+                except InterruptedError:
+                    code = stop.exit_code
+                    break
+                if args.out:  # after each split: whatever ends this keeps what is there
+                    missing = [s for s in splits if s not in result]
+                    text = json.dumps({"model": cfg.model.path, "results": result, "missing": missing}, indent=1)
+                    replace_text(Path(args.out), text)
     if result:
         print(eval_table(result, e.num_samples))
     if code:
@@ -261,8 +291,12 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
     return code
 
 
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 # What every evaluation has; the rest of a row is the task's own.
-_COMMON = ("prompts", "k", "greedy", "sampled", "pass_at_k", "stderr", "reward", "length", "truncated")
+_COMMON = ("prompts", "k", "greedy", "sampled", "pass_at_k", "stderr", "reward", "length", "truncated", "no_answer")
 
 
 def eval_table(result: dict[str, dict[str, float]], k: int) -> str:
@@ -290,6 +324,22 @@ def _compare(args: argparse.Namespace, flags: list[str]) -> int:
     return compare(args.config, methods, args.seeds, Path(args.out), args.cores, args.budget, flags)
 
 
+def _data(args: argparse.Namespace, flags: list[str]) -> int:
+    from amft_fast.run.preview import preview
+
+    color = {"always": True, "never": False}.get(args.color, sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    for line in preview(config_file.load(args.config, flags), args.split, args.examples, color):
+        print(line)
+    return 0
+
+
+def _export(args: argparse.Namespace, flags: list[str]) -> int:
+    from amft_fast.run.export import export
+
+    export(Path(args.run), args.checkpoint, args.dtype, args.adapter, Path(args.out) if args.out else None)
+    return 0
+
+
 def _report(args: argparse.Namespace, flags: list[str]) -> int:
     from amft_fast.report.page import write_report
 
@@ -309,4 +359,12 @@ def _doctor(args: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": _train, "eval": _eval, "compare": _compare, "report": _report, "doctor": _doctor}
+COMMANDS = {
+    "train": _train,
+    "eval": _eval,
+    "compare": _compare,
+    "data": _data,
+    "export": _export,
+    "report": _report,
+    "doctor": _doctor,
+}

@@ -398,8 +398,8 @@ class ObjectiveConfig(Section):
     """Upper clip range: the ratio is held below 1 + clip_high."""
     dual_clip: float | None = Field(None, gt=1)
     """Bound on the loss of tokens with a negative advantage, as a multiple of it."""
-    entropy_coef: float = Field(0.01, ge=0)
-    """Weight of the entropy bonus in L_RL."""
+    entropy_coef: float = Field(0.0, ge=0)
+    """Weight of the entropy bonus in L_RL. Where no answer earns anything, the bonus alone drives the policy."""
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the k3 estimate of KL(policy || reference) in L_RL; the reference is the policy after the warm-up."""
     tis_cap: float | None = Field(None, ge=0)
@@ -620,6 +620,8 @@ class EngineConfig(Section):
 class EvalConfig(Section):
     """Evaluation at the start, on a schedule and at the end."""
 
+    at_start: bool = True
+    """Evaluate before the first step; without it the results show no change."""
     every: int = Field(20, ge=0)
     """Steps between evaluations of `schedule_splits` during training; 0: only at the start and the end."""
     splits: list[str] | None = None

@@ -63,8 +63,9 @@ class StepResult:
 
     `message` is the text sent back to the policy for another try, or None when there is none; `reward` is of this turn
     alone; `done` ends the episode; `info` must hold `success: bool` and may hold floats, which are averaged into the
-    metrics under their names (`kind`, if given, is counted). `state`, if given, names the situation that the response was
-    made in: turn-level advantages compare the turns of one prompt's samples that were made in the same one.
+    metrics under their names (`kind`, if given, is counted). `answer`, if given, is the answer that was read of the response as
+    text, None where none could be read. `state`, if given, names the situation that the response was made in: turn-level
+    advantages compare the turns of one prompt's samples that were made in the same one.
     """
 
     message: Message | None
@@ -104,6 +105,7 @@ class TaskHooks(Protocol):
     prepare       reads data, before all else, for the policy's encoder (rollout.encoder.Encoder) and answers of so many tokens;
                   returns lines that say what became of it
     step_all      with one turn, where answers are dear to judge: the results of `step` for many episodes at once
+    gold          the right answer to a problem (or one of them) as text, for people to compare with
     picture       draws an episode for the report: a PIL image, or SVG as text
     warn_of_base  a sentence when the model at this path spoils the task (it has seen what is held out)
     dry_run       of what makes the task (its class), from its section of the config: lines on what `--dry-run` found
@@ -111,6 +113,7 @@ class TaskHooks(Protocol):
 
     def prepare(self, encoder: Any, max_new_tokens: int) -> list[str]: ...
     def step_all(self, episodes: Sequence[Episode], texts: Sequence[str]) -> list[StepResult]: ...
+    def gold(self, item: Item) -> str: ...
     def picture(self, item: Item, sample: Sample) -> Any: ...
     def warn_of_base(self, path: str) -> str | None: ...
     @staticmethod
@@ -158,6 +161,7 @@ class Sample:
     turns: list[Turn] = field(default_factory=list)
     images: tuple[Any, ...] = ()
     reward: float = 0.0
+    advantage: float | None = None  # mean over the policy's tokens, once the step has judged it
     success: bool = False
     info: dict[str, Any] = field(default_factory=dict)
     text: str = ""

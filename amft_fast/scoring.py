@@ -68,6 +68,8 @@ class Scorer:
             scores = self.forward_only(rl, self.reference)
             scatter(rl, scores, [s.logprobs for s in scores], "ref_logprobs")
         objective.set_advantages(rl, samples, cfg.advantage)
+        for sample, sequence in zip(samples, rl):
+            sample.advantage = float(sequence.fields["advantages"][sequence.trained].mean())
         return rl
 
     def entropy(self, sequences: list[TokenSequence], temperature: float | None = None) -> float:

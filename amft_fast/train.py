@@ -172,7 +172,10 @@ class Trainer:
             self.mus = [*(self.mus[:1] or [mu]), mu]
         if fresh:
             figures |= {f"controller/{name}": value for name, value in u.figures.items()}
-        tokens = self.count_tokens(sft, rl, drawn, u.figures if fresh else {})
+        counts = self.count_tokens(sft, rl, drawn)
+        figures |= counts
+        tokens = sum(counts.values()) + int(u.figures.get("tokens", 0) if fresh else 0)
+        self.tokens += tokens
         seconds, number = time.perf_counter() - begin, self.step - 1
         return Step(number, t < 0, mu, lr, drawn, figures, measured.bad_in_row, tokens, seconds, failure)
 
@@ -246,14 +249,11 @@ class Trainer:
         over = self.cfg.train.token_budget is None and self.step + 1 >= self.total
         return None if over or mu == 1 else self.step + 1
 
-    def count_tokens(
-        self, sft: list[TokenSequence], rl: list[TokenSequence], drawn: Drawn, utility: dict[str, float]
-    ) -> int:
-        """Tokens of a step, sampled plus trained on; added to those of the run."""
-        tokens = int(sum(len(s.ids) for s in sft + rl) + sum(sum(s.loss_mask) for s in drawn.samples))
-        tokens += int(utility.get("tokens", 0) + drawn.figures.get("dynamic/tokens", 0))
-        self.tokens += tokens
-        return tokens
+    @staticmethod
+    def count_tokens(sft: list[TokenSequence], rl: list[TokenSequence], drawn: Drawn) -> dict[str, int]:
+        """Tokens of a step: sampled (what dynamic sampling threw away included), and trained on, prompts included."""
+        sampled = sum(sum(s.loss_mask) for s in drawn.samples) + int(drawn.figures.get("dynamic/tokens", 0))
+        return {"tokens_sampled": sampled, "tokens_trained": sum(len(s.ids) for s in sft + rl)}
 
     def after_warmup(self) -> None:
         """Before the first step after the warm-up: H*, where a controller asks for it, and the reference of the KL term."""

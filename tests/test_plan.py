@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -468,6 +469,39 @@ def test_on_a_cpu(capsys):
     assert main(["doctor", "--plan", str(ROOT / "configs" / "demo.toml"), "--run.device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "one CPU process" in out and "memory per process" in out and "TFLOP/s" not in out
+
+
+NO_GPU = plan_report.Here(0)
+H200 = plan_report.Here(8, "NVIDIA H200", 141e9)
+
+
+def planned(monkeypatch, capsys, here, *flags, config="demo.toml"):
+    """What `doctor --plan` says where torch sees these GPUs."""
+    monkeypatch.setattr(plan_report, "_gpus_here", lambda: here)
+    assert main(["doctor", "--plan", str(ROOT / "configs" / config), *flags]) == 0
+    return capsys.readouterr().out
+
+
+def test_it_plans_for_what_is_asked_or_for_what_is_here_and_says_which(monkeypatch, capsys):
+    out = planned(monkeypatch, capsys, NO_GPU)
+    assert "one CPU process" in out and "planned for the CPU of this machine: torch sees no GPU here" in out
+    for flags in (["--gpus", "1"], ["--run.device", "cuda"], ["--peak-tflops", "312"]):
+        out = planned(monkeypatch, capsys, NO_GPU, *flags)
+        assert "1 x 80.0 GB" in out and "no GPU here and no --gpu-memory: planned for 80 GB each" in out
+        assert ("an H100's" in out) == ("312" not in flags) and ("of 312 TFLOP/s" in out) == ("312" in flags)
+    out = planned(monkeypatch, capsys, NO_GPU, "--gpu-memory", "24")
+    assert "1 x 24.0 GB" in out and "planned for 80 GB" not in out
+    out = planned(monkeypatch, capsys, H200, config="plan/7b_8gpu.toml")
+    assert "8 x 141.0 GB" in out and "planned for 8 x NVIDIA H200, as here" in out and "an H100's" not in out
+    out = planned(monkeypatch, capsys, H200, "--run.device", "cpu")
+    assert "one CPU process" in out and "run.device is cpu" in out
+
+
+def test_a_small_model_takes_a_time_that_has_digits(monkeypatch, capsys):
+    out = planned(monkeypatch, capsys, NO_GPU, "--gpus", "1")
+    assert re.search(r"estimate: [1-9][\d,.]* (ms|µs|s) per step", out), out
+    assert "0.00 " not in out
+    assert [plan_report.seconds(n) for n in (12.34, 0.0123, 4.5e-5)] == ["12.3 s", "12.3 ms", "45.0 µs"]
 
 
 def test_vision_tower_counts(capsys):

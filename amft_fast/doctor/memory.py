@@ -21,6 +21,8 @@ LIVE, BUCKET = 10**9, 5 * 10**8
 # Beside tensors: CUDA context, cuBLAS and NCCL buffers (or Python with torch on a CPU), and the allocator's holes.
 CONTEXT = {"cuda": 2e9, "cpu": 0.4e9}
 HOLES = 0.05
+# Of a GPU by its name, in dense bf16 as its vendor states it.
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Machine:
     prompt_tokens: int = 512
     response_tokens: int | None = None  # mean; None: rollout.max_new_tokens
     image_tokens: int = 0
-    peak_flops: float = 989e12
+    peak_flops: float = PEAK_FLOPS["H100"]
     mfu: float = 0.4
 
 

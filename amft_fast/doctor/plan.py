@@ -8,11 +8,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from amft_fast.config import Config
 from amft_fast.doctor import installed, shapes
-from amft_fast.doctor.memory import HOLES, Layout, Machine, Memory, flops, total
+from amft_fast.doctor.memory import HOLES, PEAK_FLOPS, Layout, Machine, Memory, flops, total
 from amft_fast.doctor.memory import memory as memory_of
 from amft_fast.doctor.shapes import Shape
 from amft_fast.errors import UserError
@@ -167,58 +167,73 @@ def _compute(cfg: Config, shape: Shape, machine: Machine) -> Iterator[str]:
     parts = flops(cfg, shape, machine)
     whole = sum(parts.values())
     response = machine.response_tokens or cfg.rollout.max_new_tokens
+    unit, scale = next(((u, x) for u, x in (("TFLOP", 1e12), ("GFLOP", 1e9)) if whole >= x), ("MFLOP", 1e6))
+    where = "on all GPUs" if machine.device == "cuda" else "on the CPU"
     yield (
-        f"compute per step on all GPUs, in TFLOP, for prompts of {machine.prompt_tokens + machine.image_tokens} and answers "
+        f"compute per step {where}, in {unit}, for prompts of {machine.prompt_tokens + machine.image_tokens} and answers "
         f"of {response} tokens"
     )
     for name, value in parts.items():
-        yield _row(name, f"{value / 1e12:.2f}", f"{value / whole:.0%}")
+        yield _row(name, f"{value / scale:.2f}", f"{value / whole:.0%}")
     ranks = machine.gpus if cfg.engine.kind == "deepspeed" else 1
-    yield _row("total", f"{whole / 1e12:.2f}", f"{whole / ranks / 1e12:.2f} per GPU")
+    yield _row("total", f"{whole / scale:.2f}", f"{whole / ranks / scale:.2f} per {_unit(machine)}")
     if machine.device == "cuda":
-        seconds = whole / ranks / (machine.peak_flops * machine.mfu)
+        took = seconds(whole / ranks / (machine.peak_flops * machine.mfu))
         yield (
-            f"  estimate: {seconds:.1f} s per step, were all of it done at {machine.mfu:.0%} of {machine.peak_flops / 1e12:g} "
-            "TFLOP/s; decoding is bound by memory bandwidth and takes longer"
+            f"  estimate: {took} per step, were all of it done at {machine.mfu:.0%} of {machine.peak_flops / 1e12:g} TFLOP/s; "
+            "decoding is bound by memory bandwidth and takes longer"
         )
+
+
+def seconds(n: float) -> str:
+    """A time in the unit that it has digits in."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if n >= size:
+            return f"{n / size:,.1f} {unit}"
+    return f"{n / 1e-6:.1f} µs"
 
 
 # --------------------------------------------------------------------------------------------------------------- command
 
 
 def machine_of(cfg: Config, args: Any) -> tuple[Machine, list[str]]:
-    """The machine that the flags describe (by default the one here), and what has to be said about it."""
-
-    notes = []
-    here, memory = _gpus_here()
-    device = "cpu" if cfg.run.device == "cpu" else "cuda"
-    if device == "cpu":
-        memory = installed.memory_gib() * 2**30
-    elif here == 0 and args.gpu_memory is None:
+    """The machine that the flags ask for, else the one here, and what has to be said about it."""
+    texts = {name: getattr(args, name) for name in ("prompt_tokens", "response_tokens", "image_tokens", "mfu")}
+    here = _gpus_here()
+    asked = cfg.run.device == "cuda" or any((args.gpus, args.gpu_memory, args.peak_tflops))
+    if cfg.run.device == "cpu" or not (asked or here.count):
+        why = "run.device is cpu" if cfg.run.device == "cpu" else "torch sees no GPU here, and none was asked for"
+        notes = [f"planned for the CPU of this machine: {why} (--gpus 8 --gpu-memory 80 plans for GPUs)"]
+        return Machine(gpus=1, memory=installed.memory_gib() * 2**30, device="cpu", **texts), notes
+    gpus, memory = args.gpus or max(here.count, 1), args.gpu_memory * GB if args.gpu_memory else here.memory
+    notes = [f"planned for {gpus} x {here.name}, as here"] if here.count and not asked else []
+    if not memory:
         memory = 80 * GB
-        notes.append("no GPU here and no --gpu-memory: planned for 80 GB")
-    gpus = args.gpus or max(here, 1)
+        notes.append("no GPU here and no --gpu-memory: planned for 80 GB each")
+    known = next((flops for name, flops in PEAK_FLOPS.items() if name in here.name), None)
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else known or PEAK_FLOPS["H100"]
+    if not args.peak_tflops and not known:
+        notes.append(f"no --peak-tflops: {peak / 1e12:g} TFLOP/s are an H100's")
     if cfg.engine.kind == "local" and gpus > 1:
         notes.append(f"engine.kind local trains on one GPU, {gpus - 1} of {gpus} would be idle")
-    machine = Machine(
-        gpus=gpus,
-        memory=args.gpu_memory * GB if args.gpu_memory else memory,
-        device=device,
-        prompt_tokens=args.prompt_tokens,
-        response_tokens=args.response_tokens,
-        image_tokens=args.image_tokens,
-        peak_flops=args.peak_tflops * 1e12,
-        mfu=args.mfu,
-    )
-    return machine, notes
+    return Machine(gpus=gpus, memory=memory, peak_flops=peak, **texts), notes
 
 
-def _gpus_here() -> tuple[int, float]:
+class Here(NamedTuple):
+    """The GPUs that torch sees: how many, and of the first its name and bytes."""
+
+    count: int
+    name: str = ""
+    memory: float = 0.0
+
+
+def _gpus_here() -> Here:
     import torch
 
     if not torch.cuda.is_available():
-        return 0, 0.0
-    return torch.cuda.device_count(), float(torch.cuda.get_device_properties(0).total_memory)
+        return Here(0)
+    properties = torch.cuda.get_device_properties(0)
+    return Here(torch.cuda.device_count(), properties.name, float(properties.total_memory))
 
 
 def run(cfg: Config, args: Any) -> str:

@@ -11,9 +11,10 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from amft_fast.errors import UserError
@@ -25,14 +26,10 @@ if TYPE_CHECKING:
 def add(model: nn.Module, cfg: LoraConfig) -> nn.Module:
     """Puts adapters into `model`, in place, and freezes everything else. Raises UserError when that cannot be done."""
     try:
-        from peft import LoraConfig as PeftConfig
         from peft import inject_adapter_in_model
     except ImportError:
         raise UserError("model.lora.rank: LoRA needs peft; pip install 'amft-fast[lora]'") from None
-    targets = cfg.targets[0] if cfg.targets == ["all-linear"] else cfg.targets
-    peft = PeftConfig(
-        r=cfg.rank, lora_alpha=cfg.alpha or 2 * cfg.rank, target_modules=targets, lora_dropout=0.0, bias="none"
-    )
+    peft = _peft_config(cfg, cfg.targets[0] if cfg.targets == ["all-linear"] else cfg.targets)
     head = model.get_output_embeddings()
     try:
         inject_adapter_in_model(peft, model)
@@ -56,6 +53,13 @@ def add(model: nn.Module, cfg: LoraConfig) -> nn.Module:
     for p in model.parameters():
         p.requires_grad_(id(p) in trained)
     return model
+
+
+def _peft_config(cfg: LoraConfig, targets: str | list[str]) -> Any:
+    from peft import LoraConfig as PeftConfig
+
+    alpha = cfg.alpha or 2 * cfg.rank
+    return PeftConfig(r=cfg.rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none")
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -98,9 +102,24 @@ def merged(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"{layer_name}.{rest}", weight
 
 
-def export(model: nn.Module, folder: Path) -> None:
-    """Writes the model as a plain transformers folder, its adapters merged into the weights."""
-    model.save_pretrained(folder, **({"state_dict": dict(merged(model))} if adapted(model) else {}))
+def export(model: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes the model as a plain transformers folder, its adapters merged into the weights; with `dtype` in that type, which
+    the model has too from then on."""
+    state = {}
+    if adapted(model):
+        state = {"state_dict": {name: p.to(dtype or p.dtype) for name, p in merged(model)}}
+    (model if dtype is None else model.to(dtype)).save_pretrained(folder, **state)
+
+
+def export_adapter(model: nn.Module, cfg: LoraConfig, base: str, folder: Path, dtype: torch.dtype) -> None:
+    """Writes the factors as a peft folder (`PeftModel.from_pretrained(model, folder)`), for the checkpoint `base`."""
+    config = _peft_config(cfg, sorted(layers(model)))
+    config.task_type, config.base_model_name_or_path, config.inference_mode = "CAUSAL_LM", base, True
+    config.save_pretrained(folder)
+    own = _factors_of(model)
+    named = {n.replace(".default", ""): p for n, p in model.named_parameters() if id(p) in own}
+    state = {f"base_model.model.{n}": p.detach().to(dtype).contiguous() for n, p in named.items()}
+    save_file(state, folder / "adapter_model.safetensors")
 
 
 class AdapterReference(nn.Module):

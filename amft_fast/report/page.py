@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ from amft_fast.report.plots import (
 )
 from amft_fast.report.reader import Record, finite, read
 
-PROMPT_CHARS, COMPLETION_CHARS = 600, 1500
+PROMPT_CHARS, COMPLETION_CHARS, ANSWER_CHARS = 600, 1500, 300
+# Splits that are not benchmarks, as far as tiles go: the most telling first.
+OWN_SPLITS = ("test", "ood", "visual_ood", "val", "train")
 
 
 def write_report(folder: Path) -> Path:
@@ -99,6 +102,10 @@ def warnings(record: Record) -> list[str]:
     skipped = record.last("skipped_total")
     if skipped:
         out.append(f"{skipped:.0f} update(s) were skipped because the loss or the gradient was not finite.")
+    for row in record.metrics:
+        alarms = row.get("alarms")
+        if isinstance(alarms, dict):
+            out += [f"Alarm at step {row['step']}: {shown_text(text, COMPLETION_CHARS)}." for text in alarms.values()]
     return out
 
 
@@ -118,10 +125,12 @@ def sentence(record: Record) -> str:
 
 
 def tiles(record: Record) -> list[tuple[str, str, str]]:
-    """(label, figure, detail) of what matters most: success on the held-out splits and μ."""
+    """(label, figure, detail) of what matters most: success on benchmarks and the held-out splits, μ, entropy, speed."""
     start, end, _ = record.ends()
     out = []
-    for split in [s for s in ("test", "ood", "val", "train") if s in end][:3]:
+    benchmarks = [s for s in end if s not in OWN_SPLITS][:6]
+    own = [s for s in OWN_SPLITS if s in end]
+    for split in benchmarks + own[: max(3 - len(benchmarks), 1)]:
         after = finite(end[split].get("sampled"))
         before = finite(start.get(split, {}).get("sampled"))
         figure = number(after, True) if before is None else f"{number(before, True)} → {number(after, True)}"
@@ -134,6 +143,10 @@ def tiles(record: Record) -> list[tuple[str, str, str]]:
     entropy, target = record.last("entropy"), record.last("entropy_target")
     if entropy is not None:
         out.append(("entropy at the end", number(entropy), "" if target is None else f"H* = {number(target)}"))
+    for name, label in (("rollout", "rollouts"), ("update", "updates")):
+        speed = [y for y in record.series(f"{name}_tokens_per_s")[1] if y is not None]
+        if speed:
+            out.append((f"{label}, tokens per second", number(statistics.median(speed)), "median over steps"))
     return out
 
 
@@ -192,28 +205,53 @@ def _cell(row: dict[str, Any], name: str) -> str:
 def samples_section(record: Record) -> Section | None:
     """Completions of the earliest and the latest step that kept any, right and wrong ones."""
     steps = sorted({s["step"] for s in record.samples})
+    chosen = {f"Step {i}": [s for s in record.samples if s["step"] == i] for i in dict.fromkeys(steps[:1] + steps[-1:])}
+    return _cards("Completions", "Answers of the policy in training, early and late.", chosen)
+
+
+def eval_samples_section(record: Record) -> Section | None:
+    """Sampled answers of the last evaluation of each split."""
+    last = {str(s.get("split")): s["at"] for s in record.eval_samples}
+    chosen = {
+        f"{split}, at {at}": [s for s in record.eval_samples if s["at"] == at and str(s.get("split")) == split]
+        for split, at in last.items()
+    }
+    return _cards("Answers in evaluations", "Of each split's last evaluation, sampled.", chosen)
+
+
+def _cards(title: str, intro: str, chosen: dict[str, list[dict[str, Any]]]) -> Section | None:
+    """Kept answers as cards under headings, at most four under each, right and wrong ones."""
     groups = []
-    for step in dict.fromkeys(steps[:1] + steps[-1:]):
-        kept = [s for s in record.samples if s["step"] == step]
+    for heading, kept in chosen.items():
         right = [s for s in kept if s.get("success") is True]
         wrong = [s for s in kept if s.get("success") is not True]
         take = max(2, 4 - len(wrong))
         shown = right[:take] + wrong[: 4 - len(right[:take])]
-        cards = [
-            {
-                "right": s.get("success") is True,
-                "reward": number(finite(s.get("reward"))),
-                "picture": shown_picture(s.get("picture")),
-                "prompt": shown_text(s.get("prompt"), PROMPT_CHARS, keep_end=True),
-                "completion": shown_text(s.get("completion"), COMPLETION_CHARS),
-            }
-            for s in shown
-        ]
-        groups.append((step, f"{len(right)} of the {len(kept)} completions kept here are correct", cards))
+        words = f"{len(right)} of the {len(kept)} completions kept here are correct"
+        groups.append((f"{heading}: {words}", [_card(s) for s in shown]))
     if not groups:
         return None
     html = Environment(autoescape=True).from_string(templates.SAMPLES).render(groups=groups)
-    return Section("Completions", Markup(html), "Answers of the policy in training, early and late.")
+    return Section(title, Markup(html), intro)
+
+
+def _card(s: dict[str, Any]) -> dict[str, Any]:
+    """What a card shows of a kept answer; rows of earlier versions have neither gold nor answer nor advantage."""
+    advantage = finite(s.get("advantage"))
+    texts = [("Prompt", shown_text(s.get("prompt"), PROMPT_CHARS, keep_end=True))]
+    texts.append(("Completion", shown_text(s.get("completion"), COMPLETION_CHARS) or "(empty)"))
+    if "answer" in s:
+        read = "(none could be read)" if s["answer"] is None else shown_text(s["answer"], ANSWER_CHARS)
+        texts.append(("Answer as read", read))
+    if "gold" in s:
+        texts.append(("Gold answer", shown_text(s["gold"], ANSWER_CHARS)))
+    return {
+        "right": s.get("success") is True,
+        "reward": number(finite(s.get("reward"))),
+        "advantage": None if advantage is None else f"{advantage:+.3g}".replace("-", "−"),
+        "picture": shown_picture(s.get("picture")),
+        "texts": texts,
+    }
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -237,4 +275,5 @@ SECTIONS: tuple[Callable[[Record], Section | None], ...] = (
     answers_section,
     time_section,
     samples_section,
+    eval_samples_section,
 )

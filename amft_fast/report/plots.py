@@ -249,6 +249,7 @@ ANSWERS = (
         percent=True,
         include=(0.0,),
     ),
+    Plot("No answer", (("no_answer", "answers that cannot be read"),), "By the task's own reader.", percent=True),
     Plot("Turns", (("turns", "turns per problem"),)),
 )
 
@@ -264,7 +265,12 @@ def answers_section(record: Record) -> Section | None:
 # ----------------------------------------------------------------------------------------------------------------- time
 
 
-THROUGHPUT = Plot("Throughput", (("tokens_per_s", "tokens/s"),), "Tokens of a step per second of it.", include=(0.0,))
+THROUGHPUT = Plot(
+    "Throughput",
+    (("tokens_per_s", "whole step"), ("rollout_tokens_per_s", "rollouts"), ("update_tokens_per_s", "updates")),
+    "Tokens per second: of a step over all of it, of those sampled over its rollouts, of those trained on over its updates.",
+    include=(0.0,),
+)
 
 
 def phase_seconds(record: Record) -> dict[str, list[float]]:

@@ -34,6 +34,7 @@ class Record:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     evals: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    eval_samples: list[dict[str, Any]] = field(default_factory=list)
     config_text: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
@@ -137,6 +138,7 @@ def read(folder: Path) -> Record:
     record.metrics = _lines(record, "metrics.jsonl", "step", unique=True)
     record.evals = _lines(record, "evals.jsonl", "at", unique=True)
     record.samples = _lines(record, "samples.jsonl", "step", unique=False)
+    record.eval_samples = _lines(record, "eval_samples.jsonl", "at", unique=False)
     record.environment, record.summary = _object(record, "environment.json"), _object(record, "summary.json")
     record.config_text = _text(record, "config.toml")
     try:

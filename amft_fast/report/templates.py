@@ -143,17 +143,19 @@ evaluation at the end, the last checkpoint).</p>
 {% endif %}
 </div>"""
 
-SAMPLES = """{% for step, words, cards in groups %}
-<h3>Step {{ step }}: {{ words }}</h3>
+SAMPLES = """{% for heading, cards in groups %}
+<h3>{{ heading }}</h3>
 <div class="samples">
 {% for card in cards %}
 <article class="card {{ 'right' if card.right else 'wrong' }}">
-<header>{{ "✓ correct" if card.right else "✗ wrong" }} · reward {{ card.reward }}</header>
+<header>{{ "✓ correct" if card.right else "✗ wrong" }} · reward {{ card.reward }}
+{%- if card.advantage is not none %} · advantage {{ card.advantage }}{% endif %}</header>
 {% if card.picture %}
 <img src="{{ card.picture }}" alt="The episode as its task draws it">
 {% endif %}
-<h4>Prompt</h4><pre dir="auto">{{ card.prompt }}</pre>
-<h4>Completion</h4><pre dir="auto">{{ card.completion or "(empty)" }}</pre>
+{% for title, text in card.texts %}
+<h4>{{ title }}</h4><pre dir="auto">{{ text }}</pre>
+{% endfor %}
 </article>
 {% endfor %}
 </div>

@@ -39,12 +39,13 @@ def run(
     seed_parts: tuple[object, ...],
     first_group: int = 0,
     only: range | None = None,
+    on_answer: Callable[[], object] = lambda: None,
 ) -> list[Sample]:
     """`num_generations` samples of every item, in the order of the items, judged.
 
     `seed_parts` (run seed, step or purpose) and each sample's prompt id, index and turn give its random stream. Samples of
     one item share a `group_id`, counted from `first_group`.
-    `only`: draw these of the `len(items) * num_generations` samples, and no others.
+    `only`: draw these of the `len(items) * num_generations` samples, and no others. `on_answer` is called as each is complete.
     """
     samples, episodes, numbers = [], [], []
     before: Counter[str] = (
@@ -72,18 +73,33 @@ def run(
     def reply(i: int, completion: Completion) -> Request | None:
         text = encoder.decode([completion.token_ids])[0]
         last = len(samples[i].turns) + 1 == task.max_turns
-        return request(i) if _take_turn(samples[i], episodes[i].step(text), completion, text, encoder, last) else None
+        if _take_turn(samples[i], episodes[i].step(text), completion, text, encoder, last):
+            return request(i)
+        on_answer()
+        return None
 
     requests = [request(i) for i in range(len(samples))]
+    converse = getattr(engine, "converse", None) or partial(turn_by_turn, engine)
     if task.max_turns == 1 and hasattr(task, "step_all"):
-        completions = engine.generate(requests, sampling)
+        completions = _all_completed(converse, requests, sampling, on_answer)
         texts = encoder.decode([c.token_ids for c in completions])
         for given in zip(samples, task.step_all(episodes, texts), completions, texts, strict=True):
             _take_turn(*given, encoder, last=True)
         return samples
-    converse = getattr(engine, "converse", None) or partial(turn_by_turn, engine)
     converse(requests, sampling, reply)
     return samples
+
+
+def _all_completed(converse, requests: list[Request], sampling: Sampling, on_answer) -> list[Completion]:
+    """One completion for each request, in order."""
+    completions: dict[int, Completion] = {}
+
+    def keep(i: int, completion: Completion) -> None:
+        completions[i] = completion
+        on_answer()
+
+    converse(requests, sampling, keep)
+    return [completions[i] for i in range(len(requests))]
 
 
 def turn_by_turn(

@@ -6,7 +6,7 @@ it is asked, the task only judges.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ class Rollouts:
         self.world, self.phases = world, phases
         self.prompts = task.prompts("train")
         self.stream = Stream(len(self.prompts), cfg.run.seed, "prompts")
+        self.on_answer: Callable[[], object] = lambda: None  # told of each answer drawn on this rank
         self.ahead = Ahead() if cfg.rollout.async_steps else None
 
     # ------------------------------------------------------------------------------------------------------- a step's
@@ -114,6 +115,7 @@ class Rollouts:
             max_new_tokens=self.cfg.rollout.max_new_tokens,
             seed_parts=(self.cfg.run.seed, *purpose),
             only=mine,
+            on_answer=lambda: self.on_answer(),
         )
 
     # -------------------------------------------------------------------------------------------------------- weights

@@ -21,6 +21,7 @@ from amft_fast.rollout.buckets import Bucketed
 from amft_fast.rollout.context import check_prompts, check_setting
 from amft_fast.rollout.encoder import Encoder, load_encoder
 from amft_fast.rollout.transformers import TransformersEngine
+from amft_fast.run.progress import phase, weights_loaded
 from amft_fast.tasks.shipped import maker
 from amft_fast.train import Parts
 
@@ -59,18 +60,21 @@ def build(cfg: Config, should_stop: Callable[[], bool], task: Task | None = None
     torch.manual_seed(cfg.run.seed)
     encoder = load_encoder(cfg.model)
     check_setting(encoder.context, cfg.rollout.max_new_tokens)
-    task = make_task(cfg.task) if task is None else task
-    said = task.prepare(encoder, cfg.rollout.max_new_tokens) if hasattr(task, "prepare") else []
+    with phase("reading the data", shown=world.main, bars=cfg.log.progress):
+        task = make_task(cfg.task) if task is None else task
+        said = task.prepare(encoder, cfg.rollout.max_new_tokens) if hasattr(task, "prepare") else []
     splits = [s for s in dict.fromkeys(("train", *(cfg.eval.splits or task.splits))) if s in task.splits]
     said += check_prompts(encoder, task, splits, cfg.rollout.max_new_tokens)
     if said and world.main:
         print("\n".join(said))
-    with cut_while_loading(cfg.engine, pick_dtype(cfg.model, device), device):
+    cut = cut_while_loading(cfg.engine, pick_dtype(cfg.model, device), device)
+    with phase("loading the model", shown=world.main, bars=cfg.log.progress) as loading, weights_loaded(loading), cut:
         model = load_model(cfg.model, device)
     policy = Policy(model, cfg.objective, with_value=cfg.advantage.kind == "gae", vision=encoder.vision)
     policy.saving = layers.offload(model, cfg.model.offload_activations)
-    engine = make_engine(cfg, policy, world, device)
-    rollout_engine = make_rollouts(cfg, policy.model, engine, encoder, should_stop)
+    with phase("starting the engines", shown=world.main, bars=cfg.log.progress):
+        engine = make_engine(cfg, policy, world, device)
+        rollout_engine = make_rollouts(cfg, policy.model, engine, encoder, should_stop)
     return Parts(task, encoder, policy, engine, rollout_engine, Phases(device), should_stop)
 
 

@@ -10,9 +10,10 @@ from amft_fast.config import Config
 from amft_fast.data.stream import choose
 from amft_fast.engine.world import ALONE, World
 from amft_fast.errors import UserError
-from amft_fast.interfaces import RolloutEngine, Sample, Sampling, Task
+from amft_fast.interfaces import Item, RolloutEngine, Sample, Sampling, Task
 from amft_fast.rollout import episodes
 from amft_fast.rollout.encoder import Encoder
+from amft_fast.run import answers
 from amft_fast.train import Parts, Trainer
 
 
@@ -34,6 +35,12 @@ def check_splits(name: str, splits: Sequence[str] | None, task: Task) -> list[st
     return list(task.splits if splits is None else splits)
 
 
+def count_answers(task: Task, splits: Sequence[str], max_prompts: int | None, num_samples: int) -> int:
+    """How many answers `evaluate` draws."""
+    prompts = (len(task.prompts(split)) for split in splits)
+    return (1 + num_samples) * sum(n if max_prompts is None else min(n, max_prompts) for n in prompts)
+
+
 def evaluate(
     engine: RolloutEngine,
     task: Task,
@@ -47,13 +54,16 @@ def evaluate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     on_split: Callable[[str], None] = lambda split: None,
-    keep: list[Sample] | None = None,
+    on_sampled: Callable[[str, list[Item], list[Sample]], None] = lambda split, items, samples: None,
+    on_answer: Callable[[], object] = lambda: None,
     world: World = ALONE,
 ) -> dict[str, dict[str, float]]:
     """`{split: {greedy, sampled, pass_at_k, ...}}`, all fractions; the seeds are the same at each call.
 
     Beside them: `prompts`, `k`, `stderr` (standard error of `sampled` over prompts), `length` (tokens per sampled answer),
-    `truncated`, and the mean of every float a task reports in its info. Samples are appended to `keep` when given.
+    `truncated`, `no_answer` (where the task says what it read), and the mean of every float a task reports in its info.
+    `on_sampled` is given each split's items and sampled answers, `num_samples` an item, in order; `on_answer` is called for
+    each answer that this rank has drawn.
     The ranks of `world` share the work, and each gets all figures.
     """
     stop = encoder.stop_token_ids
@@ -67,14 +77,13 @@ def evaluate(
             return world.spread(
                 len(items) * k,
                 lambda mine: episodes.run(
-                    engine, task, items, encoder, sampling, num_generations=k, only=mine, **common
+                    engine, task, items, encoder, sampling, num_generations=k, only=mine, on_answer=on_answer, **common
                 ),
             )
 
         greedy = draw(Sampling(temperature=0.0, stop_token_ids=stop), 1)
         sampled = draw(Sampling(temperature=temperature, top_p=top_p, stop_token_ids=stop), num_samples)
-        if keep is not None:
-            keep += sampled
+        on_sampled(split, items, sampled)
         out[split] = summarise(greedy, sampled, num_samples)
     return out
 
@@ -86,22 +95,50 @@ class Evaluator:
         self.cfg, self.parts = cfg, parts
         self.splits = check_splits("eval.splits", cfg.eval.splits, parts.task)
         check_splits("eval.schedule_splits", cfg.eval.schedule_splits, parts.task)
-        self.evaluated_step, self.evaluations = -1, 0
+        # At the clock's 0, where there is no warm-up, stands the evaluation at the start, on the schedule too.
+        self.evaluated_step, self.evaluations = -1, int(not (cfg.eval.at_start or cfg.train.warmup_steps))
         self.best: float | None = None
         self.results: dict[str, Any] = {}  # of the whole evaluations, at the start and the end
 
     def due(self, trainer: Trainer) -> bool:
-        """At the start, at the end, and each time the clock has passed another `eval.every`."""
+        """At the start (`eval.at_start`), at the end, and each time the clock has passed another `eval.every`."""
         if self.evaluated_step == trainer.step:
             return False
+        if trainer.step == 0:
+            return self.cfg.eval.at_start
         every = self.cfg.eval.every
         passed = int(trainer.clock // every) if every and trainer.clock >= 0 else -1
-        return trainer.step == 0 or trainer.finished or passed >= self.evaluations
+        return trainer.finished or passed >= self.evaluations
 
-    def evaluate(self, trainer: Trainer) -> tuple[dict[str, dict[str, float]], bool]:
-        """The figures by split; and whether it was a whole one: all splits with all prompts at the start and the end, the
-        scheduled ones in between."""
-        cfg, whole = self.cfg.eval, trainer.step == 0 or trainer.finished
+    def is_whole(self, trainer: Trainer) -> bool:
+        """Whether an evaluation now is a whole one, of all splits with all prompts: at the start and the end."""
+        return trainer.step == 0 or trainer.finished
+
+    def answers(self, whole: bool) -> int:
+        """How many answers an evaluation draws, of all ranks."""
+        cfg, task = self.cfg.eval, self.parts.task
+        most, k = (cfg.max_prompts, cfg.num_samples) if whole else (cfg.schedule_max_prompts, cfg.schedule_num_samples)
+        return count_answers(task, self.splits if whole else cfg.schedule_splits, most, k)
+
+    def answers_left(self) -> int:
+        """How many the evaluations to come draw, in the rest of the schedule and at the end."""
+        every, steps = self.cfg.eval.every, self.cfg.train.steps
+        scheduled = max(-(-steps // every) - self.evaluations, 0) if every else 0
+        return scheduled * self.answers(whole=False) + self.answers(whole=True)
+
+    def evaluate(
+        self, trainer: Trainer, on_answer: Callable[[], object] = lambda: None
+    ) -> tuple[dict[str, dict[str, float]], bool, list[dict[str, Any]]]:
+        """The figures by split; whether it was a whole one: all splits with all prompts at the start and the end, the
+        scheduled ones in between; and a few answers of each split as people read them."""
+        cfg, whole = self.cfg.eval, self.is_whole(trainer)
+        kept: list[dict[str, Any]] = []
+
+        def keep(split: str, items: list[Item], samples: list[Sample]) -> None:
+            k = len(samples) // max(len(items), 1)
+            for item, sample in list(zip(items, samples[::k] if k else []))[: self.cfg.log.samples]:
+                kept.append({"split": split, **answers.kept(self.parts.task, item, sample)})
+
         result = evaluate(
             self.parts.rollout_engine,
             self.parts.task,
@@ -113,6 +150,8 @@ class Evaluator:
             seed=self.cfg.run.seed,
             temperature=cfg.temperature,
             top_p=cfg.top_p,
+            on_sampled=keep,
+            on_answer=on_answer,
             world=self.parts.engine.world,
         )
         self.evaluated_step = trainer.step
@@ -120,7 +159,7 @@ class Evaluator:
             self.evaluations = int(trainer.clock // cfg.every) + 1
         if whole:
             self.results["start" if trainer.step == 0 else "end"] = result
-        return result, whole
+        return result, whole, kept
 
     def is_best(self, figures: dict[str, float]) -> bool:
         """Whether `checkpoint.metric` is the best so far, where the best is kept."""
@@ -158,6 +197,9 @@ def summarise(greedy: list[Sample], sampled: list[Sample], k: int) -> dict[str, 
         "length": sum(sum(s.loss_mask) for s in sampled) / len(sampled),
         "truncated": sum(s.finish_reason == "length" for s in sampled) / len(sampled),
     }
+    read = [s.info["answer"] for s in sampled if "answer" in s.info]
+    if read:
+        figures["no_answer"] = sum(answer is None for answer in read) / len(read)
     names = {name for s in sampled for name, v in s.info.items() if isinstance(v, float)}
     for name in sorted(names):
         values = [s.info[name] for s in sampled if name in s.info]

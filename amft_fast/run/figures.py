@@ -15,14 +15,17 @@ def rollout_figures(samples: list[Sample]) -> dict[str, Any]:
     for s in samples:
         rewards.setdefault(s.group_id, []).append(s.reward)
     n = len(samples)
+    read = [s.info["answer"] for s in samples if "answer" in s.info]
     said = {name for s in samples for name, value in s.info.items() if isinstance(value, float)}
     of_task = {f"task/{name}": sum(s.info.get(name, 0.0) for s in samples) / n for name in sorted(said)}
     return {
         "reward": sum(s.reward for s in samples) / n,
+        "reward_spread": max(s.reward for s in samples) - min(s.reward for s in samples),
         "success": sum(s.success for s in samples) / n,
         "groups_without_spread": sum(max(r) == min(r) for r in rewards.values()) / len(rewards),
         "response_length": sum(sum(s.loss_mask) for s in samples) / n,
         "truncated": sum(s.finish_reason == "length" for s in samples) / n,
         "turns": sum(len(s.turns) for s in samples) / n,
+        **({"no_answer": sum(answer is None for answer in read) / len(read)} if read else {}),
         **of_task,
     }

@@ -52,7 +52,8 @@ def take_folder(cfg: Config, resume: bool) -> list[str]:
         if not resume:
             for name in ("checkpoints", "tb", "model"):
                 shutil.rmtree(folder / name, ignore_errors=True)
-            for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl", "summary.json", "report.html", "report.png"):
+            files = ("metrics", "evals", "samples", "eval_samples")
+            for name in (*(f"{f}.jsonl" for f in files), "summary.json", "report.html", "report.png"):
                 (folder / name).unlink(missing_ok=True)
         (folder / "checkpoints").mkdir(exist_ok=True)  # told now, not after the steps before the first of them
     except OSError as e:

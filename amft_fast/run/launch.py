@@ -20,6 +20,7 @@ from amft_fast.report.page import write_report
 from amft_fast.rollout.context import check_demos
 from amft_fast.run import checkpoint
 from amft_fast.run.build import build
+from amft_fast.run.export import save_encoder
 from amft_fast.run.folder import check_folder, check_room, take_folder
 from amft_fast.run.lock import locked
 from amft_fast.run.loop import Loop
@@ -126,9 +127,7 @@ def _export(parts: Parts, folder: Path) -> None:
     try:
         parts.engine.export(folder)
         if parts.engine.world.main:
-            parts.encoder.tokenizer.save_pretrained(folder)
-            if parts.encoder.vision is not None:
-                parts.encoder.vision.processor.save_pretrained(folder)
+            save_encoder(parts.encoder, folder)
     except (OSError, SafetensorError) as e:
         raise UserError(
             f"{folder} could not be written: {getattr(e, 'strerror', None) or e}; the last checkpoint is whole: make room, "
@@ -146,7 +145,7 @@ def results_table(summary: dict[str, Any]) -> str:
     for split, after in end.items():
         before = start.get(split, {})
         cells = (
-            f"{before.get(name, float('nan')):>13.1%} -> {after[name]:<5.1%}"
+            f"{f'{before[name]:.1%}' if name in before else '–':>13} -> {after[name]:<5.1%}"
             for name in ("greedy", "sampled", "pass_at_k")
         )
         lines.append(f"{split:<{wide}}" + "".join(f"{c:>22}" for c in cells))

@@ -59,7 +59,7 @@ class Loop:
                 if self.world.any(self.should_stop()):
                     raise InterruptedError
                 if trainer.step == self.cfg.train.warmup_steps:
-                    trainer.after_warmup()
+                    self.after_warmup()
                 step = self.take_step()
                 if step.failure is not None:
                     raise step.failure
@@ -70,15 +70,29 @@ class Loop:
             raise UserError(f"{e}; the state is saved in {self.save()}, go on with --resume") from e
         self.save()
 
+    def after_warmup(self) -> None:
+        """H* and what else a method wants of the policy after its warm-up."""
+        trainer, cfg = self.trainer, self.cfg
+        drawn = None
+        if trainer.controller.needs_entropy_target and trainer.entropy_target is None:
+            prompts = min(cfg.train.prompts_per_step, len(trainer.rollouts.prompts))
+            drawn = len(self.world.share(prompts * cfg.rollout.num_generations))
+        with self.files.progress.phase("measuring H*" if drawn else "after the warm-up", drawn, "answers") as phase:
+            trainer.rollouts.on_answer = phase.advance
+            trainer.after_warmup()
+        trainer.rollouts.on_answer = lambda: None
+
     def take_step(self) -> Step:
         """One step and its record, profiled where `profile.steps` asks for it. Raises UserError after too many updates in a
         row that were not finite."""
         if self.profiler is not None:
             self.profiler.begin()
         step = self.trainer.train_step()
-        record = self.recorder.step(step, self.trainer)
+        record = self.recorder.step(step, self.trainer, self.evaluator.answers_left())
         if self.profiler is not None:
-            report = self.profiler.done(record, static_bytes(self.trainer.engine, self.trainer.utility))
+            with self.files.progress.phase("reading the profile", 100, "%") as phase:
+                static = static_bytes(self.trainer.engine, self.trainer.utility)
+                report = self.profiler.done(record, static, phase.advance)
             if report is not None:
                 self.files.say(report)
         if step.bad_in_row >= self.cfg.train.max_bad_steps:
@@ -91,10 +105,15 @@ class Loop:
 
     def evaluate(self) -> None:
         """Evaluates, writes it down, and keeps the checkpoint when it is the best so far."""
-        trainer, files = self.trainer, self.files
-        with self.phases("eval"):
-            result, whole = self.evaluator.evaluate(trainer)
+        trainer, files, evaluator = self.trainer, self.files, self.evaluator
+        answers, begin = evaluator.answers(evaluator.is_whole(trainer)), time.perf_counter()
+        mine = answers / self.world.size
+        with self.phases("eval"), files.progress.phase(f"evaluating at {trainer.step}", mine, "answers") as phase:
+            result, whole, kept = evaluator.evaluate(trainer, phase.advance)
+        files.progress.evaluated(answers, time.perf_counter() - begin)
         place = {"step": trainer.step - 1, "at": trainer.step, "tokens": trainer.tokens, "wall_s": self.wall}
+        for row in kept:
+            files.eval_samples.write({"step": trainer.step - 1, "at": trainer.step, **row})
         files.evals.write({**place, "full": whole, **result})
         figures = {f"{split}/{k}": v for split, row in result.items() for k, v in row.items()}
         files.tensorboard.write(trainer.step, {f"eval/{k}": v for k, v in figures.items()})
@@ -117,7 +136,8 @@ class Loop:
             tensors = self.trainer.tensors()
             if self.world.main:
                 tensors["rng.cpu"] = torch.get_rng_state()
-            state = self.trainer.state_dict() | self.evaluator.state_dict() | {"wall_s": self.wall} | self.origin
+            own = {"wall_s": self.wall, "alarms": self.recorder.alarms.state_dict()} | self.origin
+            state = self.trainer.state_dict() | self.evaluator.state_dict() | own
             if self.world.main:
                 self.files.sync()  # a checkpoint stands for the rows before it too
             path = checkpoint.save(self.files.checkpoints, self.trainer.step, tensors, state, self.world)
@@ -136,6 +156,7 @@ class Loop:
                 )
         self.trainer.load(state, tensors)
         self.evaluator.load_state_dict(state)
+        self.recorder.alarms.load_state_dict(state["alarms"])
         torch.set_rng_state(tensors["rng.cpu"])
         self.saved_step, self.wall_before = self.trainer.step, state["wall_s"]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from amft_fast.doctor.memory import PEAK_FLOPS
 from amft_fast.engine.phases import RANGE, Phases
 
 # Kinds by what an operation's name holds, first match wins.
@@ -41,7 +42,6 @@ TOP = 10
 LEFT_OUT = ("rollout", "eval")  # phases that sample
 # Toggled all together: torch warns when one kind is left on.
 KINDS_OF_ACTIVITY = (ProfilerActivity.CPU, ProfilerActivity.CUDA, ProfilerActivity.XPU)
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
 
 def kind_of(name: str) -> str:
@@ -94,8 +94,13 @@ class StepProfiler:
         self.profiler = profile(activities=activities, profile_memory=not self.cuda, with_flops=True)
         self.profiler.start()
 
-    def done(self, record: dict[str, Any], static: dict[str, int]) -> str | None:
-        """After a profiled step: counts it, and after the last one writes the files and returns the report."""
+    def done(
+        self, record: dict[str, Any], static: dict[str, int], advance: Callable[[float], object] = lambda percent: None
+    ) -> str | None:
+        """After a profiled step: counts it, and after the last one writes the files and returns the report.
+
+        `advance` is told of every part of that work that is done, in percent of it all.
+        """
         if self.profiler is None:
             return None
         self.left -= 1
@@ -105,16 +110,20 @@ class StepProfiler:
             return None
         profiler, self.profiler = self.profiler, None
         profiler.stop()
+        advance(20)  # shares as measured on the demo's steps: all of this grows with the number of operations
         self.folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self.folder / "trace.json"))
         if not (self.rollouts or self.cuda):  # a GPU's memory is not recorded in the trace
             _drop_memory_events(self.folder / "trace.json")
+        advance(30)
         peak = live_peak(profiler)
         if self.cuda:
             peak = torch.cuda.max_memory_allocated()
             torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
-        return self.report(profiler, peak, static)
+        report = self.report(profiler, peak, static)
+        advance(50)
+        return report
 
     def report(self, profiler: profile, peak: int, static: dict[str, int]) -> str:
         events = [e for e in profiler.key_averages() if not e.key.startswith(RANGE)]

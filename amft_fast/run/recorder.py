@@ -7,9 +7,9 @@ from typing import Any
 
 from amft_fast.config import Config
 from amft_fast.controller import MetaController, Schedule
-from amft_fast.data.pictures import data_uri
 from amft_fast.engine.phases import PHASES
-from amft_fast.interfaces import Sample
+from amft_fast.run import answers
+from amft_fast.run.alarms import Alarms
 from amft_fast.run.figures import rollout_figures
 from amft_fast.run.writers import RunFiles
 from amft_fast.train import Parts, Step, Trainer
@@ -22,18 +22,25 @@ class Recorder:
 
     def __init__(self, cfg: Config, parts: Parts, files: RunFiles) -> None:
         self.cfg, self.files = cfg, files
-        self.task, self.encoder, self.phases = parts.task, parts.encoder, parts.phases
+        self.task, self.phases = parts.task, parts.phases
         self.mismatch_warnings = 0
+        self.alarms = Alarms(cfg)
 
-    def step(self, step: Step, trainer: Trainer) -> dict[str, Any]:
-        """Writes and says what there is to a step; returns its record."""
+    def step(self, step: Step, trainer: Trainer, answers_left: int) -> dict[str, Any]:
+        """Writes and says what there is to a step, after which evaluations draw so many answers more; returns its record."""
         record = self.record(step, trainer.entropy_target)
+        alarms = self.alarms.look(record)
+        if alarms:
+            record["alarms"] = alarms
         self.files.metrics.write(record)
         self.files.tensorboard.write(record["step"], record)
         self._keep_samples(step)
-        budget = self.cfg.train.token_budget
-        done = trainer.step if budget is None else self.cfg.train.warmup_steps + int(trainer.clock)
-        self.files.progress.step(done, {k: record.get(k) for k in SHOWN})
+        cfg, clock, moved = self.cfg.train, trainer.step - self.cfg.train.warmup_steps, 1.0
+        if cfg.token_budget is not None and clock > 0:
+            clock, moved = trainer.clock, cfg.steps * step.tokens / max(cfg.token_budget - trainer.warmup_tokens, 1)
+        self.files.progress.step(clock, moved, step.seconds, answers_left, {k: record.get(k) for k in SHOWN})
+        for text in alarms.values():
+            self.files.say(f"alarm at step {step.number}: {text}")
         self._warn_of_mismatch(record)
         self._warn_at_bound(step, trainer.controller)
         if step.bad_in_row:
@@ -51,8 +58,14 @@ class Recorder:
         if samples and self.cfg.rollout.async_steps:
             record["staleness"] = sum(step.number - s.weight_version for s in samples) / len(samples)
         record |= {"entropy_target": entropy_target, "tokens": step.tokens, "tokens_per_s": step.tokens / step.seconds}
-        times = {f"time/{k}": v for k, v in self.phases.read().items() if k in PHASES}
-        return record | {"seconds": step.seconds, **times}
+        times = {k: v for k, v in self.phases.read().items() if k in PHASES}
+        record |= {"seconds": step.seconds, **{f"time/{k}": v for k, v in times.items()}}
+        # What is drawn ahead is drawn while the step before trains: the time waited for it says nothing of its speed.
+        sampled = 0 if self.cfg.rollout.async_steps else record.get("tokens_sampled", 0)
+        for phase, tokens in (("rollout", sampled), ("update", record["tokens_trained"])):
+            if tokens and times.get(phase):
+                record[f"{phase}_tokens_per_s"] = tokens / times[phase]
+        return record
 
     def _warn_of_mismatch(self, record: dict[str, Any]) -> None:
         """Says when engine and trainer disagree on log-probs: at the first such step, then at every fiftieth."""
@@ -79,17 +92,10 @@ class Recorder:
         if not samples or not every or step.number % every:
             return
         groups = {s.group_id: s for s in reversed(samples)}
-        draws = getattr(self.task, "picture", None)
-        items = {item.id: item for item in self.task.prompts("train")} if draws else {}
-        for s in list(groups.values())[::-1][: self.cfg.log.samples]:
-            kept = self._sample(step.number, s)
-            if draws:
-                kept["picture"] = data_uri(draws(items[s.prompt_id], s))
-            self.files.samples.write(kept)
-
-    def _sample(self, number: int, s: Sample) -> dict[str, Any]:
-        prompt = self.encoder.tokenizer.decode(s.prompt_ids)
-        return {"step": number, "prompt": prompt, "completion": s.text, "reward": s.reward, "success": s.success}
+        shown = list(groups.values())[::-1][: self.cfg.log.samples]
+        items = answers.find(self.task.prompts("train"), (s.prompt_id for s in shown))
+        for s in shown:
+            self.files.samples.write({"step": step.number, **answers.kept(self.task, items[s.prompt_id], s)})
 
 
 def what_was_bad(step: Step) -> str:

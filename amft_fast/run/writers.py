@@ -1,20 +1,19 @@
-"""What a run writes while it goes: metrics.jsonl and the like, TensorBoard files, progress on the terminal."""
+"""What a run writes while it goes: metrics.jsonl and the like, TensorBoard files; and its progress."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import sys
 import threading
-import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 from amft_fast.config import Config
 from amft_fast.errors import UserError
+from amft_fast.run.progress import Phase, Progress, phase
 
 
 def plain(value: Any) -> Any:
@@ -168,48 +167,13 @@ def _silence(threads: set[threading.Thread]) -> None:
     threading.excepthook = hook
 
 
-class Progress:
-    """A bar with ETA on a terminal, a plain line every `every` steps elsewhere."""
-
-    def __init__(self, total: int, start: int, every: int, enabled: bool | None) -> None:
-        self.total, self.every, self.begin, self.start = total, every, time.perf_counter(), start
-        self.said = -1
-        self.bar = None
-        if enabled if enabled is not None else sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
-
-    def step(self, done: int, figures: dict[str, float | None]) -> None:
-        """`done` steps are finished; `figures` are shown beside them."""
-        text = " ".join(f"{k} {v:.3g}" for k, v in figures.items() if v is not None)
-        if self.bar is not None:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(done - self.bar.n)
-        elif done // self.every > self.said or done == self.total:
-            self.said = done // self.every
-            rate = (time.perf_counter() - self.begin) / max(done - self.start, 1)
-            eta = rate * (self.total - done)
-            self.say(f"step {done}/{self.total}  {text}  eta {eta // 60:.0f}m{eta % 60:02.0f}s")
-
-    def say(self, text: str) -> None:
-        """A line of its own, without tearing the bar."""
-        if self.bar is not None:
-            self.bar.write(text)
-        else:
-            print(text, flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
 class RunFiles:
     """The files of a run that grow while it goes, from `open` to `close`."""
 
     metrics: Any
     evals: Any
     samples: Any
+    eval_samples: Any
     tensorboard: Any
     progress: Any
 
@@ -221,10 +185,11 @@ class RunFiles:
     def open(self, step: int) -> None:
         """Takes the files up at a step: what was written of later ones is dropped. Raises UserError where that cannot be."""
         make, log = self._closed_at_the_end, self.cfg.log
-        self.progress = make(Progress(self.total, step, log.every, log.progress))
+        self.progress = make(Progress(self.total, step, log.every, log.progress, self.cfg.train.warmup_steps))
         self.metrics = make(JsonLines(self.folder / "metrics.jsonl", step, self.say))
         self.evals = make(JsonLines(self.folder / "evals.jsonl", step, self.say))
         self.samples = make(JsonLines(self.folder / "samples.jsonl", step, self.say))
+        self.eval_samples = make(JsonLines(self.folder / "eval_samples.jsonl", step, self.say))
         self.tensorboard = make(TensorBoard(self.folder / "tb", log.tensorboard, step, self.say))
 
     def _closed_at_the_end(self, part: Any) -> Any:
@@ -236,7 +201,7 @@ class RunFiles:
 
     def sync(self) -> None:
         """Forces to disk what was written of the steps so far."""
-        for part in (self.metrics, self.evals, self.samples):
+        for part in (self.metrics, self.evals, self.samples, self.eval_samples):
             part.sync()
 
     def close(self) -> None:
@@ -248,11 +213,15 @@ class NoFiles(RunFiles):
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.checkpoints = folder, folder / "checkpoints"
-        self.metrics = self.evals = self.samples = self.tensorboard = self.progress = self
+        self.metrics = self.evals = self.samples = self.eval_samples = self.tensorboard = self.progress = self
 
     def open(self, step: int) -> None: ...
     def sync(self) -> None: ...
     def write(self, *record: Any) -> None: ...
-    def step(self, done: int, figures: dict[str, float | None]) -> None: ...
+    def step(self, *progress: Any) -> None: ...
+    def evaluated(self, answers: int, seconds: float) -> None: ...
+    def phase(self, what: str, total: float | None = None, unit: str = "") -> AbstractContextManager[Phase]:
+        return phase(what, total, unit, shown=False)
+
     def say(self, text: str) -> None: ...
     def close(self) -> None: ...

@@ -21,6 +21,7 @@ from amft_fast.rollout import episodes
 from amft_fast.rollout.context import check_prompts
 from amft_fast.rollout.encoder import Encoder
 from amft_fast.run.evaluate import pass_at_k
+from amft_fast.run.progress import phase
 from amft_fast.study.tables import Table, page
 from amft_fast.tasks.math.answer import extract
 from amft_fast.tasks.math.benchmarks import Benchmark
@@ -102,7 +103,8 @@ def _draw(engine, encoder, task, benchmark: Benchmark, settings: Settings, path:
     if answers.rows and left:
         say(f"{benchmark.name}: going on, {len(answers.rows)} of {len(items)} problems are answered in {path}")
     sampling = Sampling(settings.temperature, settings.top_p, stop_token_ids=encoder.stop_token_ids)
-    with path.open("a", encoding="utf-8") as file:
+    drawing = phase(benchmark.name, len(left) * n, "answers", say=say)
+    with path.open("a", encoding="utf-8") as file, drawing as progress:
         for chunk in _chunks(left, max(1, at_once // n)):
             drawn = episodes.run(
                 engine,
@@ -113,6 +115,7 @@ def _draw(engine, encoder, task, benchmark: Benchmark, settings: Settings, path:
                 num_generations=n,
                 max_new_tokens=settings.max_new_tokens,
                 seed_parts=(settings.seed, "benchmark", benchmark.name),
+                on_answer=progress.advance,
             )
             for i, item in enumerate(chunk):
                 rows = [_row(item, k, sample) for k, sample in enumerate(drawn[i * n : (i + 1) * n])]
@@ -136,6 +139,7 @@ def _row(item: Item, k: int, sample: Sample) -> dict[str, Any]:
         "gold": item.data.answer,
         "answer": extract(sample.text),
         "right": sample.success,
+        "reward": sample.reward,
         "tokens": sum(sample.loss_mask),
         "truncated": sample.finish_reason == "length",
         "response": sample.text,

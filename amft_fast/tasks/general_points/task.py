@@ -115,10 +115,14 @@ def read_answer(text: str) -> dict[str, Any] | None:
     return last_object(text, "formula")
 
 
-def _judge(problem: Problem, text: str, answer_format: str) -> Verdict:
-    if answer_format == "formula":
-        return verify_formula(text, problem.values, problem.target)
-    return judge_fields(problem, read_answer(text))
+def formula_of(fields: dict[str, Any] | None) -> str | None:
+    """The formula of a JSON answer, None where there is none."""
+    return fields["formula"] if fields is not None and isinstance(fields["formula"], str) else None
+
+
+def read_formula(text: str, verdict: Verdict) -> str | None:
+    """The formula of an answer in bare words, None where it is none."""
+    return None if verdict.kind == "illegal" else text.strip()
 
 
 def judge_fields(problem: Problem, answer: dict[str, Any] | None) -> Verdict:
@@ -214,7 +218,7 @@ class GeneralPoints:
     Its settings are those of the section `task.general_points` (see `config.GeneralPointsConfig`).
 
     Only solvable problems are kept. Rewards have no unit; a turn's reward is that turn's alone. `info` of a step holds
-    `success` and `kind` (see `verify_formula`).
+    `success`, `kind` (see `verify_formula`) and `answer` (the formula as read).
     """
 
     splits = SPLITS
@@ -259,9 +263,17 @@ class GeneralPoints:
         """A whole answer with this formula, as a demo gives it."""
         return answer_text(problem, formula, self.answer_format)
 
-    def judge(self, problem: Problem, text: str) -> tuple[Verdict, dict[str, float]]:
-        """What a response is worth, and further figures for `info`."""
-        return _judge(problem, text, self.answer_format), {}
+    def gold(self, item: Item) -> str:
+        """A formula that is right: the one that a demo of this problem gives."""
+        return self._formula(item)
+
+    def judge(self, problem: Problem, text: str) -> tuple[Verdict, dict[str, Any]]:
+        """What a response is worth, and further entries for `info`: the formula read, and figures."""
+        if self.answer_format == "formula":
+            verdict = verify_formula(text, problem.values, problem.target)
+            return verdict, {"answer": read_formula(text, verdict)}
+        fields = read_answer(text)
+        return judge_fields(problem, fields), {"answer": formula_of(fields)}
 
     def feedback(self, problem: Problem, verdict: Verdict) -> str:
         """What the verifier says to a wrong answer before the next try."""
@@ -306,9 +318,12 @@ class GeneralPoints:
         return split != "train" or draw("demo", self.seed, *sorted(item.data.values)) < self.settings.demo_share
 
     def _demo(self, item: Item) -> Demo:
+        return Demo(item.id, self.opening(item.data), self.answer(item.data, self._formula(item)))
+
+    def _formula(self, item: Item) -> str:
+        """One of the solver's formulas, picked by hash."""
         formulas = solve(list(item.data.values), item.data.target)
-        formula = formulas[int(draw("pick", self.seed, item.id) * len(formulas))]
-        return Demo(item.id, self.opening(item.data), self.answer(item.data, formula))
+        return formulas[int(draw("pick", self.seed, item.id) * len(formulas))]
 
 
 class GeneralPointsEpisode:
@@ -322,11 +337,11 @@ class GeneralPointsEpisode:
         """Judge one response. Raises RuntimeError once the episode has ended."""
         if not self._turns_left:
             raise RuntimeError("this episode has ended")
-        verdict, figures = self._task.judge(self._problem, text)
+        verdict, more = self._task.judge(self._problem, text)
         success = verdict.kind == "correct"
         self._turns_left = 0 if success else self._turns_left - 1
         message = None
         if self._turns_left:
             message = Message("user", self._task.feedback(self._problem, verdict))
-        info = {"success": success, "kind": verdict.kind, **figures}
+        info = {"success": success, "kind": verdict.kind, **more}
         return StepResult(message, self._task.reward(verdict), not self._turns_left, info)

@@ -32,9 +32,11 @@ from amft_fast.tasks.general_points.task import (
     Verdict,
     answer_text,
     feedback_text,
+    formula_of,
     judge_fields,
     prompt_text,
     read_answer,
+    read_formula,
     verify_formula,
 )
 
@@ -125,17 +127,22 @@ class GeneralPointsVision(GeneralPoints):
         text = answer_text(problem, formula, self.answer_format)
         return f"{' '.join(problem.cards)} {SEPARATOR} {text}" if self.answer_format == "formula" else text
 
-    def judge(self, problem: Problem, text: str) -> tuple[Verdict, dict[str, float]]:
+    def judge(self, problem: Problem, text: str) -> tuple[Verdict, dict[str, Any]]:
         if self.answer_format == "formula":
             seen, formula = split_answer(text)
             verdict = verify_formula(formula, problem.values, problem.target)
+            answer = read_formula(formula, verdict)
         else:
-            answer = read_answer(text)
-            seen, verdict = read_cards((answer or {}).get("cards")), judge_fields(problem, answer)
+            fields = read_answer(text)
+            seen, verdict, answer = (
+                read_cards((fields or {}).get("cards")),
+                judge_fields(problem, fields),
+                formula_of(fields),
+            )
         share = cards_right(seen, problem.cards)
         if share < 1 and verdict.kind != "illegal":
             verdict = Verdict("wrong_cards", verdict.value)
-        return verdict, {"recognition": float(share == 1), "cards_right": share}
+        return verdict, {"answer": answer, "recognition": float(share == 1), "cards_right": share}
 
     def feedback(self, problem: Problem, verdict: Verdict) -> str:
         if verdict.kind == "wrong_cards":

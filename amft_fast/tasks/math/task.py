@@ -125,6 +125,10 @@ class MathTask:
         response = without_opening(problem.response, self.prompting.opened)
         return Demo(problem.id, self.prompting.messages(problem), response)
 
+    def gold(self, item: Item) -> str:
+        """The gold answer."""
+        return item.data.answer
+
     def start(self, item: Item) -> MathEpisode:
         return MathEpisode(item.data, self.prompting, self.settings.format_weight)
 
@@ -161,7 +165,13 @@ class MathEpisode:
 
     def result(self, text: str, right: bool) -> StepResult:
         form = format_reward(text, self.prompting.thinking, bool(self.prompting.opened))
-        info: dict[str, Any] = {"success": right, "format": form, "answered": float(extract(text) is not None)}
+        answer = extract(text)
+        info: dict[str, Any] = {
+            "success": right,
+            "format": form,
+            "answered": float(answer is not None),
+            "answer": answer,
+        }
         return StepResult(None, float(right) + self.format_weight * form, True, info)
 
 

@@ -92,7 +92,8 @@ class Virl:
 
     A demo is a whole walk with the right answer at every point. `info` of a step holds `success`, `kind`,
     `step_accuracy` (share of answers so far that were right), `first_try` (share of points right at the first answer),
-    `state` (the point and the try: where turns of different samples can be compared), and `trace` for the map.
+    `state` (the point and the try: where turns of different samples can be compared), `answer` (the actions read so far), and
+    `trace` for the map.
     Raises ValueError naming the file, and the place in it, that is wrong.
     """
 
@@ -126,6 +127,11 @@ class Virl:
         if self.settings.reward_scale == "binary":
             return float(done and success)
         return REWARDS[kind] / (points if self.settings.reward_scale == "shaped" else 1)
+
+    def gold(self, item: Item) -> str:
+        """The right actions of a walk, point by point."""
+        problem = item.data
+        return ", ".join(p.target(problem.space) or p.action for p in problem.points)
 
     def picture(self, item: Item, sample: Sample) -> str:
         """The map of an episode as SVG: the streets, the route asked, what the policy did at each point."""
@@ -292,9 +298,15 @@ class VirlEpisode:
                 "step_accuracy": self._right / self._answers,
                 "first_try": self._first / (self._at + (self._tries > 0)),
                 "state": state,
+                "answer": self._actions(),
                 "trace": tuple(self._trace),
             },
         )
+
+    def _actions(self) -> str | None:
+        """The actions so far as they were read ("?": none could be), None where none was."""
+        actions = [action for _, _, action in self._trace]
+        return ", ".join(action or "?" for action in actions) if any(actions) else None
 
     def _message(self, leave: bool, right: bool, kind: str, point: Point) -> Message:
         if leave:
