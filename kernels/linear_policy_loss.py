@@ -171,14 +171,22 @@ def _forward_triton(
     vocab = head.weight_VH.shape[0]
     logprobs_N, entropy_N = hidden_NH.new_zeros(2, plan.rows, dtype=torch.float32)
     logits_nP = rows_launch.workspace(plan.chunk_rows, vocab, hidden_NH.device)
-    for part in plan.parts():
-        h_nH = hidden_NH[part]
-        x_nP = logits_nP[: h_nH.shape[0]]
-        logits_into(x_nP[:, :vocab], h_nH, head.weight_VH, None)
-        g_nV = rows_launch.grad_view(x_nP, vocab, hidden_NH.dtype) if grads.wanted else None
-        rows_launch.policy_rows(x_nP, g_nV, part.start, rows, head, options, logprobs_N, entropy_N)
+    kept_gP = rows_launch.workspace(plan.group_rows, vocab, hidden_NH.device, hidden_NH.dtype) if plan.keeps else None
+    for group in plan.groups():
+        for part in plan.parts(group):
+            h_nH = hidden_NH[part]
+            x_nP = logits_nP[: h_nH.shape[0]]
+            logits_into(x_nP[:, :vocab], h_nH, head.weight_VH, None)
+            g_nV = None
+            if kept_gP is not None:
+                g_nV = kept_gP[part.start - group.start : part.stop - group.start, :vocab]
+            elif grads.wanted:
+                g_nV = rows_launch.grad_view(x_nP, vocab, hidden_NH.dtype)
+            rows_launch.policy_rows(x_nP, g_nV, part.start, rows, head, options, logprobs_N, entropy_N)
         if grads.wanted:
-            grads.add_chunk(part, widened(g_nV), without_rows(h_nH, rows.take(part).dead), head.weight_VH)
+            g_gV = g_nV if kept_gP is None else kept_gP[: group.stop - group.start, :vocab]
+            dead_g = None if rows.dead is None else rows.dead[group]
+            grads.add_chunk(group, widened(g_gV), without_rows(hidden_NH[group], dead_g), head.weight_VH)
     return logprobs_N, entropy_N
 
 
@@ -247,7 +255,8 @@ def linear_policy_loss(
         rows = _rows(hidden, target, per_token)
         head = make_head(hidden, weight, bias, target, vocab, temperature, logit_softcap)
         dtype = compute_dtype(hidden.dtype)
-        plan = plan_rows(target.valid_N, vocab, dtype, chunk_bytes, backend)
+        kept = hidden.dtype if grads.wanted else None
+        plan = plan_rows(target.valid_N, vocab, dtype, chunk_bytes, backend, kept)
         weights = (rows.nll_weight, rows.pg_weight, rows.entropy_weight)
         rows = rows._replace(dead=dead_rows(weights, plan.active))
         grads.zero_rows(plan.active, chunks=plan.count > 0)

@@ -229,7 +229,7 @@ def test_torchs_own_kernel_is_called_by_the_signature_that_this_torch_has(model_
     policy = make_policy(model_folder, "amft_packed")
     wanted = gradients(policy, mixed(), 1, False)
     monkeypatch.setattr(attention, "backend", lambda *_: ("torch varlen", kernel, ""))
-    assert_same(gradients(policy, mixed(), 10**6, True), wanted, 1e-5)
+    assert_same(gradients(policy, mixed(), 10**6, True), wanted, SAME)
 
 
 @pytest.mark.parametrize(
