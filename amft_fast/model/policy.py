@@ -94,11 +94,10 @@ class Policy(nn.Module):
         self.head = model.get_output_embeddings()
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
         hidden = model.config.get_text_config().hidden_size
-        self.value_head = nn.Linear(hidden, 1) if with_value else None
+        self.value_head = nn.Linear(hidden, 1, device=self.head.weight.device) if with_value else None
         if with_value:
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
-            self.value_head.to(self.head.weight.device)
         self.saving: Callable[[], AbstractContextManager] = nullcontext  # where a forward pass keeps its activations
         self.weight_grad: torch.Tensor | None = None  # fp32 buffer that the head's dW is added into, set by the engine
         self.reach_all = False  # set by an engine that needs a gradient of every parameter from every micro-batch
