@@ -33,14 +33,15 @@ from bench import ROOT
 
 BUDGET_S = 570.0
 WRITING_S = 10.0  # kept for the last write
+STARTING_S = 15.0  # kept for a part's imports and its own last write
 TAIL = 6000  # characters of a part's output that gpu.json keeps; gpu.log has more
 LOG = 2_000_000  # characters of gpu.log
 
 
 class Part(NamedTuple):
     """One process. `least_s` is kept for it while earlier ones run, `most_s` ends it; `tests`: files whose failures make its
-    figures red. `{device}`, `{out}` in the command stand for where it runs and the folder for its results; `rehearsal`
-    arguments are those of a CPU (None: it has no meaning there)."""
+    figures red. In the command `{device}` stands for where it runs, `{out}` for the folder of its results, `{seconds}` for what
+    it may take if it is to stop by itself; `rehearsal` is the command for a CPU (None: it has no meaning there)."""
 
     name: str
     command: tuple[str, ...]
@@ -56,8 +57,9 @@ def _bench(name: str, *arguments: str) -> tuple[str, ...]:
 
 _HEAD_TESTS = ("test_loss_head_gpu.py",)
 _STEP_TESTS = ("test_packing.py", "test_layers.py", "test_engine.py", *_HEAD_TESTS)
-_TINY_HEAD = ("--shapes", "64,16,257", "--core", "--rounds", "1", "--out", "{out}")
-_CORE = ("--shapes", "8192,4096,131072", "--chunk-bytes", "2GiB", "1GiB", "--out", "{out}")
+_TINY_HEAD = ("--shapes", "64,16,257", "--core", "--rounds", "1", "--budget", "{seconds}", "--out", "{out}")
+_WITHIN = ("--budget", "{seconds}", "--out", "{out}")
+_CORE = ("--shapes", "8192,4096,131072", "--chunk-bytes", "2GiB", "1GiB", "--limit", "30", *_WITHIN)
 _TINY_PIECES = ("--shape", "64,16,257", "--chunk-bytes", "64KiB", "--rounds", "1", "--out", "{out}")
 _MORE = ("4096,4096,128256", "8192,3584,152064", "32768,896,151936")
 _STEP = ("--rounds", "3", "--rollouts", "32", "--out", "{out}")
@@ -72,7 +74,7 @@ PARTS = {
         Part("head-core", _bench("loss-head", *_CORE, "--core"), 40, 90, _bench("loss-head", *_TINY_HEAD), _HEAD_TESTS),
         Part(
             "head-more",
-            _bench("loss-head", "--shapes", *_MORE, "--core", "--rounds", "10", "--out", "{out}"),
+            _bench("loss-head", "--shapes", *_MORE, "--core", "--rounds", "10", *_WITHIN),
             30, 120, _bench("loss-head", *_TINY_HEAD), _HEAD_TESTS,
         ),
         Part(
@@ -127,12 +129,13 @@ def tests_command() -> tuple[str, ...]:
     return ("-m", "pytest", "-q", "-m", "gpu", "-p", "bench", "-p", "no:cacheprovider", "-rf", *spread, *files)
 
 
-def command_of(part: Part, device: str, out: Path) -> tuple[str, ...] | None:
+def command_of(part: Part, device: str, out: Path, limit_s: float) -> tuple[str, ...] | None:
     """The part's arguments for Python; None where it has none on this device."""
     chosen = part.command if device == "cuda" else part.rehearsal
     if part.name == "tests" and device == "cuda":
         chosen = tests_command()
-    return None if not chosen else tuple(word.format(device=device, out=out) for word in chosen)
+    places = {"device": device, "out": out, "seconds": max(1, int(limit_s - STARTING_S))}
+    return None if not chosen else tuple(word.format(**places) for word in chosen)
 
 
 # ----------------------------------------------------------------------------------------------------------- one process
@@ -178,7 +181,7 @@ def collected(folder: Path) -> dict[str, object]:
 def run_part(device: str, part: Part, folder: Path, limit_s: float, partial: Callable[[Outcome], None]) -> Outcome:
     """One part in a process (and a group of processes) of its own; `partial` is told every few seconds what there is."""
     outcome = Outcome(part.name, limit_s=round(limit_s, 1))
-    command = command_of(part, device, folder)
+    command = command_of(part, device, folder, limit_s)
     if command is None:
         outcome.note = f"not on a {device}"
         return outcome

@@ -166,6 +166,14 @@ def test_parts_name_files_and_benchmarks_that_exist():
     assert set(gpu.PARTS) >= {name for names in gpu.SCHEDULES.values() for name in names}
 
 
+def test_a_part_that_can_stop_by_itself_is_told_when():
+    """Killed in the middle of its only shape, the loss head would leave nothing."""
+    for name in ("head", "head-core", "head-more"):
+        for device in ("cuda", "cpu"):
+            command = gpu.command_of(gpu.PARTS[name], device, Path("/tmp/x"), 100.0)
+            assert command[command.index("--budget") + 1] == "85" and command[command.index("--out") + 1] == "/tmp/x"
+
+
 def test_the_marked_tests_are_found():
     command = gpu.tests_command()
     assert command[:5] == ("-m", "pytest", "-q", "-m", "gpu") and "tests/test_multi_tensor.py" in command
