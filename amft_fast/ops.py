@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from amft_kernels.backends import triton_obstacle
-from amft_kernels.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_CHUNK_BYTES_ELSEWHERE
+from amft_kernels.chunks import default_chunk_bytes
 from amft_kernels.linear_logprob import linear_logprob
 from amft_kernels.linear_policy_loss import PolicyLoss, linear_policy_loss
 from amft_kernels.matmul import cpu_scratch_bytes
@@ -36,6 +36,6 @@ def explain(device: torch.device | str) -> list[tuple[str, str, str]]:
     return [("linear_policy_loss", *head), ("linear_logprob", *head), native]
 
 
-def chunk_bytes(device: torch.device | str) -> int:
-    """The loss head's workspace on `device`, in bytes."""
-    return DEFAULT_CHUNK_BYTES.get(torch.device(device).type, DEFAULT_CHUNK_BYTES_ELSEWHERE)
+def chunk_bytes(device: torch.device | str, memory: int | None = None) -> int:
+    """The loss head's workspace on `device`, in bytes; `memory`: of a device that is not this machine's."""
+    return default_chunk_bytes(torch.device(device), memory)

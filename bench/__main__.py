@@ -18,7 +18,9 @@ BENCHMARKS = {
     "weight-sync": ("bench.weight_sync", "new weights into a running vLLM, in place, against a reload from disk"),
     "rollout": ("bench.rollout", "tokens per second of vLLM against transformers"),
     "reward": ("bench.reward", "the maths reward against math-verify, verl's and lm-eval's scorers"),
-    "gpu": ("bench.gpu", "everything that needs a GPU, in under ten minutes: tests first, then both benchmarks"),
+    "machine": ("bench.machine", "what the device does at best: a large product and a copy"),
+    "head-pieces": ("bench.head_pieces", "the loss head's products and its row kernel, each by itself"),
+    "gpu": ("bench.gpu", "everything that needs a GPU, in under ten minutes, a process each"),
 }
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from amft_kernels.backends import triton_obstacle
-from amft_kernels.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_CHUNK_BYTES_ELSEWHERE, plan_rows
+from amft_kernels.chunks import default_chunk_bytes, plan_rows
 from amft_kernels.linear_logprob import linear_logprob
 from amft_kernels.linear_policy_loss import linear_policy_loss
 
@@ -51,6 +51,7 @@ GPU_SWEEP = (
     *((n, 4096, 131072) for n in (2048, 4096, 16384, 32768)),
     *((8192, 4096, v) for v in (32768, 65536, 262144)),
 )
+TRAINING = "linear_policy_loss, weight_grad"
 PEER_SLACK = 10
 EAGER_ROWS = 128  # of the small case that shows how far off eager is
 
@@ -103,12 +104,31 @@ class Plan:
 
 def ours_policy(kind: str, backend: str, chunk_bytes: int) -> Callable[[Case], Run]:
     def make(case: Case) -> Run:
-        terms = {"nll_weight": case.token_weight}
-        if kind == "policy":
-            terms = {"pg_weight": case.token_weight, "entropy_weight": case.entropy_weight}
-            terms |= {"advantages": case.advantages, "old_logprobs": case.old_logprobs}
-        options = {"chunk_bytes": chunk_bytes, "backend": backend, **terms}
+        options = {"chunk_bytes": chunk_bytes, "backend": backend, **policy_terms(kind, case)}
         return lambda: linear_policy_loss(case.hidden, case.weight, case.targets, **options).loss
+
+    return make
+
+
+def policy_terms(kind: str, case: Case) -> dict[str, torch.Tensor]:
+    if kind == "ce":
+        return {"nll_weight": case.token_weight}
+    terms = {"pg_weight": case.token_weight, "entropy_weight": case.entropy_weight}
+    return terms | {"advantages": case.advantages, "old_logprobs": case.old_logprobs}
+
+
+def ours_training(kind: str, backend: str, chunk_bytes: int) -> Callable[[Case], Run]:
+    """As training calls it: dW is added into a main-gradient buffer, with no copy and no cast at the end."""
+
+    def make(case: Case) -> Run:
+        buffer = torch.zeros_like(case.weight, dtype=torch.float32)
+        options = {"chunk_bytes": chunk_bytes, "backend": backend, "weight_grad": buffer, **policy_terms(kind, case)}
+
+        def run() -> torch.Tensor:
+            return linear_policy_loss(case.hidden, case.weight, case.targets, **options).loss
+
+        run.weight_grad = buffer
+        return run
 
     return make
 
@@ -126,23 +146,25 @@ def gemms(chunk_bytes: int | None, backend: str = "torch") -> Callable[[Case], C
 
     def make(case: Case) -> Callable[[], None]:
         h_NH, w_VH = case.hidden.detach(), case.weight.detach()
-        rows = n = case.shape[0]
+        rows = group = n = case.shape[0]
         v = case.shape[2]
         if chunk_bytes is not None:
-            rows = plan_rows(case.targets >= 0, v, torch.float32, chunk_bytes, backend).chunk_rows
+            plan = plan_rows(case.targets >= 0, v, torch.float32, chunk_bytes, backend, case.dtype)
+            rows, group = plan.chunk_rows, plan.group_rows
         wide = case.dtype if chunk_bytes is None or case.device == "cpu" else torch.float32
         # Random numbers: a GPU multiplies zeros faster, for they take less power.
-        grad_rV = torch.randn(rows, v, device=case.device).mul_(1e-3).to(case.dtype)
+        grad_gV = torch.randn(group, v, device=case.device).mul_(1e-3).to(case.dtype)
         logits_rV = torch.empty(rows, v, dtype=wide, device=case.device)
         dh_NH, dw_VH = torch.empty_like(h_NH), torch.empty_like(w_VH, dtype=wide)
 
         def run() -> None:
-            for start in range(0, n, rows):
-                h_rH, dh_rH = h_NH[start : start + rows], dh_NH[start : start + rows]
-                g_rV = grad_rV[: len(h_rH)]
-                product(h_rH, w_VH.t(), logits_rV[: len(h_rH)])
-                product(g_rV, w_VH, dh_rH)
-                product(g_rV.t(), h_rH, dw_VH, accumulate=start > 0)
+            for start in range(0, n, group):
+                h_gH, dh_gH = h_NH[start : start + group], dh_NH[start : start + group]
+                for h_rH in h_gH.split(rows):
+                    product(h_rH, w_VH.t(), logits_rV[: len(h_rH)])
+                g_gV = grad_gV[: len(h_gH)]
+                product(g_gV, w_VH, dh_gH)
+                product(g_gV.t(), h_gH, dw_VH, accumulate=start > 0)
 
         return run
 
@@ -165,6 +187,9 @@ def our_candidates(backends: Sequence[str], sizes: Sequence[int]) -> Iterator[Ca
         if default or usual:
             make = ours_policy(kind, backend, size)
             yield Candidate(kind, "ours", "linear_policy_loss", make, backend, size, **flags)
+        if usual:
+            make = ours_training(kind, backend, size)
+            yield Candidate(kind, "ours", TRAINING, make, backend, size, **flags)
         if default:
             make = ours_logprob(kind, backend, size)
             yield Candidate(kind, "ours", "linear_logprob", make, backend, size, **flags)
@@ -230,10 +255,10 @@ def prepare(candidate: Candidate, case: Case, truth: Truth, eager: dict, plan: P
                 candidate.step = run
                 run()  # its memory was made beforehand and would say nothing
             else:
-                candidate.step = lambda: loss_and_grads(run, case)
+                candidate.step = lambda: loss_and_grads(run, case, getattr(run, "weight_grad", None))
                 if plan.device == "cuda" or candidate.once:
                     candidate.step()  # compiles, and takes workspaces that stay
-                check(candidate, case, truth, eager)
+                check(candidate, run, case, truth, eager)
     except LeftOut as reason:
         candidate.left_out = str(reason)
     except TimeUp:
@@ -247,7 +272,9 @@ def prepare(candidate: Candidate, case: Case, truth: Truth, eager: dict, plan: P
         release(plan.device)
 
 
-def check(candidate: Candidate, case: Case, truth: Truth, eager: dict) -> None:
+def check(candidate: Candidate, run: Run, case: Case, truth: Truth, eager: dict) -> None:
+    if (buffer := getattr(run, "weight_grad", None)) is not None:
+        buffer.zero_()  # what it holds of the calls before
     found, peak = with_peak(candidate.step, case.device)
     slack = TOLERANCE[case.dtype] * (1 if candidate.role == "ours" else PEER_SLACK)
     candidate.errors = truth.errors(candidate.kind, *found)
@@ -261,9 +288,24 @@ def release(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def run(plan: Plan) -> dict[str, object]:
-    """Every shape of the plan; those that the deadline or Ctrl-C leaves no time for are named."""
+def run(plan: Plan, note: Callable[[dict], None] = lambda result: None) -> dict[str, object]:
+    """Every shape of the plan; those that the deadline or Ctrl-C leaves no time for are named. `note` is told after each shape
+    what there is."""
     shapes, skipped, why = [], [], ""
+    facts = {
+        "benchmark": "loss-head",
+        **environment(plan.device, MEASURED),
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "chunk_bytes": plan.chunk_bytes,
+        "rounds": plan.rounds,
+        "timing": TIMING[plan.device],
+        "memory": MEMORY[plan.device],
+    }
+
+    def result() -> dict[str, object]:
+        found = {**facts, "shapes": shapes, "skipped": skipped}
+        return found | {"bars": report.bars(found)}
+
     for shape, sweep in plan.shapes:
         words = "N, H, V = {:,}, {:,}, {:,}".format(*shape)
         if plan.deadline.left() < 0:
@@ -272,31 +314,21 @@ def run(plan: Plan) -> dict[str, object]:
             plan.log(words)
             try:
                 shapes.append(measure_shape(shape, sweep, not shapes, plan))
+                note(result())
                 continue
             except KeyboardInterrupt:
                 why = "interrupted"
         skipped.append(f"{words}: {why}")
-    result = {
-        "benchmark": "loss-head",
-        **environment(plan.device, MEASURED),
-        "dtype": str(plan.dtype).removeprefix("torch."),
-        "chunk_bytes": plan.chunk_bytes,
-        "rounds": plan.rounds,
-        "timing": TIMING[plan.device],
-        "memory": MEMORY[plan.device],
-        "shapes": shapes,
-        "skipped": skipped,
-    }
-    return result | {"bars": report.bars(result)}
+    return result()
 
 
-def write(result: dict, folder: Path) -> list[Path]:
-    """JSON, Markdown and PNG."""
+def write(result: dict, folder: Path, picture: bool = True) -> list[Path]:
+    """JSON and Markdown, and PNG where matplotlib is there."""
     stem = folder / f"loss_head_{result['device_type']}"
     paths = [stem.with_suffix(suffix) for suffix in (".json", ".md", ".png")]
     write_json(paths[0], result)
     paths[1].write_text(report.markdown(result), encoding="utf-8")
-    return paths if report.plot(result, paths[2]) else paths[:2]
+    return paths if picture and report.plot(result, paths[2]) else paths[:2]
 
 
 def exit_code(result: dict) -> int:
@@ -349,8 +381,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     on_cpu = arguments.device == "cpu"
     if not on_cpu and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
-    default = DEFAULT_CHUNK_BYTES.get(arguments.device, DEFAULT_CHUNK_BYTES_ELSEWHERE)
-    arguments.chunk_bytes = arguments.chunk_bytes or [default]
+    arguments.chunk_bytes = arguments.chunk_bytes or [default_chunk_bytes(torch.device(arguments.device))]
     arguments.rounds = (5 if on_cpu else 20) if arguments.rounds is None else arguments.rounds
     if arguments.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {arguments.rounds}")
@@ -381,7 +412,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log=lambda text: print(text, file=sys.stderr, flush=True),
         core_only=arguments.core,
     )
-    result = run(plan)
+    result = run(plan, lambda found: write(found, arguments.out, picture=False))
     paths = write(result, arguments.out)
     print(report.markdown(result))
     print("written: " + ", ".join(str(path) for path in paths))

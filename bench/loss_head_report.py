@@ -207,7 +207,7 @@ def _left_out_lines(result: dict) -> list[str]:
 
 
 def plot(result: dict, path: Path) -> bool:
-    """Time and memory over N, memory over V; False when there is nothing to draw a line through."""
+    """Time and memory over N, memory over V; False when there is nothing to draw a line through, or nothing to draw with."""
     panels = [
         ("N", "median_ms", "time (ms)"),
         ("N", "peak_extra_bytes", "peak extra memory (MiB)"),
@@ -216,8 +216,10 @@ def plot(result: dict, path: Path) -> bool:
     drawn = [(axis, words, lines) for axis, key, words in panels if (lines := _series(result, axis, key))]
     if not drawn:
         return False
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:  # a GPU machine may lack it
+        return False
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

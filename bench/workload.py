@@ -169,7 +169,12 @@ class Truth:
         return {"loss": off} | errors
 
 
-def loss_and_grads(run: Callable[[], Tensor], case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """What is timed: forward and backward, the gradients as tensors of their own."""
+def loss_and_grads(
+    run: Callable[[], Tensor], case: Case, weight_grad: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is timed: forward and backward, the gradients as tensors of their own, but for a dW that `run` adds to
+    `weight_grad`."""
     loss = run()
+    if weight_grad is not None:
+        return loss.detach(), *torch.autograd.grad(loss, case.hidden), weight_grad
     return loss.detach(), *torch.autograd.grad(loss, (case.hidden, case.weight))

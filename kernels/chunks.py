@@ -10,13 +10,21 @@ from typing import NamedTuple
 
 import torch
 
-# Workspace when `chunk_bytes` is None. A GPU wants few large chunks (each pays one pass over the fp32 dW); on a CPU
+# Workspace when `chunk_bytes` is None. A GPU wants few large chunks, since each pays one pass over the fp32 dW: from 1 to 2
+# GiB saves about a millisecond of 43 at V = 131072, N = 8192 (docs/loss_head.md), which a card of 80 GB has room for. On a CPU
 # 256–512 rows already make an efficient GEMM, and the smaller the chunk the more of it is still in L3.
-DEFAULT_CHUNK_BYTES = {"cuda": 1 << 30}
-DEFAULT_CHUNK_BYTES_ELSEWHERE = 64 << 20
+_GPU_BYTES, _LARGE_GPU_BYTES, _LARGE_GPU = 1 << 30, 2 << 30, 80_000_000_000
+_CPU_BYTES = 64 << 20
 
 # A block's logits and its two scratch blocks share the last-level cache of a desktop or one CCX of a server.
 _BLOCK_BYTES = 4 << 20
+
+# A logit product of fewer rows than this reads the weight too often: at 1024 rows reading [V, H] takes a quarter of the time of
+# multiplying it (3 TB/s, 790 TFLOP/s).
+_LEAST_ROWS = 1024
+
+# Rows of a GEMM's tile: a chunk of 547 rows would be computed as 640.
+_TILE = 128
 
 # A slab of the vocabulary narrower than this makes a poor GEMM.
 _LEAST_COLUMNS = 512
@@ -25,21 +33,37 @@ Index = slice | torch.Tensor
 
 
 class RowPlan(NamedTuple):
-    """Which rows are worked on, and how many at a time."""
+    """Which rows are worked on, and how many at a time.
+
+    Logits are made for a chunk of rows. The products of ∂L/∂x are taken for a group of chunks, whose ∂L/∂x is kept; where a
+    group is one chunk, ∂L/∂x lies over the logits.
+    """
 
     rows: int  # N, ignored rows included
     active: torch.Tensor | None  # numbers of the rows to work on; None: all
     chunk_rows: int
     block_rows: int
+    group_rows: int
 
     @property
     def count(self) -> int:
         return self.rows if self.active is None else len(self.active)
 
-    def parts(self) -> Iterator[slice]:
-        """Chunks as slices of the active rows."""
-        for start in range(0, self.count, self.chunk_rows):
-            yield slice(start, min(start + self.chunk_rows, self.count))
+    @property
+    def keeps(self) -> bool:
+        """Whether ∂L/∂x of a group has memory of its own."""
+        return self.group_rows > self.chunk_rows
+
+    def groups(self) -> Iterator[slice]:
+        """Groups as slices of the active rows."""
+        for start in range(0, self.count, self.group_rows):
+            yield slice(start, min(start + self.group_rows, self.count))
+
+    def parts(self, within: slice | None = None) -> Iterator[slice]:
+        """Chunks (of a group) as slices of the active rows."""
+        first, end = (0, self.count) if within is None else (within.start, within.stop)
+        for start in range(first, end, self.chunk_rows):
+            yield slice(start, min(start + self.chunk_rows, end))
 
     def index_of(self, part: slice) -> Index:
         """Where a slice of the active rows lies among all rows."""
@@ -55,12 +79,47 @@ class RowPlan(NamedTuple):
             yield slice(start, start + self.block_rows)
 
 
-def plan_rows(valid_N: torch.Tensor, vocab: int, dtype: torch.dtype, chunk_bytes: int | None, backend: str) -> RowPlan:
-    """Rows per chunk and block, within `chunk_bytes` of workspace."""
+def default_chunk_bytes(device: torch.device, memory: int | None = None) -> int:
+    """The workspace on a device; `memory`: of that device, in bytes, where it is not this machine's."""
+    if device.type != "cuda":
+        return _CPU_BYTES
+    if memory is None:
+        memory = torch.cuda.get_device_properties(device).total_memory
+    return _LARGE_GPU_BYTES if memory >= _LARGE_GPU else _GPU_BYTES
+
+
+def plan_rows(
+    valid_N: torch.Tensor,
+    vocab: int,
+    dtype: torch.dtype,
+    chunk_bytes: int | None,
+    backend: str,
+    grad_dtype: torch.dtype | None = None,
+) -> RowPlan:
+    """Rows per group, chunk and block, within `chunk_bytes` of workspace. `grad_dtype`: of a ∂L/∂x that may be kept."""
     active = _active_rows(valid_N, backend)
     count, row_bytes = len(valid_N) if active is None else len(active), vocab * dtype.itemsize
-    chunk_rows = even_rows(count, _logit_bytes(valid_N, chunk_bytes, backend) // row_bytes)
-    return RowPlan(len(valid_N), active, chunk_rows, _block_rows(valid_N, chunk_rows, row_bytes, chunk_bytes))
+    budget = _logit_bytes(valid_N, chunk_bytes, backend)
+    group_rows = chunk_rows = even_rows(count, budget // row_bytes)
+    if backend == "triton" and grad_dtype is not None and 2 * grad_dtype.itemsize <= dtype.itemsize:
+        group_rows, chunk_rows = _group(count, budget, row_bytes, chunk_rows)
+    return RowPlan(
+        len(valid_N), active, chunk_rows, _block_rows(valid_N, chunk_rows, row_bytes, chunk_bytes), group_rows
+    )
+
+
+def _group(count: int, budget: int, row_bytes: int, chunk_rows: int) -> tuple[int, int]:
+    """(rows per group, rows per chunk) with the fewest groups, since each costs a pass over the fp32 dW.
+
+    ∂L/∂x over the logits takes 4 bytes a logit, kept apart it takes 2, besides a chunk of logits. So a budget makes fewer
+    groups of kept ones than chunks in place, unless a chunk would get too small or the number stays the same.
+    """
+    for groups in range(1, -(-count // chunk_rows)):
+        rows = -(-count // groups)
+        room = (budget - rows * row_bytes // 2) // row_bytes
+        if room >= _LEAST_ROWS:
+            return rows, room // _TILE * _TILE or even_rows(rows, room)
+    return chunk_rows, chunk_rows
 
 
 def plan_tiles(
@@ -79,7 +138,7 @@ def plan_tiles(
     columns = even_rows(vocab, max(most, min(vocab, _LEAST_COLUMNS, logits)))
     chunk_rows = even_rows(count, logits // columns)
     block_rows = _block_rows(valid_N, chunk_rows, columns * dtype.itemsize, chunk_bytes)
-    return RowPlan(len(valid_N), active, chunk_rows, block_rows), columns
+    return RowPlan(len(valid_N), active, chunk_rows, block_rows, chunk_rows), columns
 
 
 def _active_rows(valid_N: torch.Tensor, backend: str) -> torch.Tensor | None:
@@ -92,7 +151,7 @@ def _active_rows(valid_N: torch.Tensor, backend: str) -> torch.Tensor | None:
 
 
 def _budget(valid_N: torch.Tensor, chunk_bytes: int | None) -> int:
-    return chunk_bytes or DEFAULT_CHUNK_BYTES.get(valid_N.device.type, DEFAULT_CHUNK_BYTES_ELSEWHERE)
+    return chunk_bytes or default_chunk_bytes(valid_N.device)
 
 
 def _logit_bytes(valid_N: torch.Tensor, chunk_bytes: int | None, backend: str) -> int:

@@ -26,7 +26,16 @@ from amft_kernels.checks import check_chunk_bytes, check_head
 from amft_kernels.chunks import RowPlan, plan_rows, plan_tiles
 from amft_kernels.gradients import SlabGradients
 from amft_kernels.matmul import compute_dtype, logits_into, narrowed, widened
-from amft_kernels.row_math import GradCoefficients, Head, logit_grad_, make_head, scale_, times_p_
+from amft_kernels.row_math import (
+    GradCoefficients,
+    Head,
+    dead_rows,
+    logit_grad_,
+    make_head,
+    scale_,
+    times_p_,
+    without_rows,
+)
 from amft_kernels.targets import Targets, prepare_targets
 from torch.autograd.function import once_differentiable
 
@@ -48,9 +57,15 @@ def linear_logprob_reference(
     vocab_size: int | None = None,
     ignore_index: int = -100,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, on plain logits with autograd; in fp64 it is the truth that the tests measure against."""
+    """The definition, on plain logits with autograd; in fp64 it is the truth that the tests measure against.
+
+    Ignored rows may hold anything. (Of rows that no gradient arrives for autograd knows nothing: these must be finite here.)
+    """
     vocab = weight.shape[0] if vocab_size is None else vocab_size
     valid = targets != ignore_index
+    hidden = hidden.where(valid[:, None], 0.0)
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.where(valid, 1.0)
     logits = F.linear(hidden, weight[:vocab], None if bias is None else bias[:vocab])
     logits = logits.to(compute_dtype(logits.dtype))
     if logit_softcap is not None:
@@ -126,10 +141,11 @@ def _forward_triton(
 
 
 class Upstream(NamedTuple):
-    """∂L/∂logp and ∂L/∂H; the latter is None when nothing depends on the entropy."""
+    """∂L/∂logp and ∂L/∂H; the latter is None when nothing depends on the entropy. `dead_N`: rows where both are 0."""
 
     logprobs_N: torch.Tensor
     entropy_N: torch.Tensor | None
+    dead_N: torch.Tensor | None = None
 
 
 def _slab_grad_torch(
@@ -153,7 +169,8 @@ def _slab_grad_torch(
         torch.exp(y_rS, out=p_rS)
         column_r1, a_r1 = target_n1[part] - first, upstream.logprobs_N[part, None]
         spike_r1 = torch.where((column_r1 >= 0) & (column_r1 < width), a_r1, 0.0)
-        by = GradCoefficients(column_r1.clamp_(0, width - 1), spike_r1, -a_r1, None)
+        dead_r1 = None if upstream.dead_N is None else upstream.dead_N[part, None]
+        by = GradCoefficients(column_r1.clamp_(0, width - 1), spike_r1, -a_r1, None, dead_r1)
         if upstream.entropy_N is not None:
             times_p_(y_rS, p_rS, head)
             b_r1 = upstream.entropy_N[part, None]
@@ -186,7 +203,7 @@ def _backward_torch(
             row_stats, row_upstream = (type(v)(*(c if c is None else c[index] for c in v)) for v in (stats, upstream))
             target_n1, t_n1 = targets_N[index, None], head.temperature_of(index)
             _slab_grad_torch(x_nS, first, target_n1, row_stats, row_upstream, head, t_n1, scratch)
-            sink.add(slab, part, narrowed(x_nS, h_nH.dtype), h_nH, w_SH)
+            sink.add(slab, part, narrowed(x_nS, h_nH.dtype), without_rows(h_nH, row_upstream.dead_N), w_SH)
 
 
 def _backward_triton(
@@ -204,9 +221,9 @@ def _backward_triton(
 
     logits_nP = rows_launch.workspace(plan.chunk_rows, columns, hidden_NH.device)
     for first in range(0, head.weight_VH.shape[0], columns):
-        slab = slice(first, first + columns)
+        wanted = slice(first, first + columns)
         part_head = head._replace(
-            weight_VH=head.weight_VH[slab], bias_V=None if head.bias_V is None else head.bias_V[slab]
+            weight_VH=head.weight_VH[wanted], bias_V=None if head.bias_V is None else head.bias_V[wanted]
         )
         width = part_head.weight_VH.shape[0]
         for part in plan.parts():
@@ -214,8 +231,11 @@ def _backward_triton(
             x_nP = logits_nP[: h_nH.shape[0]]
             logits_into(x_nP[:, :width], h_nH, part_head.weight_VH, None)
             g_nS = rows_launch.grad_view(x_nP, width, hidden_NH.dtype)
-            rows_launch.slab_grad(x_nP, g_nS, part.start, first, targets_N, part_head, stats, *upstream)
-            sink.add(slice(first, first + width), part, widened(g_nS), h_nH, part_head.weight_VH)
+            arriving = (upstream.logprobs_N, upstream.entropy_N)
+            rows_launch.slab_grad(x_nP, g_nS, part.start, first, targets_N, part_head, stats, *arriving)
+            dead_n = None if upstream.dead_N is None else upstream.dead_N[part]
+            slab = slice(first, first + width)
+            sink.add(slab, part, widened(g_nS), without_rows(h_nH, dead_n), part_head.weight_VH)
 
 
 class Setup(NamedTuple):
@@ -244,11 +264,13 @@ def _forward(hidden, weight, bias, setup: Setup, full: bool) -> RowStats:
 
 def _backward(hidden, weight, bias, setup: Setup, stats: RowStats, upstream: Upstream, needs) -> tuple:
     with plain_arithmetic(hidden):
-        dtype, valid_N = compute_dtype(hidden.dtype), setup.targets.valid_N
-        plan, columns = plan_tiles(valid_N, setup.vocab, weight.shape[1], dtype, setup.chunk_bytes, setup.backend)
+        dtype, upstream = compute_dtype(hidden.dtype), Upstream(*map(setup.targets.weighted, upstream[:2]))
+        dead_N = dead_rows(upstream, setup.targets.valid_N)
+        live_N = setup.targets.valid_N if dead_N is None else setup.targets.valid_N & ~dead_N
+        plan, columns = plan_tiles(live_N, setup.vocab, weight.shape[1], dtype, setup.chunk_bytes, setup.backend)
+        upstream = upstream._replace(dead_N=None if plan.active is not None else dead_N)
         sink = SlabGradients(hidden, weight, bias, needs, plan, setup.vocab)
         head = setup.head(hidden, weight, bias)
-        upstream = Upstream(*map(setup.targets.weighted, upstream))
         backward = _backward_triton if setup.backend == "triton" else _backward_torch
         backward(hidden.detach(), setup.targets.index_N, stats, upstream, head, plan, columns, sink)
         return sink.finish()
@@ -288,6 +310,8 @@ def linear_logprob(
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """log p(target) and the entropy in nats of each row, [N] in fp32 (fp64 for fp64), differentiable; 0 on ignored rows.
+
+    Rows that are ignored, or that a gradient of 0 arrives for, reach no gradient, whatever their hidden states hold.
 
     hidden [N, H] and weight [V, H] in one dtype; targets [N] int. temperature: a number or [N]. vocab_size: columns from
     here on are padding. with_entropy=False: the entropy is None; under `torch.no_grad()` (old and reference log-probs)

@@ -29,7 +29,16 @@ from amft_kernels.gradients import GradientBuffers, attach
 from amft_kernels.linear_logprob import linear_logprob_reference
 from amft_kernels.matmul import compute_dtype, logits_into, narrowed, widened
 from amft_kernels.policy_terms import LOG_RATIO_LIMIT, PolicyLoss, PolicyOptions, Rows, logprob_grad, loss_and_sums
-from amft_kernels.row_math import GradCoefficients, Head, logit_grad_, make_head, scale_, times_p_
+from amft_kernels.row_math import (
+    GradCoefficients,
+    Head,
+    dead_rows,
+    logit_grad_,
+    make_head,
+    scale_,
+    times_p_,
+    without_rows,
+)
 from amft_kernels.targets import Targets, prepare_targets
 
 __all__ = ["PolicyLoss", "linear_policy_loss", "linear_policy_loss_reference"]
@@ -59,17 +68,13 @@ def linear_policy_loss_reference(
     ignore_index: int = -100,
 ) -> PolicyLoss:
     """The definition, on plain logits with autograd; in fp64 it is the truth that the tests measure against."""
-    logp, entropy = linear_logprob_reference(
-        hidden,
-        weight,
-        targets,
-        temperature=temperature,
-        logit_softcap=logit_softcap,
-        bias=bias,
-        vocab_size=vocab_size,
-        ignore_index=ignore_index,
-    )
+    options = {"temperature": temperature, "logit_softcap": logit_softcap, "bias": bias}
+    options |= {"vocab_size": vocab_size, "ignore_index": ignore_index}
     valid = targets != ignore_index
+    # Rows without weight may hold NaN, which a factor of 0 would not stop: the loss is one of the other rows alone.
+    weights = [w for w in (nll_weight, pg_weight, entropy_weight) if w is not None]
+    live = valid & torch.stack([w != 0 for w in weights]).any(0)
+    logp, entropy = linear_logprob_reference(hidden, weight, targets.where(live, ignore_index), **options)
 
     zero = logp.new_zeros(())
     nll = pg = kl = entropy_sum = pg_tokens = clipped = approx_kl = ratio_sum = ratio_max = zero
@@ -77,7 +82,8 @@ def linear_policy_loss_reference(
         on = valid & (nll_weight != 0)
         nll = (nll_weight[on] * -logp[on]).sum()
     if entropy_weight is not None:
-        entropy_sum = (entropy_weight[valid] * entropy[valid]).sum()
+        on = valid & (entropy_weight != 0)
+        entropy_sum = (entropy_weight[on] * entropy[on]).sum()
     if pg_weight is not None:
         on = valid & (pg_weight != 0)
         r, A, lp = pg_weight[on], advantages[on], logp[on]
@@ -98,6 +104,8 @@ def linear_policy_loss_reference(
         pg_tokens, approx_kl, ratio_sum = on.sum(), (ratio - 1 - log_ratio).sum(), ratio.sum()
         ratio_max = ratio.max() if len(ratio) else zero
     loss = nll + pg + kl_coef * kl - entropy_sum
+    with torch.no_grad():
+        logp, entropy = linear_logprob_reference(hidden, weight, targets, **options)
     rest = (logp, entropy, nll, pg, kl, entropy_sum, pg_tokens, clipped, approx_kl, ratio_sum, ratio_max)
     return PolicyLoss(loss, *(value.detach().to(logp.dtype) for value in rest))
 
@@ -122,10 +130,11 @@ def _rows_torch(
     entropy_r = times_p_(plogp_rV, p_rV, head).sum(1).neg_()
     if want_grad:
         a_r1 = logprob_grad(rows, logp_r, options)[:, None]
-        by = GradCoefficients(target_r1, a_r1, -a_r1, None)
+        dead_r1 = None if rows.dead is None else rows.dead[:, None]
+        by = GradCoefficients(target_r1, a_r1, -a_r1, None, dead_r1)
         if rows.entropy_weight is not None:
             e_r1 = rows.entropy_weight[:, None]
-            by = GradCoefficients(target_r1, a_r1, e_r1 * entropy_r[:, None] - a_r1, e_r1)
+            by = by._replace(of_p=e_r1 * entropy_r[:, None] - a_r1, of_plogp=e_r1)
         logit_grad_(z_rV, p_rV, plogp_rV, by, head, temperature_r1)
     return logp_r, entropy_r
 
@@ -149,7 +158,7 @@ def _forward_torch(
             stats.append(_rows_torch(x_nV[part], chunk.take(part), head, t_r1, options, scratch_2rV, grads.wanted))
         logprobs_N[index], entropy_N[index] = (torch.cat(column) for column in zip(*stats))
         if grads.wanted:
-            grads.add_chunk(index, narrowed(x_nV, h_nH.dtype), h_nH, head.weight_VH)
+            grads.add_chunk(index, narrowed(x_nV, h_nH.dtype), without_rows(h_nH, chunk.dead), head.weight_VH)
     return logprobs_N, entropy_N
 
 
@@ -162,14 +171,22 @@ def _forward_triton(
     vocab = head.weight_VH.shape[0]
     logprobs_N, entropy_N = hidden_NH.new_zeros(2, plan.rows, dtype=torch.float32)
     logits_nP = rows_launch.workspace(plan.chunk_rows, vocab, hidden_NH.device)
-    for part in plan.parts():
-        h_nH = hidden_NH[part]
-        x_nP = logits_nP[: h_nH.shape[0]]
-        logits_into(x_nP[:, :vocab], h_nH, head.weight_VH, None)
-        g_nV = rows_launch.grad_view(x_nP, vocab, hidden_NH.dtype) if grads.wanted else None
-        rows_launch.policy_rows(x_nP, g_nV, part.start, rows, head, options, logprobs_N, entropy_N)
+    kept_gP = rows_launch.workspace(plan.group_rows, vocab, hidden_NH.device, hidden_NH.dtype) if plan.keeps else None
+    for group in plan.groups():
+        for part in plan.parts(group):
+            h_nH = hidden_NH[part]
+            x_nP = logits_nP[: h_nH.shape[0]]
+            logits_into(x_nP[:, :vocab], h_nH, head.weight_VH, None)
+            g_nV = None
+            if kept_gP is not None:
+                g_nV = kept_gP[part.start - group.start : part.stop - group.start, :vocab]
+            elif grads.wanted:
+                g_nV = rows_launch.grad_view(x_nP, vocab, hidden_NH.dtype)
+            rows_launch.policy_rows(x_nP, g_nV, part.start, rows, head, options, logprobs_N, entropy_N)
         if grads.wanted:
-            grads.add_chunk(part, widened(g_nV), h_nH, head.weight_VH)
+            g_gV = g_nV if kept_gP is None else kept_gP[: group.stop - group.start, :vocab]
+            dead_g = None if rows.dead is None else rows.dead[group]
+            grads.add_chunk(group, widened(g_gV), without_rows(hidden_NH[group], dead_g), head.weight_VH)
     return logprobs_N, entropy_N
 
 
@@ -203,7 +220,9 @@ def linear_policy_loss(
 
     hidden [N, H] and weight [V, H] in one dtype; targets [N] int. The weights s, r, e, `advantages` (A) and the three
     kinds of log-probs are [N] floats, taken as constants; a missing weight is 0 everywhere. Rows whose target is
-    `ignore_index` take no part, whatever their other inputs hold; nor do the policy inputs of rows with pg_weight 0.
+    `ignore_index` take no part, whatever their hidden states and other inputs hold (NaN included); a row whose weights are
+    all 0 has its log-prob and entropy, and reaches no gradient and no sum; the policy inputs of rows with pg_weight 0 are
+    not looked at.
 
     old_logprobs: None means on-policy, ratio 1 with gradient. behavior_logprobs: of the engine that sampled, for
     truncated importance sampling with `tis_cap` (which has no effect without them). temperature: a number or [N].
@@ -236,7 +255,10 @@ def linear_policy_loss(
         rows = _rows(hidden, target, per_token)
         head = make_head(hidden, weight, bias, target, vocab, temperature, logit_softcap)
         dtype = compute_dtype(hidden.dtype)
-        plan = plan_rows(target.valid_N, vocab, dtype, chunk_bytes, backend)
+        kept = hidden.dtype if grads.wanted else None
+        plan = plan_rows(target.valid_N, vocab, dtype, chunk_bytes, backend, kept)
+        weights = (rows.nll_weight, rows.pg_weight, rows.entropy_weight)
+        rows = rows._replace(dead=dead_rows(weights, plan.active))
         grads.zero_rows(plan.active, chunks=plan.count > 0)
         forward = _forward_triton if backend == "triton" else _forward_torch
         logprobs, entropy = map(target.reported, forward(hidden.detach(), rows, head, options, grads, plan))

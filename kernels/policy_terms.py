@@ -45,7 +45,8 @@ class PolicyLoss(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The per-token inputs, each [N] or None. Floats are in the compute dtype; `targets` are indices."""
+    """The per-token inputs, each [N] or None. Floats are in the compute dtype; `targets` are indices; `dead`: rows without
+    any weight (`row_math.dead_rows`)."""
 
     targets: torch.Tensor
     nll_weight: torch.Tensor | None = None
@@ -55,6 +56,7 @@ class Rows(NamedTuple):
     old_logprobs: torch.Tensor | None = None
     behavior_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
+    dead: torch.Tensor | None = None
 
     def take(self, index: slice | torch.Tensor) -> Rows:
         """These rows only: a slice, or a tensor of row numbers."""
@@ -133,7 +135,7 @@ def loss_and_sums(
         # A target at a −inf column has logp = −inf: no weight, no loss.
         sums["nll_sum"] = torch.where(rows.nll_weight != 0, -rows.nll_weight * logprobs_N, 0.0).sum()
     if rows.entropy_weight is not None:
-        sums["entropy_sum"] = (rows.entropy_weight * entropy_N).sum()
+        sums["entropy_sum"] = torch.where(rows.entropy_weight != 0, rows.entropy_weight * entropy_N, 0.0).sum()
     if rows.pg_weight is not None:
         sums |= _policy_sums(rows, logprobs_N, options)
     sums["loss"] = sums["nll_sum"] + sums["pg_sum"] + options.kl_coef * sums["kl_sum"] - sums["entropy_sum"]

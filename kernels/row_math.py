@@ -11,6 +11,7 @@ Legend: r rows of a block, V columns (of the vocabulary or of a slab of it).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -63,12 +64,13 @@ def times_p_(y_rV: torch.Tensor, p_rV: torch.Tensor, head: Head) -> torch.Tensor
 
 
 class GradCoefficients(NamedTuple):
-    """∂L/∂z_j = spike · δ_{j, column} + of_p · p_j + of_plogp · p_j log p_j, each [r, 1]."""
+    """∂L/∂z_j = spike · δ_{j, column} + of_p · p_j + of_plogp · p_j log p_j, each [r, 1]; 0 in rows of `dead` [r, 1]."""
 
     column: torch.Tensor
     spike: torch.Tensor
     of_p: torch.Tensor
     of_plogp: torch.Tensor | None
+    dead: torch.Tensor | None = None
 
 
 def logit_grad_(
@@ -88,3 +90,20 @@ def logit_grad_(
     g_rV.scatter_add_(1, by.column, by.spike / temperature_r1)
     if head.softcap is not None:
         z_rV.mul_(temperature_r1 / head.softcap).square_().neg_().add_(1).mul_(g_rV)
+    if by.dead is not None:
+        z_rV.masked_fill_(by.dead, 0.0)
+
+
+def dead_rows(weights: Iterable[torch.Tensor | None], active: torch.Tensor | None) -> torch.Tensor | None:
+    """Rows in which no weight differs from 0: their logits may hold anything, and 0 · inf is NaN, so they are left out by
+    choice and not by a factor. None: no row of `active` is such (known on the CPU alone; elsewhere looking would stop the
+    host). A row whose weight is NaN is not dead."""
+    dead_N = torch.stack([weight_N == 0 for weight_N in weights if weight_N is not None]).all(0)
+    if dead_N.device.type == "cpu" and not bool((dead_N if active is None else dead_N[active]).any()):
+        return None
+    return dead_N
+
+
+def without_rows(hidden_nH: torch.Tensor, dead_n: torch.Tensor | None) -> torch.Tensor:
+    """Hidden states for the product gᵀ h: those of dead rows, which may be NaN, become 0 like their gradients."""
+    return hidden_nH if dead_n is None else hidden_nH.masked_fill(dead_n[:, None], 0.0)

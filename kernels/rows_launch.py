@@ -15,9 +15,9 @@ from amft_kernels.rows_triton import logprob_rows_kernel, policy_rows_kernel, sl
 _ROW_MULTIPLE = 64
 
 
-def workspace(rows: int, vocab: int, device: torch.device) -> torch.Tensor:
-    """Memory for fp32 logits [n, P]."""
-    return torch.empty(rows, padded(vocab), dtype=torch.float32, device=device)
+def workspace(rows: int, vocab: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Memory for fp32 logits [n, P], or for a ∂L/∂x that is kept."""
+    return torch.empty(rows, padded(vocab), dtype=dtype, device=device)
 
 
 def padded(vocab: int) -> int:
@@ -51,8 +51,10 @@ def policy_rows(
     options: PolicyOptions,
     logprobs_N: torch.Tensor,
     entropy_N: torch.Tensor,
+    config: dict[str, int] | None = None,
 ) -> None:
-    """logp and entropy of rows `first_row` on; with `grad_nV` (see `grad_view`), ∂L/∂x as well."""
+    """logp and entropy of rows `first_row` on; with `grad_nV` (over the logits, see `grad_view`, or in memory of its own),
+    ∂L/∂x as well. `config`: another than `row_config`'s, to measure."""
     vocab = head.weight_VH.shape[0]
     policy_rows_kernel[(logits_nP.shape[0],)](
         logits_ptr=logits_nP,
@@ -77,7 +79,7 @@ def policy_rows(
         dual_clip=_float(options.dual_clip),
         tis_cap=_float(options.tis_cap),
         **head_arguments(head),
-        **row_config(vocab),
+        **(config or row_config(vocab)),
     )
 
 

@@ -120,6 +120,7 @@ def _store_grad(
     log_sum,
     inverse_temperature,
     softcap,
+    live,
     BLOCK: tl.constexpr,
 ):
     """∂L/∂x = (spike · δ + of_p · p + of_plogp · p log p) ∂z/∂x, over the logits' memory, from the end of the row."""
@@ -133,6 +134,7 @@ def _store_grad(
         if softcap is not None:
             slope = z / (inverse_temperature * softcap)
             grad *= 1.0 - slope * slope
+        grad = tl.where(live, grad, 0.0)  # a row without weight may hold anything: 0 · inf would be NaN
         # δ − p is formed before the cast: in bf16 the target's 1 would swallow p below 0.004.
         grad = grad.to(grad_ptr.dtype.element_ty)
         tl.debug_barrier()
@@ -264,6 +266,7 @@ def policy_rows_kernel(
             log_sum,
             inverse_temperature,
             softcap,
+            (a != 0.0) | (e != 0.0),
             BLOCK,
         )
 
@@ -338,5 +341,6 @@ def slab_grad_kernel(
         tl.load(log_sum_ptr + row),
         _inverse_temperature(temperature_ptr, temperature, row),
         softcap,
+        (a != 0.0) | (b != 0.0),
         BLOCK,
     )

@@ -10,7 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
-from amft_kernels import fused_logprob_triton, linear_logprob, rows_launch
+from amft_kernels import chunks, fused_logprob_triton, linear_logprob, linear_policy_loss, rows_launch
 from amft_kernels.policy_terms import PolicyOptions, Rows
 from amft_kernels.row_math import Head
 from loss_head_cases import FORMS, HEADS, Place, check_logprob, check_policy, make_head, make_inputs, make_terms
@@ -57,6 +57,34 @@ def test_edge(check, place):
     if check is vocabularies_of_real_models and place.dtype == torch.float16:
         pytest.skip("slow here, and fp32 shows the same: only the product before the kernel differs")
     check(place)
+
+
+@pytest.mark.parametrize(
+    "check", [c for c in EDGES if "dead" in c.__name__ or "nan" in c.__name__], ids=lambda c: c.__name__
+)
+def test_bf16_rows_that_do_not_count(check, monkeypatch):
+    """The row kernels in bf16; the fused one has a product of its own, which the interpreter gets wrong in this type."""
+    monkeypatch.setattr(linear_logprob, "FUSED_FORWARD_MAX_HIDDEN", 0)
+    check(Place("cpu", torch.bfloat16, "triton"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_kept_gradients(dtype, monkeypatch):
+    """∂L/∂x of a group of chunks in memory of its own, the products taken over the group: one group, several, and a last one
+    that is shorter."""
+    monkeypatch.setattr(chunks, "_LEAST_ROWS", 2)
+    place, n, v = Place("cpu", dtype, "triton"), 17, 300
+    hidden, weight, targets = make_inputs(place, n, 20, v)
+    hidden[targets == -100] = float("nan")
+    plans = []
+    monkeypatch.setattr(linear_policy_loss, "plan_rows", lambda *a: plans.append(chunks.plan_rows(*a)) or plans[-1])
+    for rows in (12, 8, 7):
+        check_policy(place, hidden, weight, targets, chunk_bytes=4 * v * rows, **make_terms(place, n))
+    assert [(plan.keeps, plan.group_rows, plan.chunk_rows) for plan in plans] == [
+        (True, 17, 3),
+        (True, 9, 3),
+        (True, 9, 2),
+    ]
 
 
 @pytest.mark.parametrize("head", ["plain", "all"])

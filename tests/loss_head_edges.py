@@ -6,8 +6,8 @@ The test files run every check on the torch backend, in Triton's interpreter and
 from __future__ import annotations
 
 import torch
-from amft_kernels.linear_logprob import linear_logprob
-from amft_kernels.linear_policy_loss import linear_policy_loss
+from amft_kernels.linear_logprob import linear_logprob, linear_logprob_reference
+from amft_kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
 from loss_head_cases import check_logprob, check_policy, leaf, make_inputs, make_terms, run_logprob, run_policy
 
 NAN, INF = float("nan"), float("inf")
@@ -151,6 +151,95 @@ def nan_where_nothing_counts(place):
     )
     for name, value in clean.items():
         assert torch.equal(run[name], value), name
+
+
+def poisoned(hidden, rows):
+    """Hidden states of these rows exchanged, in turn: NaN, ±inf, or so large that the logits are over 1e4."""
+    poison = torch.tensor([NAN, INF, 3e4], device=hidden.device).to(hidden.dtype)
+    poison = poison.repeat(len(hidden) // 3 + 1)[(rows.cumsum(0) - 1).clamp(min=0), None].expand_as(hidden).clone()
+    poison[:, ::2] *= -1
+    return torch.where(rows[:, None], poison, hidden)
+
+
+def assert_same_results(got, clean, rows):
+    """Every sum and gradient, bit by bit, and the per-token results of `rows`."""
+    for name, value in clean.items():
+        per_token = name in ("logprobs", "entropy")
+        assert torch.equal(got[name][rows] if per_token else got[name], value[rows] if per_token else value), name
+
+
+DEAD_HEADS = ({}, {"temperature": 0.7, "logit_softcap": 2.0, "bias": True})
+
+
+def dead_inputs(place, h=6):
+    """(hidden, weight, targets, ignored rows, rows without weight): each kind at both ends of a chunk and in its middle."""
+    hidden, weight, targets = make_inputs(place, 12, h, 37, ignored=0)
+    ignored, weightless = torch.zeros(2, 12, dtype=torch.bool, device=place.device)
+    ignored[[0, 4, 5, 6, 11]], weightless[[1, 3, 8]] = True, True  # the chunk of rows 4 to 6 is ignored altogether
+    return hidden, weight, targets.masked_fill(ignored, -100), ignored, weightless
+
+
+def with_bias(place, head):
+    bias = torch.linspace(-1, 1, 37, device=place.device).to(place.dtype)
+    return head | {"bias": bias} if head.get("bias") else head
+
+
+@edge
+def dead_rows_reach_nothing_in_the_policy_loss(place):
+    """NaN, inf or huge logits in rows that are ignored or have no weight: no gradient and no sum knows of them."""
+    hidden, weight, targets, ignored, weightless = dead_inputs(place)
+    terms = {**make_terms(place, 12), "nll_weight": torch.full((12,), 0.3, device=place.device, dtype=place.wide)}
+    for name in ("nll_weight", "pg_weight", "entropy_weight"):
+        terms[name] = torch.where(weightless, 0.0, terms[name])
+    own = {"chunk_bytes": 8 * 37 * 3, "backend": place.backend}
+    without_entropy = {name: value for name, value in terms.items() if name != "entropy_weight"}  # another path
+    for terms, head in ((without_entropy, {}), *((terms, head) for head in DEAD_HEADS)):
+        head = with_bias(place, head)
+        check_policy(place, hidden, weight, targets, **terms, **head, chunk_bytes=own["chunk_bytes"])
+        clean = run_policy(linear_policy_loss, hidden, weight, targets, **terms, **head, **own)
+        definition = run_policy(linear_policy_loss_reference, hidden, weight, targets, **terms, **head)
+        dirty = poisoned(hidden, ignored | weightless)
+        got = run_policy(linear_policy_loss, dirty, weight, targets, **terms, **head, **own)
+        assert_same_results(got, clean, ~weightless)
+        got = run_policy(linear_policy_loss_reference, dirty, weight, targets, **terms, **head)
+        assert_same_results(got, definition, ~weightless)
+        assert (got["hidden"][ignored | weightless] == 0).all()
+        assert (clean["hidden"][ignored | weightless] == 0).all() and clean["weight"].abs().max() > 0
+
+
+@edge
+def dead_rows_reach_nothing_in_the_logprobs(place):
+    """As above; here a row without weight is one that a gradient of 0 arrives for. H = 64: in 16 bits the fused forward."""
+    for h in (6, 64):
+        hidden, weight, targets, ignored, weightless = dead_inputs(place, h)
+        upstream = torch.rand(2, 12, generator=torch.Generator().manual_seed(7)).to(place.device, place.wide)
+        upstream[:, weightless] = 0
+        own = {"upstream": upstream, "chunk_bytes": 8 * 37 * 3, "backend": place.backend}
+        for head in DEAD_HEADS:
+            head = with_bias(place, head)
+            clean = run_logprob(linear_logprob, hidden, weight, targets, **head, **own)
+            definition = run_logprob(linear_logprob_reference, hidden, weight, targets, upstream=upstream, **head)
+            dirty = poisoned(hidden, ignored | weightless)
+            got = run_logprob(linear_logprob, dirty, weight, targets, **head, **own)
+            assert_same_results(got, clean, ~weightless)
+            dirty = poisoned(hidden, ignored)
+            got = run_logprob(linear_logprob_reference, dirty, weight, targets, upstream=upstream, **head)
+            assert_same_results(got, definition, ~weightless)
+            assert (clean["hidden"][ignored | weightless] == 0).all() and clean["weight"].abs().max() > 0
+
+
+@edge
+def a_row_with_weight_that_is_nan_is_not_hidden(place):
+    """What has weight and is NaN must show: the loss, its own gradient and dW."""
+    hidden, weight, targets = make_inputs(place, 6, 5, 19, ignored=0)
+    dirty = hidden.clone()
+    dirty[2] = NAN
+    on = torch.ones(6, device=place.device, dtype=place.wide)
+    got = run_policy(linear_policy_loss, dirty, weight, targets, nll_weight=on, backend=place.backend)
+    assert got["loss"].isnan() and got["hidden"][2].isnan().all() and got["weight"].isnan().all()
+    assert got["hidden"][[0, 1, 3, 4, 5]].isfinite().all()
+    got = run_logprob(linear_logprob, dirty, weight, targets, backend=place.backend)
+    assert got["logprobs"][2].isnan() and got["hidden"][2].isnan().all() and got["weight"].isnan().all()
 
 
 @edge

@@ -24,6 +24,7 @@ from loss_head_cases import (
     serve,
 )
 from loss_head_edges import EDGES
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.cpu_isa
 
@@ -207,3 +208,36 @@ def test_where_onednn_serves(capability, limits, faster, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert matmul._onednn_is_faster.__wrapped__() == (faster and matmul.has_onednn())
+
+
+def test_rows_without_weight_cost_nothing_where_there_are_none():
+    """On a CPU: no pass over the logits more, and no copy of the hidden states, when every row that is worked on has weight."""
+
+    class Fills(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.shapes = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__.startswith("masked_fill"):
+                self.shapes.append(tuple(args[0].shape))
+            return func(*args, **(kwargs or {}))
+
+    place = PLACES[1]
+    hidden, weight, targets = make_inputs(place, 12, 6, 37)  # a quarter is ignored, which the CPU leaves out anyway
+    on = torch.rand(12, generator=torch.Generator().manual_seed(0)) + 0.5
+
+    def fills(nll_weight):
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+        with Fills() as found:
+            linear_policy_loss(*leaves, targets, nll_weight=nll_weight).loss.backward()
+            logprobs, _ = linear_logprob(*leaves, targets)
+            (logprobs * nll_weight).sum().backward()
+        return found.shapes
+
+    rows = int((targets >= 0).sum())
+    assert fills(on) == []
+    assert sorted(fills(torch.where(torch.arange(12) == (targets >= 0).nonzero()[0], 0.0, on))) == [
+        (rows, 6),
+        (rows, 37),
+    ]

@@ -63,7 +63,8 @@ def compiled(tmp_path_factory):
     # No -O3, which would be for the host's part alone: device code is optimised anyway, and this takes a third of the time.
     flags = ["-std=c++17", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=2", "-Xptxas=-v"]
     source = str(ROOT / "csrc" / "multi_tensor_dot_cuda.cu")
-    command = [nvcc, *flags, *codes, "-DAMFT_HOST_TEST", source, "-o", str(path)]
+    keep = ["--keep", f"--keep-dir={path.parent}"]
+    command = [nvcc, *flags, *keep, *codes, "-DAMFT_HOST_TEST", source, "-o", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return path, done.stdout + done.stderr
@@ -82,6 +83,20 @@ def test_nvcc_reports_no_warning_no_spills_and_registers_for_three_blocks(compil
     for name, arch, stack, stores, loads, registers in entries:
         assert (stack, stores, loads) == ("0", "0", "0"), (name, arch)
         assert int(registers) <= 168, (name, arch)  # 65536 registers / (3 blocks of 128 threads), in steps of 8
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_lists_are_read_128_bits_at_a_time(compiled, arch):
+    """In what nvcc makes for each generation. A kernel has two ways: vectors where all lists are aligned, else single
+    elements; of fp32 four, of 16-bit types eight single loads stand against one of a vector."""
+    text = (compiled[0].parent / f"multi_tensor_dot_cuda.compute_{arch}.ptx").read_text()
+    kernels = re.split(r"\.entry ", text)[1:]
+    streamed = [re.findall(r"ld\.global\.cs\.(\S+)", kernel) for kernel in kernels]
+    readers = [loads for loads in streamed if loads]
+    assert len(kernels) == 5 and len(readers) == 4  # one kernel adds up the blocks' sums
+    for loads in readers:
+        single = loads.count("f32") / 4 + loads.count("b16") / 8
+        assert set(loads) == {"v4.u32", "f32", "b16"} and loads.count("v4.u32") == single
 
 
 @pytest.mark.parametrize("offset", [0, 1])

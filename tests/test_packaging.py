@@ -2,7 +2,9 @@
 
 import ast
 import graphlib
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -28,6 +30,23 @@ def test_kernels_folder_is_imported_as_amft_kernels_and_nothing_is_called_kernel
     file, unshadowed = run(code).split()
     assert Path(file).parent.name == "kernels" or "site-packages" in file
     assert unshadowed == "True"
+
+
+def test_a_checkout_that_was_not_installed_finds_its_kernels(tmp_path):
+    """A copy of the tree on a GPU machine: nothing says there where amft_kernels is, but its place beside the package."""
+    site = tmp_path / "site"
+    for name in ("amft_fast", "kernels"):
+        shutil.copytree(ROOT / name, site / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    code = (
+        "import sys; sys.path[:] = [p for p in sys.path if 'amft' not in p and not p.startswith(sys.argv[1])]\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        "sys.path.insert(0, sys.argv[2])\n"
+        "import amft_fast.ops; print(amft_fast.ops.linear_policy_loss.__code__.co_filename)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", code, str(ROOT), str(site)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.stdout.strip() == str(site / "kernels" / "linear_policy_loss.py"), done.stderr
 
 
 def test_import_takes_nothing_but_the_standard_library():

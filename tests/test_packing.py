@@ -163,25 +163,30 @@ def test_ranks_get_equally_many_and_equally_dear_ones(ranks):
 # ------------------------------------------------------------------------------------------------------------- backends
 
 
+def over_segments(q, k, v, starts_q, starts_k, scale, left=None):
+    """Causal attention of each segment by itself, written out; `left`: keys before its own that a query sees."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    out = []
+    for a, b, c, d in zip(starts_q[:-1], starts_q[1:], starts_k[:-1], starts_k[1:]):
+        scores = torch.einsum("qad,kad->aqk", q[a:b], k[c:d]) * scale
+        n, m = scores.shape[1:]
+        sees = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+        if left is not None:
+            sees &= torch.ones(n, m, dtype=torch.bool).triu(m - n - left)
+        out.append(torch.einsum("aqk,kad->qad", scores.masked_fill(~sees, -torch.inf).softmax(-1), v[c:d]))
+    return torch.cat(out)
+
+
 def fake_flash(monkeypatch, module, seen):
-    """A kernel over segments with the public signature of flash-attn's, written out."""
+    """A kernel over segments with the public signature of flash-attn's."""
 
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, **more
     ):
-        assert causal
+        assert causal and cu_seqlens_q.diff().max() <= max_seqlen_q and cu_seqlens_k.diff().max() <= max_seqlen_k
         seen.append(more)
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        out = []
-        for a, b, c, d in zip(cu_seqlens_q[:-1], cu_seqlens_q[1:], cu_seqlens_k[:-1], cu_seqlens_k[1:]):
-            scores = torch.einsum("qad,kad->aqk", q[a:b], k[c:d]) * softmax_scale
-            n, m = scores.shape[1:]
-            sees = torch.ones(n, m, dtype=torch.bool).tril(m - n)
-            if "window_size" in more:
-                sees &= torch.ones(n, m, dtype=torch.bool).triu(m - n - more["window_size"][0])
-            assert b - a <= max_seqlen_q and d - c <= max_seqlen_k
-            out.append(torch.einsum("aqk,kad->qad", scores.masked_fill(~sees, -torch.inf).softmax(-1), v[c:d]))
-        return torch.cat(out)
+        left = more["window_size"][0] if "window_size" in more else None
+        return over_segments(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, left)
 
     fake = types.ModuleType(module)
     fake.flash_attn_varlen_func = flash_attn_varlen_func
@@ -197,6 +202,34 @@ def test_a_kernel_over_segments_gets_the_right_segments(model_folder, monkeypatc
     monkeypatch.setattr(attention, "backend", lambda *_: ("flash-attn 2", kernel, ""))
     assert_same(gradients(policy, mixed(), 10**6, True), wanted, SAME)
     assert seen[0]["dropout_p"] == 0.0
+
+
+def left_of(window_size):
+    assert window_size[1] == 0  # causal
+    return None if window_size[0] == -1 else window_size[0]
+
+
+def varlen_of_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    return over_segments(query, key, value, cu_seq_q, cu_seq_k, scale, left_of(window_size))
+
+
+def varlen_of_2_13(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
+    enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
+):  # fmt: skip
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    return over_segments(query, key, value, cu_seq_q, cu_seq_k, scale, left_of(window_size))
+
+
+@pytest.mark.parametrize("kernel", [varlen_of_2_11, varlen_of_2_13], ids=lambda k: k.__name__)
+def test_torchs_own_kernel_is_called_by_the_signature_that_this_torch_has(model_folder, monkeypatch, kernel):
+    """`enable_gqa` came after torch 2.11, whose kernel takes grouped heads as they are."""
+    policy = make_policy(model_folder, "amft_packed")
+    wanted = gradients(policy, mixed(), 1, False)
+    monkeypatch.setattr(attention, "backend", lambda *_: ("torch varlen", kernel, ""))
+    assert_same(gradients(policy, mixed(), 10**6, True), wanted, SAME)
 
 
 @pytest.mark.parametrize(

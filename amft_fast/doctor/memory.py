@@ -166,13 +166,13 @@ def final_norm_bytes(shape: Shape, at: Layout) -> float:
     return at.tokens * ((4 + at.width) * shape.text.hidden + 4) + at.longest * 2 * at.width * shape.text.head_dim
 
 
-def head_bytes(shape: Shape, at: Layout, device: str) -> float:
+def head_bytes(shape: Shape, at: Layout, device: str, memory: float) -> float:
     """The loss head at its highest: its rows and their gradients, and the workspace of a chunk."""
     import torch
 
     from amft_fast.ops import chunk_bytes, cpu_scratch_bytes
 
-    hidden, logits, budget = shape.text.hidden, 4 * at.rows * shape.vocab, chunk_bytes(device)
+    hidden, logits, budget = shape.text.hidden, 4 * at.rows * shape.vocab, chunk_bytes(device, int(memory))
     rows = 2 * at.width * at.rows * hidden
     if at.stage:  # no flat gradient to add to: dW in fp32 of its own
         rows += 4 * shape.head
@@ -198,7 +198,7 @@ def memory(cfg: Config, shape: Shape, machine: Machine) -> Memory:
     static, host = _states(cfg, shape, at)
     one_half = 0 if at.offload else at.share(4 * shape.flat, 1)
     kept, worst = layers_bytes(cfg, shape, at, machine.image_tokens)
-    head = final_norm_bytes(shape, at) + head_bytes(shape, at, machine.device)
+    head = final_norm_bytes(shape, at) + head_bytes(shape, at, machine.device, machine.memory)
     # Head and layers take turns; at the end of the backward pass one whole gradient of the largest tensor is there.
     work = max(head, worst, at.width * shape.largest - kept)
     checkpointed = ", checkpointed" if cfg.model.gradient_checkpointing else ""

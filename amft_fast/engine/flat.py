@@ -149,8 +149,10 @@ class FlatEngine:
         """AdamW's moments before the step about to be taken (zeros before the first)."""
         if self.cfg.optimizer != "adamw":
             return None
-        states = [self.optimizer.state.get(g.master, {}) for g in self.groups]
-        moments = [[s.get(k, torch.zeros_like(g.master)) for s, g in zip(states, self.groups)] for k in ADAM_MOMENTS]
+        states = [self.optimizer.state.get(g.master) for g in self.groups]
+        moments = [
+            [s[k] if s else torch.zeros_like(g.master) for s, g in zip(states, self.groups)] for k in ADAM_MOMENTS
+        ]
         beta1, beta2 = self.cfg.adam_betas
         return ops.AdamState(*moments, beta1, beta2, self.cfg.adam_eps, self.attempts - self.skipped + 1, clip)
 

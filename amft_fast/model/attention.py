@@ -10,6 +10,7 @@ Legend: T tokens of the packed row, K keys (T, more where segments share a promp
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -175,8 +176,9 @@ def _segments(name, kernel, q_TAD, k_KAD, v_KAD, layout: Layout, scale, dropout,
     left = -1 if window is None else window - 1
     bounds = (layout.q_starts, layout.k_starts, layout.max_q, layout.max_k)
     if name == "torch varlen":
-        gqa = q_TAD.shape[1] != k_KAD.shape[1]
-        return kernel(q_TAD, k_KAD, v_KAD, *bounds, scale=scale, window_size=(left, 0), enable_gqa=gqa)
+        # From torch 2.12 on it wants to be told of grouped heads; torch 2.11's takes them as they come.
+        told = {"enable_gqa": q_TAD.shape[1] != k_KAD.shape[1]} if _takes(kernel, "enable_gqa") else {}
+        return kernel(q_TAD, k_KAD, v_KAD, *bounds, scale=scale, window_size=(left, 0), **told)
     options = {"softmax_scale": scale, "causal": True}
     if window is not None:
         options["window_size"] = (left, 0)
@@ -187,6 +189,11 @@ def _segments(name, kernel, q_TAD, k_KAD, v_KAD, layout: Layout, scale, dropout,
         q_TAD, k_KAD, v_KAD, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, **options
     )
     return out[0] if isinstance(out, tuple) else out
+
+
+@lru_cache
+def _takes(kernel: Callable, argument: str) -> bool:
+    return argument in inspect.signature(kernel).parameters
 
 
 def _padded(q_TAD, k_TAD, v_TAD, layout: Layout, scale, dropout, window) -> torch.Tensor:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 
 from amft_fast.config import ModelConfig
 from amft_fast.errors import UserError
+from amft_fast.model import attention
 
 PARTS = ("rope", "rms_norm", "swiglu", "geglu")
 OFFLOADED = 1 << 20  # bytes: smaller activations stay where they are
@@ -67,22 +68,37 @@ def apply_liger(model: nn.Module, wanted: bool | None, device: torch.device) -> 
 # -------------------------------------------------------------------------------------------------------- recomputation
 
 
+# Matrix products and attention; the operations of `torch_attn` and of flash-attn exist once their module was imported.
+DEAR = (
+    "aten.mm",
+    "aten.addmm",
+    "aten.bmm",
+    "aten._scaled_dot_product_flash_attention",
+    "aten._scaled_dot_product_efficient_attention",
+    "aten._scaled_dot_product_cudnn_attention",
+    "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._flash_attention_forward",
+    "torch_attn._varlen_attn",
+    "flash_attn._flash_attn_varlen_forward",
+    "flash_attn_3.fwd",
+)
+
+
 def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
-    """Keep what is dear to recompute: matrix products and attention; recompute the rest."""
+    """Keep what is dear to recompute, recompute the rest."""
     from torch.utils.checkpoint import CheckpointPolicy
 
     return CheckpointPolicy.MUST_SAVE if op in _dear() else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _dear() -> set:
-    aten = torch.ops.aten
-    names = ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")
-    names += (
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_flash_attention_forward",
-    )
-    return {getattr(aten, name).default for name in names if hasattr(aten, name)}
+@lru_cache
+def _dear() -> frozenset:
+    """The operations of DEAR that are there. FlashAttention 4 is no operation of torch's: it is recomputed."""
+    for kernel in attention.BACKENDS:
+        with suppress(ImportError, OSError, AttributeError):
+            kernel.find()
+    found = (getattr(getattr(torch.ops, name.partition(".")[0]), name.partition(".")[2], None) for name in DEAR)
+    return frozenset(op.default for op in found if op is not None)
 
 
 def checkpoint_layers(model: nn.Module, selective: bool = False) -> None:

@@ -94,11 +94,10 @@ class Policy(nn.Module):
         self.head = model.get_output_embeddings()
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
         hidden = model.config.get_text_config().hidden_size
-        self.value_head = nn.Linear(hidden, 1) if with_value else None
+        self.value_head = nn.Linear(hidden, 1, device=self.head.weight.device) if with_value else None
         if with_value:
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
-            self.value_head.to(self.head.weight.device)
         self.saving: Callable[[], AbstractContextManager] = nullcontext  # where a forward pass keeps its activations
         self.weight_grad: torch.Tensor | None = None  # fp32 buffer that the head's dW is added into, set by the engine
         self.reach_all = False  # set by an engine that needs a gradient of every parameter from every micro-batch
@@ -221,20 +220,21 @@ def _statistics(
     s = dict.fromkeys(SUMS, zero)
     m = dict.fromkeys(MAXES, zero)
     s["loss"] = loss
+    # Chosen, not multiplied by 0 or 1: a row without weight may hold NaN.
     if nll_w is not None:
-        sft = (nll_w != 0).to(head.logprobs.dtype)
-        s["sft_tokens"], s["sft_nll"] = sft.sum(), -(head.logprobs * sft).sum()
+        sft = nll_w != 0
+        s["sft_tokens"], s["sft_nll"] = sft.sum(), -head.logprobs.where(sft, 0.0).sum()
     if pg_w is not None:
-        rl = (pg_w != 0).to(head.logprobs.dtype)
-        s["rl_tokens"], s["entropy"] = rl.sum(), (head.entropy * rl).sum()
+        rl = pg_w != 0
+        s["rl_tokens"], s["entropy"] = rl.sum(), head.entropy.where(rl, 0.0).sum()
         # All rollout rows of an update share one weight: dividing it out gives the plain sum.
         s["pg"], s["kl"] = head.pg_sum / pg_w.max().clamp_min(1e-30), head.kl_sum / pg_w.max().clamp_min(1e-30)
         s["clipped"], s["approx_kl"], s["ratio"] = head.clipped_tokens, head.approx_kl_sum, head.ratio_sum
         m["ratio_max"] = head.ratio_max
         if batch.get("behavior_logprobs") is not None:
             old = batch.get("old_logprobs")
-            delta = ((head.logprobs if old is None else old) - batch.get("behavior_logprobs")) * rl
-            weight = delta.clamp(-20, 20).exp() * rl
+            delta = ((head.logprobs if old is None else old) - batch.get("behavior_logprobs")).where(rl, 0.0)
+            weight = delta.clamp(-20, 20).exp().where(rl, 0.0)
             s["mismatch"], s["mismatch_kl"], m["mismatch_max"] = delta.abs().sum(), -delta.sum(), delta.abs().max()
             s["is_weight"], s["is_weight_sq"] = weight.sum(), weight.square().sum()
     if value_loss is not None:
