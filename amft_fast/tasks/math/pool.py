@@ -105,8 +105,12 @@ class Pool:
             for worker in list(self._workers):
                 if worker.ready and worker.job is None and waiting:
                     job = waiting.popleft()
-                    with contextlib.suppress(OSError):  # it is dead: its closed pipe says so below
+                    try:
                         worker.give(job, pairs[job], self.seconds)
+                    except OSError:  # it died before: no fault of this pair, whose tries are for workers that had it
+                        self._workers.remove(worker)
+                        worker.kill()
+                        waiting.appendleft(job)
             for worker, line in self._answers():
                 job, late = worker.job, line is None
                 if not late and line.strip() == b"ready":
