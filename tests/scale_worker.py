@@ -48,10 +48,10 @@ def give_returns(policy, seqs):
     return [s.with_fields(returns=0.5) for s in seqs] if policy.value_head is not None else seqs
 
 
-def sweep(engine, seqs, least=1):
+def sweep(engine, seqs, tokens=20, least=1):
     world = engine.world
     loss = torch.zeros(())
-    mine = micro_batches(seqs, 10, False, rank=world.rank, ranks=world.size)
+    mine = micro_batches(seqs, tokens, False, rank=world.rank, ranks=world.size)
     assert len(mine) >= least, "several micro-batches before each update: one that is dropped must show"
     for b in mine:
         loss = loss + engine.backward(b).loss.float()
@@ -62,10 +62,10 @@ def steps(engine, utility, shake):
     """Three probed steps: losses, probes, and the gradient of the third before it is applied."""
     losses, probes = [], []
     for t in range(3):
-        losses.append(sweep(engine, sequences(t), 2))
+        losses.append(sweep(engine, sequences(t), 10, 2))
         shake(engine.groups)
         engine.end_sweep("sft")
-        losses.append(sweep(engine, give_returns(engine.policy, sequences(t + 10, (4, 2, 6), rl=True)), 2))
+        losses.append(sweep(engine, give_returns(engine.policy, sequences(t + 10, (4, 2, 6), rl=True)), 10, 2))
         shake(engine.groups)
         engine.end_sweep("rl")
         sums, clip = engine.probe(utility)

@@ -80,23 +80,22 @@ def test_a_mistake_is_one_sentence(args, said, capsys):
 
 
 class Interrupting(CopyTask):
-    """In its second split a signal comes, with the first answer that is judged."""
+    """When the first answer of its second split is judged, a signal comes."""
+
+    come = False
 
     def start(self, item):
         episode = super().start(item)
         judge = episode.step
 
         def step(text):
-            if not self.come:  # a second one would end the process at once
+            if item.id.startswith("val/") and not self.come:
                 self.come = True
                 os.kill(os.getpid(), signal.SIGINT)
             return judge(text)
 
-        if item.id.startswith("val/"):
-            episode.step = step
+        episode.step = step
         return episode
-
-    come = False
 
 
 def test_an_interrupted_evaluation_keeps_what_is_there(tmp_path, checkpoint_folder, monkeypatch, capsys):
