@@ -46,7 +46,18 @@ def gpu_torch(capability=(9, 0), archs=("sm_80", "sm_90"), available=True):
 def test_command_answers(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for word in ("packages", "torch", "transformers", "devices", "CPU", "attention", "multi_tensor_dot", "compilers"):
+    words = (
+        "packages",
+        "torch",
+        "transformers",
+        "devices",
+        "CPU",
+        "attention",
+        "rollouts",
+        "multi_tensor_dot",
+        "compilers",
+    )
+    for word in words:
         assert word in out
     assert "Traceback" not in out
     assert all(len(line) < 400 for line in out.splitlines())

@@ -12,13 +12,23 @@ from amft_fast.config import AdvantageConfig, ObjectiveConfig
 from amft_fast.data.batch import micro_batches
 from amft_fast.interfaces import Demo, Message, Request, Sample, Sampling, Turn
 from amft_fast.model.policy import Policy
-from amft_fast.rollout import episodes
+from amft_fast.rollout import decoder, episodes
+from amft_fast.rollout.decoder import Decoder
+from amft_fast.rollout.forward import ForwardReader
 from amft_fast.rollout.transformers import TransformersEngine
 from amft_fast.run import checkpoint, launch
 
 pytestmark = pytest.mark.cpu_isa
 
 STOP = (1,)
+
+
+@pytest.fixture(params=["decoder", "forward"])
+def reader(request, monkeypatch):
+    """Both ways in which the engine reads."""
+    if request.param == "forward":
+        monkeypatch.setattr(decoder, "FAMILIES", ())
+    return request.param
 
 
 class OnlyCompletes:
@@ -40,7 +50,7 @@ def draw(engine, encoder, turns, temperature=1.0, n=4, max_new_tokens=5):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
 @pytest.mark.parametrize("max_batch", [512, 3])
-def test_kept_caches_give_what_reading_everything_anew_gives(model, encoder, temperature, max_batch):
+def test_kept_caches_give_what_reading_everything_anew_gives(model, encoder, reader, temperature, max_batch):
     kept = draw(TransformersEngine(model, max_batch=max_batch), encoder, 4, temperature)
     anew = draw(OnlyCompletes(TransformersEngine(model)), encoder, 4, temperature)
     assert len({len(s.turns) for s in kept}) > 1  # episodes of different length, side by side
@@ -50,7 +60,7 @@ def test_kept_caches_give_what_reading_everything_anew_gives(model, encoder, tem
         assert (a.reward, a.success, a.text, a.finish_reason) == (b.reward, b.success, b.text, b.finish_reason)
 
 
-def test_logprobs_of_later_turns_are_those_of_a_plain_forward(model, encoder):
+def test_logprobs_of_later_turns_are_those_of_a_plain_forward(model, encoder, reader):
     for s in draw(TransformersEngine(model), encoder, 3):
         ids = torch.tensor([s.prompt_ids + s.response_ids])
         logp = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
@@ -60,19 +70,19 @@ def test_logprobs_of_later_turns_are_those_of_a_plain_forward(model, encoder):
         assert (got[~own] == 0).all()
 
 
-def test_every_token_is_read_once(model, encoder, monkeypatch):
-    read = []
-    forward = TransformersEngine._forward
-    monkeypatch.setattr(
-        TransformersEngine, "_forward", lambda self, ids, *a: (read.append(ids.shape), forward(self, ids, *a))[1]
-    )
-    samples = draw(TransformersEngine(model), encoder, 4)
+def test_every_token_is_read_once(model, encoder, reader, monkeypatch):
+    engine, read = TransformersEngine(model), []
+    engine.explain()  # compares the two readers, which reads tokens
+    kind, name = (Decoder, "run") if reader == "decoder" else (ForwardReader, "_forward")
+    whole = getattr(kind, name)
+    monkeypatch.setattr(kind, name, lambda self, ids, *a: (read.append(ids.numel()), whole(self, ids, *a))[1])
+    samples = draw(engine, encoder, 4)
     prompts = len({tuple(s.prompt_ids) for s in samples}) * len(samples[0].prompt_ids)
     # Of each response all but the last token: nothing follows it.
-    assert sum(b * n for b, n in read) == prompts + sum(len(s.response_ids) - 1 for s in samples)
+    assert sum(read) == prompts + sum(len(s.response_ids) - 1 for s in samples)
 
 
-def test_a_conversation_does_not_wait_for_anothers_turn(model):
+def test_a_conversation_does_not_wait_for_anothers_turn(model, reader):
     """The short one answers three times before the long one has ended its first turn."""
     told = []
 
@@ -94,7 +104,7 @@ def test_a_reply_that_forgets_what_was_said_is_refused(model):
         TransformersEngine(model).converse([Request((2, 5, 3), 7, 2)], Sampling(), lambda i, c: Request((2, 6), 1, 2))
 
 
-def test_a_sample_does_not_depend_on_its_neighbours_in_later_turns(model, encoder):
+def test_a_sample_does_not_depend_on_its_neighbours_in_later_turns(model, encoder, reader):
     many, few = (draw(TransformersEngine(model), encoder, 3, n=n) for n in (5, 2))
     assert [s.response_ids for s in many[:2]] == [s.response_ids for s in few[:2]]
 

@@ -27,6 +27,7 @@ from amft_fast.errors import UserError
 from amft_fast.interfaces import Request, Sampling
 from amft_fast.model.layers import checkpoint_layers
 from amft_fast.model.policy import Policy
+from amft_fast.rollout import decoder
 from amft_fast.rollout.transformers import TransformersEngine
 from amft_fast.run.build import build
 from amft_fast.run.loop import Loop
@@ -229,17 +230,28 @@ def test_eager_attention_keeps_its_probabilities():
 @pytest.mark.parametrize(
     "sizes,batch,prompt,response,same", [(MID, 16, 2, 40, 1), (DEMO, 32, 8, 60, 8), (MID, 4, 160, 12, 1)]
 )
-def test_peak_of_rollouts(sizes, batch, prompt, response, same):
-    """KV cache and sampling (first two), prefill (last) of the transformers engine, within 10 %."""
+@pytest.mark.parametrize("own_loop", [True, False])
+def test_peak_of_rollouts(sizes, batch, prompt, response, same, own_loop, monkeypatch):
+    """KV cache and sampling (first two), prefill (last) of the transformers engine, within 10 %: by our loop over the layers,
+    and by transformers' forward as other models have it."""
+    if not own_loop:
+        monkeypatch.setattr(decoder, "FAMILIES", ())
     config = make("qwen2", sizes)
     model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
-    cfg = settings(rollout__max_batch=batch, rollout__max_new_tokens=response)
+    cfg = settings(
+        rollout__max_batch=batch,
+        rollout__max_new_tokens=response,
+        rollout__num_generations=same,
+        advantage__kind="reinforce++",
+    )
     asked = plan.memory(cfg, plan_shapes.shape_of(config, "x", "test"), Machine(1, 1e9, "cpu", prompt_tokens=prompt))
     generator = torch.Generator().manual_seed(0)
     prompts = [tuple(torch.randint(0, 100, (prompt,), generator=generator).tolist()) for _ in range(batch // same)]
     requests = [Request(prompts[i // same], i, response) for i in range(batch)]
+    engine = TransformersEngine(model, max_batch=batch)
+    assert engine.explain()[0] == ("decoder" if own_loop else "transformers' forward")
     with LiveMemory([*model.parameters(), *model.buffers()]) as live:
-        TransformersEngine(model, max_batch=batch).generate(requests, Sampling())
+        engine.generate(requests, Sampling())
     assert plan.total(asked.phases["rollouts"]) == pytest.approx(live.peak, rel=0.1)
 
 

@@ -8,8 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from amft_fast.data.stream import sample_seed
 from amft_fast.interfaces import Message, Request, Sampling
-from amft_fast.rollout import episodes
-from amft_fast.rollout.transformers import TransformersEngine, sample_tokens, uniforms
+from amft_fast.rollout import decoder, episodes
+from amft_fast.rollout.forward import cache_name
+from amft_fast.rollout.sampling import sample_tokens, uniform
+from amft_fast.rollout.transformers import TransformersEngine
 
 pytestmark = pytest.mark.cpu_isa
 
@@ -22,7 +24,7 @@ def requests(n, length=12):
 
 
 def test_uniforms_are_uniform_and_distinct():
-    u = uniforms(np.arange(200, dtype=np.uint64), 100)
+    u = uniform(np.arange(200, dtype=np.uint64)[:, None], np.arange(100))
     assert (u >= 0).all() and (u < 1).all() and len(np.unique(u)) == u.size
     assert abs(u.mean() - 0.5) < 0.01 and abs(u.var() - 1 / 12) < 0.003
     assert abs(np.corrcoef(u[:-1].ravel(), u[1:].ravel())[0, 1]) < 0.03
@@ -31,7 +33,7 @@ def test_uniforms_are_uniform_and_distinct():
 def test_sampled_frequencies_are_the_distribution():
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0]])
     n = 40_000
-    u = torch.from_numpy(uniforms(np.arange(n, dtype=np.uint64), 1))[:, 0]
+    u = torch.from_numpy(uniform(np.arange(n, dtype=np.uint64), np.array(0)))
     for temperature in (1.0, 0.5):
         tokens, logp = sample_tokens(logits.expand(n, -1), u, Sampling(temperature))
         p = (logits[0] / temperature).softmax(-1)
@@ -48,7 +50,7 @@ def test_edges_of_the_uniform_stay_in_the_support():
 
 def test_the_nucleus_for_evaluation():
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).expand(1000, -1)
-    u = torch.from_numpy(uniforms(np.arange(1000, dtype=np.uint64), 1))[:, 0]
+    u = torch.from_numpy(uniform(np.arange(1000, dtype=np.uint64), np.array(0)))
     p = logits[0].softmax(-1)
     assert set(sample_tokens(logits, u, Sampling(1.0, top_p=float(p[0]) - 1e-4))[0].tolist()) == {0}
     assert set(sample_tokens(logits, u, Sampling(1.0, top_p=float(p[0]) + 1e-4))[0].tolist()) == {0, 1}
@@ -78,14 +80,15 @@ def test_logprobs_are_those_of_a_plain_forward_at_the_temperature(model):
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")
-def test_the_cache_goes_by_the_name_that_transformers_gives_it(model):
+def test_the_cache_goes_by_the_name_that_transformers_gives_it(model, monkeypatch):
     """`past_key_values` became `cache` in 5.24, which warns of the old name."""
 
     class Older(torch.nn.Module):
         def forward(self, input_ids, past_key_values=None, **rest):
             raise NotImplementedError
 
-    assert TransformersEngine(Older()).cache_name == "past_key_values"
+    assert cache_name(Older()) == "past_key_values"
+    monkeypatch.setattr(decoder, "FAMILIES", ())  # the own loop has a cache of its own
     assert len(TransformersEngine(model).generate(requests(2), STOP)) == 2
 
 

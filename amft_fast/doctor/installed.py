@@ -276,6 +276,9 @@ def backends(torch: ModuleType | None) -> Iterator[tuple[str, ...]]:
 
     function, why = liger("qwen3", device)
     yield "layers", "transformers" if function is None else "Liger", why
+    from amft_fast.rollout import decoder
+
+    yield ("rollouts", *decoder.explain(device))
 
 
 def _explained(device: str) -> Iterator[tuple[str, ...]]:

@@ -264,17 +264,29 @@ def _communication(cfg: Config, shape: Shape, at: Layout) -> list[Part]:
 
 def _rollouts(cfg: Config, shape: Shape, at: Layout, machine: Machine) -> list[Part]:
     """The transformers engine: its KV cache at the longest, and the larger of the prefill and the sampling of a token."""
+    from amft_fast.rollout.decoder import PREFILL_TOKENS
+
     b, t, batch = at.width, shape.text, cfg.rollout.max_batch
-    token = cache_bytes(t, b)
-    prompts = batch * (machine.prompt_tokens + machine.image_tokens)
-    prefill = prompts * b * (3 * t.intermediate + 4 * t.hidden)
-    # log-probs in fp32, then twice fp64 for the inverse transform; a layer's keys, then its values, are copied to grow
-    sampling = batch * shape.vocab * (b + 4 + 8 + 8) + batch * at.longest * token / (2 * t.layers)
-    cache = batch * at.longest * token
-    work = max(sampling, prefill + prompts * token - cache)
+    token, prompt = cache_bytes(t, b), machine.prompt_tokens + machine.image_tokens
+    prompts = -(-batch // cfg.rollout.num_generations)  # different ones: each is read once
+    logits = 4 * batch * shape.vocab
+    # Probabilities; their sums in fp64 are of blocks where the vocabulary is large (rollout/sampling.py).
+    sampling = logits + 16 * batch * (shape.vocab if shape.vocab <= 1024 else 400)
+    if shape.own_loop:
+        cache = batch * (at.longest - 1) * token  # nothing follows the last token, so it is not read
+        layer = b * (
+            t.hidden + t.q + 2 * t.k + 2 * t.intermediate
+        )  # a token's activations: memory that all layers share
+        read = min(prompts * prompt, max(PREFILL_TOKENS, prompt))
+        prefill = max(read * (layer + b * (t.hidden + 3 * (t.q + t.k))), 4 * prompts * shape.vocab)
+        logits += batch * layer
+    else:
+        cache = batch * at.longest * token
+        sampling += cache / (2 * t.layers)  # a layer's keys, then its values, are copied to grow
+        prefill = prompts * prompt * b * (3 * t.intermediate + 4 * t.hidden) - batch * (at.longest - prompt) * token
     return [
         Part("KV cache", cache, f"{batch} sequences of {at.longest} tokens"),
-        Part("sampling", work, "or the prefill"),
+        Part("sampling", logits + max(sampling, prefill), "or the prefill"),
     ]
 
 

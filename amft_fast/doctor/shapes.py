@@ -103,6 +103,7 @@ class Shape:
     text: Tower
     vision: Tower | None
     patches_per_token: int  # of the vision tower for one image token of the language model
+    own_loop: bool  # whether rollouts read by rollout/decoder.py
 
     @property
     def head(self) -> int:
@@ -141,6 +142,8 @@ def find(path: str) -> Shape:
 
 def shape_of(config: Any, name: str, source: str) -> Shape:
     """The shape of a transformers config. Raises UserError for a model that the formulas do not describe."""
+    from amft_fast.rollout.decoder import obstacle
+
     model = meta_model(config, name)
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     text = config.get_text_config()
@@ -164,6 +167,7 @@ def shape_of(config: Any, name: str, source: str) -> Shape:
         text=_tower(text, text.num_hidden_layers, text.num_attention_heads, model, layer, r"norm"),
         vision=None if vision is None else _tower(vision, vision.depth, vision.num_heads, model, blocks, r"norm"),
         patches_per_token=0 if vision is None else vision.spatial_merge_size**2,
+        own_loop=vision is None and obstacle(model) is None,
     )
 
 
