@@ -7,7 +7,7 @@ from amft_kernels.backends import triton_obstacle
 from amft_kernels.chunks import default_chunk_bytes
 from amft_kernels.linear_logprob import linear_logprob
 from amft_kernels.linear_policy_loss import PolicyLoss, linear_policy_loss
-from amft_kernels.matmul import cpu_scratch_bytes
+from amft_kernels.matmul import compute_dtype, cpu_scratch_bytes, logits_into
 
 from amft_fast.multi_tensor import AdamState, backends, multi_tensor_dot
 
@@ -15,11 +15,15 @@ __all__ = [
     "AdamState",
     "PolicyLoss",
     "chunk_bytes",
+    "compute_dtype",
     "cpu_scratch_bytes",
+    "decode_attention",
     "explain",
     "linear_logprob",
     "linear_policy_loss",
+    "logits_into",
     "multi_tensor_dot",
+    "triton_obstacle",
 ]
 
 
@@ -39,3 +43,10 @@ def explain(device: torch.device | str) -> list[tuple[str, str, str]]:
 def chunk_bytes(device: torch.device | str, memory: int | None = None) -> int:
     """The loss head's workspace on `device`, in bytes; `memory`: of a device that is not this machine's."""
     return default_chunk_bytes(torch.device(device), memory)
+
+
+def decode_attention(*args, **kwargs) -> torch.Tensor:
+    """`amft_kernels.decode_attention`, which needs Triton and is loaded when it is called."""
+    from amft_kernels.decode_attention import decode_attention
+
+    return decode_attention(*args, **kwargs)

@@ -20,7 +20,8 @@ pytestmark = [
 
 def test_interpreted():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_decode_attention.py"]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=580)
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # before anything imports Triton, as conftest.py may
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
 

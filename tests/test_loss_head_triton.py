@@ -1,6 +1,7 @@
 """The loss head's Triton backend without a GPU: in Triton's interpreter, and where Triton cannot serve at all."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ HERE = Path(__file__).parent
 def test_in_the_interpreter():
     """`interpreted_loss_head.py` in a process of its own: half a minute on a free core."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_loss_head.py")]
-    run = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=880)
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # before anything imports Triton, as conftest.py may
+    run = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=880)
     if "only 0-dimensional arrays can be converted" in run.stdout:
         pytest.skip("this Triton's interpreter cannot take a run-time loop bound with this numpy (fixed by Triton 3.9)")
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]

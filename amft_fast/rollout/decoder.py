@@ -16,11 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from amft_kernels.backends import triton_obstacle
-from amft_kernels.matmul import compute_dtype, logits_into
 from torch import nn
 
 from amft_fast.interfaces import Request
+from amft_fast.ops import compute_dtype, decode_attention, logits_into, triton_obstacle
 from amft_fast.rollout.cache import Sections, StaticCache
 from amft_fast.rollout.graphs import Graphs, padded_rows
 
@@ -356,7 +355,6 @@ class DecoderReader:
         cache, decoder = self.cache, self.decoder
         slots = cache.slots(position)
         if self.by_kernel:
-            from amft_kernels.decode_attention import decode_attention
 
             def look(layer: int, q: torch.Tensor) -> torch.Tensor:
                 return decode_attention(q, cache.keys[layer], cache.values[layer], position, decoder.scale)

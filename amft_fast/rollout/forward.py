@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from amft_kernels.matmul import compute_dtype, logits_into
 from torch import nn
 
 from amft_fast.interfaces import Request
 from amft_fast.model.vision import Vision
+from amft_fast.ops import compute_dtype, logits_into
 
 
 def cache_name(model: nn.Module) -> str:
