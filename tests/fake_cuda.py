@@ -177,6 +177,7 @@ def fake_cuda(model_dtype: torch.dtype = torch.bfloat16):
     """Tensors made within, or moved to "cuda" there, are on a device that is not there. Gives the launches by kernel name."""
     from amft_kernels import fused_logprob_triton, rows_launch
 
+    from amft_fast import multi_tensor
     from amft_fast.model import attention, layers
 
     kernels = dict.fromkeys(("policy_rows_kernel", "logprob_rows_kernel", "slab_grad_kernel"), rows_launch)
@@ -191,6 +192,8 @@ def fake_cuda(model_dtype: torch.dtype = torch.bfloat16):
         for name, stand_in in cuda.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", _pin))
+        # csrc is given addresses of memory, and there is none: torch's form of the probe serves, whether or not csrc was built.
+        stack.enter_context(mock.patch.object(multi_tensor, "_library", lambda _: "tensors without memory"))
         for cached in (attention.backend, layers._dear):
             cached.cache_clear()
             stack.callback(cached.cache_clear)
