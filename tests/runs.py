@@ -15,7 +15,7 @@ from amft_fast.config import Config
 from amft_fast.interfaces import Task
 from amft_fast.run import launch
 
-TIMES = ("seconds", "tokens_per_s", "wall_s")
+TIMES = ("seconds", "tokens_per_s", "rollout_tokens_per_s", "update_tokens_per_s", "wall_s")
 
 
 def cfg_for(folder: Path, model: Path, *flags: str) -> Config:
