@@ -11,6 +11,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 import pytest
 import torch
 from fakes import make_checkpoint
+from pages import run_writer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from amft_fast.rollout.encoder import Encoder
@@ -63,3 +64,9 @@ def file_limit():
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return limited
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A function that writes a run folder: keyword arguments replace the files of a small finished run."""
+    return run_writer(tmp_path)

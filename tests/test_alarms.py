@@ -5,7 +5,7 @@ import json
 
 import pytest
 from fakes import CopyTask, copy_run
-from test_train import lines
+from runs import lines
 
 from amft_fast.config import Config
 from amft_fast.interfaces import Message, StepResult

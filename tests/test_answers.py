@@ -4,8 +4,8 @@ import json
 
 import pytest
 from fakes import CopyEpisode, CopyTask, copy_run
-from test_report import Page, folder, lines  # noqa: F401
-from test_train import lines as rows_of
+from pages import Page, lines
+from runs import lines as rows_of
 
 from amft_fast.config import GeneralPointsConfig, MathConfig, VirlConfig
 from amft_fast.interfaces import Message, Sample
@@ -57,7 +57,7 @@ def test_mathematics_tells_the_gold_answer_and_the_one_it_read(tmp_path):
     item = next(i for i in task.prompts("train") if i.data.problem == "What is 3 + 1?")
     assert task.gold(item) == "4"
     assert judged(task, item, "It is \\boxed{5}")["answer"] == "5"
-    assert judged(task, item, "hm")["answer"] is None
+    assert judged(task, item, "I do not know.")["answer"] is None
 
 
 class Said(CopyTask):
@@ -130,7 +130,7 @@ def test_items_are_found_by_their_ids():
     assert [i.data for i in answers.find(iter(items), ["train/c", "train/a"]).values()] == ["a", "c"]
 
 
-def test_cards_show_what_is_there_and_escape_it(folder):  # noqa: F811
+def test_cards_show_what_is_there_and_escape_it(run_folder):
     new = {
         "prompt": "p",
         "completion": "c",
@@ -142,7 +142,7 @@ def test_cards_show_what_is_there_and_escape_it(folder):  # noqa: F811
     }
     old = {"prompt": "3 5 8", "completion": "", "reward": 1.0, "success": True}
     evaluated = [new | {"step": 3, "at": 4, "split": "aime<24"}, old | {"step": -1, "at": 0, "split": "aime<24"}]
-    run = folder(
+    run = run_folder(
         **{"samples.jsonl": lines([new | {"step": 1}, old | {"step": 3}]), "eval_samples.jsonl": lines(evaluated)}
     )
     text = report.write_report(run).read_text()
@@ -153,7 +153,7 @@ def test_cards_show_what_is_there_and_escape_it(folder):  # noqa: F811
     assert words.count("advantage −") == 2
 
 
-def test_headline_tiles_show_benchmarks_first_and_both_speeds(folder):  # noqa: F811
+def test_headline_tiles_show_benchmarks_first_and_both_speeds(run_folder):
     row = {"prompts": 30, "k": 8, "greedy": 0.2, "sampled": 0.25, "pass_at_k": 0.5, "stderr": 0.01}
     end = {"val": row, "test": row, "aime24": row | {"sampled": 0.5}, "math500": row}
     summary = {"method": "fixed", "task": "math", "steps": 4, "wall_s": 1.0, "tokens": 1, "start": {}, "end": end}
@@ -161,7 +161,7 @@ def test_headline_tiles_show_benchmarks_first_and_both_speeds(folder):  # noqa: 
         {"step": i, "phase": "train", "mu": 0.5, "rollout_tokens_per_s": 10.0 * i, "update_tokens_per_s": 99.0}
         for i in range(4)
     ]
-    run = folder(**{"summary.json": json.dumps(summary), "metrics.jsonl": lines(metrics)})
+    run = run_folder(**{"summary.json": json.dumps(summary), "metrics.jsonl": lines(metrics)})
     tiles = report.tiles(reader.read(run))
     labels = [label for label, _, _ in tiles]
     assert labels[:3] == ["aime24, sampled success", "math500, sampled success", "test, sampled success"]

@@ -328,7 +328,7 @@ def test_demos_are_correct_answers(answer_format):
         for demo in task.demos(split):
             assert demo.messages == task.start(by_id[demo.id]).messages
             result = task.start(by_id[demo.id]).step(demo.response)
-            assert result.done and result.info == {"success": True, "kind": "correct"} and result.reward == 5
+            assert result.done and result.info["kind"] == "correct" and result.info["success"] and result.reward == 5
             formulas = solve(list(by_id[demo.id].data.values), by_id[demo.id].data.target)
             shapes[len(formulas) > 1 and formulas[0] in demo.response.replace(" ", "")] += 1
     hands_with = {tuple(sorted(by_id[demo.id].data.values)) for demo in task.demos("train")}
@@ -356,7 +356,7 @@ def test_an_episode_goes_on_until_it_is_right(demo_task):
     second = episode.step(" + ".join(map(str, [*item.data.values, 1])))
     assert second.message.content == "wrong numbers again" and not second.info["success"]
     third = episode.step(f"{solve(list(item.data.values), item.data.target)[0]} = {item.data.target}")
-    assert third.message is None and third.done and third.info == {"success": True, "kind": "correct"}
+    assert third.message is None and third.done and third.info["kind"] == "correct" and third.info["success"]
     with pytest.raises(RuntimeError, match="ended"):
         episode.step("1")
 

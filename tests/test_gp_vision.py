@@ -116,7 +116,7 @@ def test_reward_table(small, large, cards, number, formula, kind):
     verdict, figures = large.judge(HAND, as_json(cards, number, formula))
     assert verdict.kind == kind
     share = cards_right(cards, HAND.cards)
-    assert figures == {"recognition": float(share == 1), "cards_right": share}
+    assert figures == {"recognition": float(share == 1), "cards_right": share, "answer": figures["answer"]}
     verdict, figures = small.judge(HAND, f"{' '.join(cards)} formula {formula}")
     assert verdict.kind == kind and figures["cards_right"] == share
 

@@ -38,7 +38,7 @@ def test_a_checkout_that_was_not_installed_finds_its_kernels(tmp_path):
     for name in ("amft_fast", "kernels"):
         shutil.copytree(ROOT / name, site / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     code = (
-        "import sys; sys.path[:] = [p for p in sys.path if 'amft' not in p and not p.startswith(sys.argv[1])]\n"
+        "import sys; sys.path[:] = [p for p in sys.path if p.endswith('site-packages') or not ('amft' in p or p.startswith(sys.argv[1]))]\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
         "sys.path.insert(0, sys.argv[2])\n"
         "import amft_fast.ops; print(amft_fast.ops.linear_policy_loss.__code__.co_filename)"
@@ -99,6 +99,7 @@ def test_everything_imports_without_triton():
         and p.name != "rows_launch.py"
         and p != ROOT / "amft_fast" / "rollout" / "vllm" / "worker.py"
         and not p.name.endswith("_triton.py")
+        and p.name != "decode_attention.py"
     ]
     assert len(modules) > 15
     use = (

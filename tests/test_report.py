@@ -2,126 +2,18 @@
 
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
 from operations import lines_run
+from pages import Page, lines, result, rl_step
 
 from amft_fast.cli import main
-from amft_fast.config import Config
-from amft_fast.config_file import to_toml
 from amft_fast.errors import UserError
 from amft_fast.report import charts
 from amft_fast.report import page as report
 from amft_fast.report import reader as records
 from amft_fast.report.controller import controller_section
 from amft_fast.report.plots import phase_seconds, smooth, time_bars
-
-VOID = {"meta", "link", "br", "hr", "img", "input"}
-
-
-class Page(HTMLParser):
-    """What a page consists of; fails on tags that do not nest."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags, self.text, self.urls, self.ids, self.handlers = [], [], [], [], []
-        self.open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.urls += [v for k, v in attrs if k in ("src", "href", "xlink:href")]
-        self.ids += [v for k, v in attrs if k == "id"]
-        self.handlers += [k for k, _ in attrs if k.startswith("on")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.handle_endtag(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
-        self.open.pop()
-
-    def handle_data(self, data):
-        if self.open[-1:] != ["style"]:
-            self.text.append(data)
-
-    @property
-    def words(self) -> str:
-        return " ".join(" ".join(self.text).split())
-
-
-def result(sampled: float, prompts: int = 100, k: int = 8) -> dict:
-    pass_at_k = min(1.0, 2 * sampled)
-    return {"prompts": prompts, "k": k, "greedy": sampled, "sampled": sampled, "pass_at_k": pass_at_k, "stderr": 0.01}
-
-
-def rl_step(step: int) -> dict:
-    return {
-        "step": step,
-        "phase": "train",
-        "mu": 0.5,
-        "lr": 3e-4,
-        "loss": 1.0 / (step + 1),
-        "sft_loss": 2.0 / (step + 1),
-        "pg_loss": 0.01 * (-1) ** step,
-        "entropy": 1.5 - 0.001 * step,
-        "entropy_target": 1.6,
-        "clip_fraction": 0.0,
-        "grad_norm": 1.0 + step % 3,
-        "reward": 0.1 + 0.001 * step,
-        "success": 0.1 + 0.001 * step,
-        "response_length": 8.0,
-        "tokens": 1000,
-        "seconds": 1.0,
-        "time/rollout": 0.6,
-        "time/update": 0.3,
-    }
-
-
-def lines(rows: list) -> str:
-    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A function that writes a run folder: keyword arguments replace the files of a small finished run."""
-
-    def write(steps=4, warmup=1, config=None, **files):
-        cfg = Config.model_validate(
-            config or {"train": {"method": "fixed", "steps": steps - warmup, "warmup_steps": warmup}}
-        )
-        metrics = [rl_step(i) | ({"phase": "warmup", "mu": 1.0} if i < warmup else {}) for i in range(steps)]
-        start, end = {"val": result(0.1), "test": result(0.2)}, {"val": result(0.3), "test": result(0.4)}
-        evals = [
-            {"step": -1, "at": 0, "tokens": 0, "wall_s": 1.0, "full": True, **start},
-            {"step": 1, "at": 2, "tokens": 2000, "wall_s": 4.0, "full": False, "val": result(0.2, 10, 4)},
-            {"step": steps - 1, "at": steps, "tokens": 4000, "wall_s": 9.0, "full": True, **end},
-        ]
-        sample = {"step": 1, "prompt": "3 5 8", "completion": "3 * 8", "reward": 1.0, "success": True}
-        summary = {"method": "fixed", "task": "general_points", "steps": steps, "wall_s": 12.0, "tokens": 4000}
-        contents = {
-            "config.toml": to_toml(cfg),
-            "environment.json": json.dumps({"torch": "2.13.0", "device": "A CPU", "threads": "2"}),
-            "metrics.jsonl": lines(metrics),
-            "evals.jsonl": lines(evals),
-            "samples.jsonl": lines([sample, sample | {"step": 3, "success": False, "reward": 0.0}]),
-            "summary.json": json.dumps(summary | {"start": start, "end": end}),
-        }
-        run = tmp_path / "run"
-        run.mkdir()
-        for name, text in (contents | files).items():
-            if text is not None:
-                (run / name).write_text(text, errors="surrogatepass")
-        return run
-
-    return write
 
 
 def page(run, picture=False) -> Page:
@@ -144,8 +36,8 @@ def files_without(*names: str) -> dict:
     return dict.fromkeys(names)
 
 
-def test_finished_run(folder):
-    parsed = page(folder(), picture=True)
+def test_finished_run(run_folder):
+    parsed = page(run_folder(), picture=True)
     assert (
         "SFT + RL with a fixed μ, on General Points: 4 steps (1 of them warm-up) in 12.0 s on A CPU, 2 threads"
         in parsed.words
@@ -161,8 +53,8 @@ def test_finished_run(folder):
     assert "Clip fraction" not in parsed.words
 
 
-def test_every_chart_has_a_title_and_words(folder):
-    run = folder()
+def test_every_chart_has_a_title_and_words(run_folder):
+    run = run_folder()
     page(run)
     text = report.render(records.read(run))
     drawn = text.count('<svg class="chart"')
@@ -172,8 +64,8 @@ def test_every_chart_has_a_title_and_words(folder):
     assert "val: from 10.0% at step 0 to 30.0% at step 4, between 10.0% and 30.0%" in text
 
 
-def test_page_is_the_same_each_time_and_leaves_the_run_alone(folder):
-    run = folder()
+def test_page_is_the_same_each_time_and_leaves_the_run_alone(run_folder):
+    run = run_folder()
     before = {p.name: p.read_bytes() for p in run.iterdir()}
     page(run, picture=True)
     first, again = (run / "report.html").read_text(), report.render(records.read(run))
@@ -181,48 +73,48 @@ def test_page_is_the_same_each_time_and_leaves_the_run_alone(folder):
     assert {name: (run / name).read_bytes() for name in before} == before
 
 
-def test_unfinished_run_ends_at_its_newest_evaluation(folder):
+def test_unfinished_run_ends_at_its_newest_evaluation(run_folder):
     evals = [
         {"at": 0, "full": True, "val": result(0.1), "test": result(0.2)},
         {"at": 2, "full": False, "val": result(0.2, 10, 4)},
     ]
     config = {"train": {"method": "rl", "steps": 9}}
-    parsed = page(folder(config=config, **{"summary.json": None, "evals.jsonl": lines(evals)}))
+    parsed = page(run_folder(config=config, **{"summary.json": None, "evals.jsonl": lines(evals)}))
     assert "This run is not finished: 4 of 9 steps are done" in parsed.words
     assert "“end” is the evaluation at step 2. It is a scheduled one" in parsed.words
     assert "10.0% → 20.0%" in parsed.words
     assert "+20.0" not in parsed.words  # pass@4 against pass@8 has no change
 
 
-def test_summary_of_an_earlier_shorter_run_is_not_taken_for_this_ones(folder):
-    parsed = page(folder(config={"train": {"method": "rl", "steps": 9}}))
+def test_summary_of_an_earlier_shorter_run_is_not_taken_for_this_ones(run_folder):
+    parsed = page(run_folder(config={"train": {"method": "rl", "steps": 9}}))
     assert "This run is not finished: 4 of 9" in parsed.words
 
 
 @pytest.mark.parametrize("evals", ["", None, "not json\n"])
-def test_nothing_measured_yet(folder, evals):
-    run = folder(**{"metrics.jsonl": "", "evals.jsonl": evals, "samples.jsonl": None, "summary.json": None})
+def test_nothing_measured_yet(run_folder, evals):
+    run = run_folder(**{"metrics.jsonl": "", "evals.jsonl": evals, "samples.jsonl": None, "summary.json": None})
     parsed = page(run, picture=evals is None)
     assert "No step of this run is on record yet." in parsed.words
     assert "svg" not in parsed.tags
 
 
-def test_what_hardly_changes_is_told_in_words(folder):
+def test_what_hardly_changes_is_told_in_words(run_folder):
     rows = [rl_step(i) | {"mismatch_ess": 1 - 1e-7 * i, "turns": 1.0} for i in range(5)]
-    words = page(folder(**{"metrics.jsonl": lines(rows)})).words
+    words = page(run_folder(**{"metrics.jsonl": lines(rows)})).words
     assert "effective share of samples 100.0%" in words and "turns per problem 1." in words
     assert "Mismatch, effective samples" not in words and "Turns" not in words
 
 
-def test_single_step(folder):
-    parsed = page(folder(steps=1, warmup=0), picture=True)
+def test_single_step(run_folder):
+    parsed = page(run_folder(steps=1, warmup=0), picture=True)
     assert "1 step in" in parsed.words and "Imitation loss" in parsed.words
 
 
-def test_imitation_alone_has_no_rollout_charts(folder):
+def test_imitation_alone_has_no_rollout_charts(run_folder):
     keep = ("step", "phase", "mu", "lr", "loss", "sft_loss", "grad_norm", "tokens", "seconds", "time/update")
     rows = [{k: v for k, v in rl_step(i).items() if k in keep} | {"mu": 1.0} for i in range(5)]
-    parsed = page(folder(**{"metrics.jsonl": lines(rows), "samples.jsonl": ""}))
+    parsed = page(run_folder(**{"metrics.jsonl": lines(rows), "samples.jsonl": ""}))
     assert "Imitation loss" in parsed.words
     for title in ("Entropy", "Reward", "Policy loss", "Response length", "Completions"):
         assert title not in parsed.words
@@ -238,24 +130,24 @@ HOSTILE = [
 ]
 
 
-def test_completions_are_shown_as_they_are_and_do_nothing(folder):
+def test_completions_are_shown_as_they_are_and_do_nothing(run_folder):
     rows = [
         {"step": 1, "prompt": text, "completion": text, "reward": None, "success": bool(i % 2)}
         for i, text in enumerate(HOSTILE)
     ]
     later = [row | {"step": 2} for row in rows[::-1]]
-    parsed = page(folder(**{"samples.jsonl": lines(rows + later)}))
+    parsed = page(run_folder(**{"samples.jsonl": lines(rows + later)}))
     for text in HOSTILE[:4] + HOSTILE[5:]:
         assert text.strip() in parsed.words
     assert "bell \ufffd escape \ufffd[31m nul \ufffd half \ufffd arrow → 算式" in parsed.words
     assert parsed.tags.count("h1") == 1 and "49" not in [w for w in parsed.words.split() if w == "49"]
 
 
-def test_everything_else_from_files_is_escaped_too(folder):
+def test_everything_else_from_files_is_escaped_too(run_folder):
     bad = "<b onclick=x>& $\\x$"
     evals = [{"at": 0, "full": True, bad: result(0.1)}, {"at": 4, "full": True, bad: result(0.2)}]
     rows = [rl_step(i) | {f"time/{bad}": 0.1, f"controller/{bad}": float(i)} for i in range(4)]
-    run = folder(
+    run = run_folder(
         **{
             "evals.jsonl": lines(evals),
             "metrics.jsonl": lines(rows),
@@ -270,14 +162,14 @@ def test_everything_else_from_files_is_escaped_too(folder):
     assert parsed.words.count(bad) >= 6
 
 
-def test_long_completions_are_cut_with_a_word_on_it(folder):
+def test_long_completions_are_cut_with_a_word_on_it(run_folder):
     row = {"step": 1, "prompt": "p" * 5000, "completion": "c" * 5000, "reward": 1, "success": True}
-    parsed = page(folder(**{"samples.jsonl": lines([row])}))
+    parsed = page(run_folder(**{"samples.jsonl": lines([row])}))
     assert "c" * report.COMPLETION_CHARS + " … [3500 characters left out]" in parsed.words
     assert "[4400 characters left out] … " + "p" * report.PROMPT_CHARS in parsed.words
 
 
-def test_nulls_and_wrong_types_leave_gaps(folder):
+def test_nulls_and_wrong_types_leave_gaps(run_folder):
     odd = [None, "high", [1], True, {"a": 1}, 10**400]
     rows = [rl_step(i) for i in range(30)]
     for i, row in enumerate(rows):
@@ -286,7 +178,7 @@ def test_nulls_and_wrong_types_leave_gaps(folder):
                 row[name] = odd[(i // 3) % len(odd)]
     rows += [rl_step(30) | {"loss": None, "skipped_total": 2}]
     evals = [{"at": 0, "full": True, "val": {"sampled": None, "greedy": "x", "k": 8}}, {"at": 30, "val": result(0.3)}]
-    run = folder(
+    run = run_folder(
         **{
             "metrics.jsonl": lines(rows) + '{"step": 31, "loss": NaN, "entropy": Infinity}\n',
             "evals.jsonl": lines(evals),
@@ -297,14 +189,16 @@ def test_nulls_and_wrong_types_leave_gaps(folder):
     assert None in records.read(run).series("entropy")[1]
 
 
-def test_damaged_lines_are_left_out_and_counted(folder):
+def test_damaged_lines_are_left_out_and_counted(run_folder):
     good = lines([rl_step(i) for i in (3, 1, 2, 0)])
     bad = (
         'no json\n{"step": "1"}\n[1, 2]\n{"loss": 1}\n{"step": -4}\n{"step": true}\n'
         + "[" * 5000
         + '\n{"step": 4, "los'
     )
-    run = folder(**{"metrics.jsonl": good + bad, "config.toml": "= = =", "environment.json": "[]", "summary.json": "{"})
+    run = run_folder(
+        **{"metrics.jsonl": good + bad, "config.toml": "= = =", "environment.json": "[]", "summary.json": "{"}
+    )
     parsed = page(run)
     assert "metrics.jsonl: 8 damaged lines were left out" in parsed.words
     for name in ("config.toml", "environment.json", "summary.json"):
@@ -312,16 +206,16 @@ def test_damaged_lines_are_left_out_and_counted(folder):
     assert [m["step"] for m in records.read(run).metrics] == [0, 1, 2, 3]
 
 
-def test_binary_files_do_not_break_it(folder):
-    run = folder()
+def test_binary_files_do_not_break_it(run_folder):
+    run = run_folder()
     for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl", "summary.json", "config.toml", "environment.json"):
         (run / name).write_bytes(bytes(range(256)) * 4)
     assert "damaged line" in page(run).words
 
 
-def test_only_metrics_are_needed(folder):
+def test_only_metrics_are_needed(run_folder):
     names = ("config.toml", "environment.json", "evals.jsonl", "samples.jsonl", "summary.json")
-    parsed = page(folder(**files_without(*names)))
+    parsed = page(run_folder(**files_without(*names)))
     assert "unknown method" in parsed.words and "left no config.toml" in parsed.words
 
 
@@ -334,13 +228,13 @@ def test_no_such_run(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_command_prints_the_path(folder, capsys):
-    run = folder()
+def test_command_prints_the_path(run_folder, capsys):
+    run = run_folder()
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
 
 
-def test_controller_section_comes_with_its_fields(folder):
+def test_controller_section_comes_with_its_fields(run_folder):
     rows = [rl_step(i) for i in range(40)]
     names = ("signal", "stderr", "snr", "gate", "cos_sft", "cos_rl", "ess", "success", "useful_groups", "something_new")
     for i in range(9, 40, 10):
@@ -352,7 +246,7 @@ def test_controller_section_comes_with_its_fields(folder):
             "time/utility": 0.05,
         }
     config = {"train": {"method": "amft", "steps": 40}}
-    run = folder(config=config, **{"metrics.jsonl": lines(rows), "summary.json": None})
+    run = run_folder(config=config, **{"metrics.jsonl": lines(rows), "summary.json": None})
     words = page(run).words
     assert "Why μ moved" in words and "took 0.5% of the recorded time and 5.0% of the tokens" in words
     titles = (
@@ -368,33 +262,33 @@ def test_controller_section_comes_with_its_fields(folder):
     assert controller_section(records.Record(run, metrics=[rl_step(0)])) is None
 
 
-def test_run_with_a_token_budget(folder):
+def test_run_with_a_token_budget(run_folder):
     config = "[train]\nmethod = 'rl'\nsteps = 9\ntoken_budget = 4000\n"
-    record = records.read(folder(**{"config.toml": config}))
+    record = records.read(run_folder(**{"config.toml": config}))
     assert record.finished and record.planned is None
     record.config["train"]["token_budget"] = 5000
     assert not record.finished and "4 steps are done" in report.warnings(record)[0]
 
 
-def test_1000_steps_take_some_2000_lines_of_code_each(folder):
+def test_1000_steps_take_some_2000_lines_of_code_each(run_folder):
     """A page takes a second or two then. What compares each step with each other one would run a million lines more."""
     rows = [rl_step(i) | {"loss": (i * 7919 % 1000) / 100} for i in range(1000)]
-    run = folder(steps=1000, **{"metrics.jsonl": lines(rows)})
+    run = run_folder(steps=1000, **{"metrics.jsonl": lines(rows)})
     assert lines_run(lambda: page(run, picture=True)) < 3000 * len(rows)
     assert (run / "report.html").stat().st_size < 1 << 20
 
 
-def test_time_of_a_step_is_shared_out(folder):
+def test_time_of_a_step_is_shared_out(run_folder):
     rows = [rl_step(i) | ({"time/eval": 5.0} if i == 2 else {}) for i in range(4)]
-    record = records.read(folder(**{"metrics.jsonl": lines(rows)}))
+    record = records.read(run_folder(**{"metrics.jsonl": lines(rows)}))
     phases = phase_seconds(record)
     assert list(phases) == ["rollout", "update", "eval", "rest"]
     assert phases["eval"] == [0, 0, 5.0, 0]  # beside the step's own second, so it takes nothing from the rest
     assert phases["rest"] == pytest.approx([0.1] * 4)
 
 
-def test_bars_of_time_hold_whole_intervals_between_evaluations(folder):
-    record = records.read(folder(steps=501, warmup=0))
+def test_bars_of_time_hold_whole_intervals_between_evaluations(run_folder):
+    record = records.read(run_folder(steps=501, warmup=0))
     edges, bars, size = time_bars(record)
     assert size == 20 and edges[:2] == [0, 20] and edges[-2:] == [500, 501]
     assert bars["rollout"] == pytest.approx([0.6] * 26)
