@@ -6,7 +6,9 @@ flags into a `Config`.
 
 from __future__ import annotations
 
+import difflib
 import os
+from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -276,14 +278,43 @@ class MathConfig(Section):
         return self
 
 
+PLUG_INS = "amft_fast.tasks"  # entry points of other packages that offer tasks
+SHIPPED = ("general_points", "virl", "math")
+
+
 class TaskConfig(Section):
     """What is learned."""
 
-    name: Literal["general_points", "virl", "math"] = "general_points"
-    """The task; its own settings are in the sub-section of the same name."""
+    name: File = "general_points"
+    """The task. general_points, virl or math, whose settings are in the sub-section of the same name; a class of one's own as
+    FILE.py:CLASS or MODULE:CLASS; or the name that a plug-in gives its task. docs/tasks.md."""
+    options: dict[str, Any] = {}
+    """Settings of a task that is not shipped (--task.options.key value), typed by its class's `Options` or constructor."""
     general_points: GeneralPointsConfig = GeneralPointsConfig()
     virl: VirlConfig = VirlConfig()
     math: MathConfig = MathConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> TaskConfig:
+        if self.name in SHIPPED:
+            if self.options:
+                raise ValueError(
+                    f"options are for tasks that are not shipped; the settings of {self.name} are --task.{self.name}.*, got "
+                    f"{', '.join(self.options)}"
+                )
+        elif ":" not in self.name and not entry_points(group=PLUG_INS, name=self.name):
+            known = [*SHIPPED, *(point.name for point in entry_points(group=PLUG_INS))]
+            close = difflib.get_close_matches(self.name, known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"those are {', '.join(known)}"
+            raise ValueError(
+                f"name must be a shipped or installed task, FILE.py:CLASS or MODULE:CLASS, got {self.name!r}; {hint}"
+            )
+        return self
+
+    @property
+    def section(self) -> Section | None:
+        """The settings of the task that is asked for; None for one that is not shipped."""
+        return getattr(self, self.name) if self.name in SHIPPED else None
 
 
 class LoraConfig(Section):

@@ -113,7 +113,8 @@ def sentence(record: Record) -> str:
     """The run in one sentence."""
     method = str(record.summary.get("method") or record.setting("train.method", "unknown method"))
     words = METHODS[method].words if method in METHODS else method
-    task = str(record.summary.get("task") or record.setting("task.name", "unknown task")).replace("_", " ").title()
+    task = str(record.summary.get("task") or record.setting("task.name", "unknown task"))
+    task = task if ":" in task else task.replace("_", " ").title()  # FILE.py:CLASS as it is
     steps = f"{record.done} steps" if record.done != 1 else "1 step"
     if record.warmup:
         steps += f" ({record.warmup} of them warm-up)"
