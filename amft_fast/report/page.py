@@ -27,6 +27,7 @@ from amft_fast.report.plots import (
     answers_section,
     mix_section,
     success_section,
+    task_section,
     time_section,
     updates_section,
 )
@@ -274,6 +275,7 @@ SECTIONS: tuple[Callable[[Record], Section | None], ...] = (
     controller_section,
     updates_section,
     answers_section,
+    task_section,
     time_section,
     samples_section,
     eval_samples_section,

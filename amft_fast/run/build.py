@@ -22,8 +22,7 @@ from amft_fast.rollout.context import check_prompts, check_setting
 from amft_fast.rollout.encoder import Encoder, load_encoder
 from amft_fast.rollout.transformers import TransformersEngine
 from amft_fast.run.progress import phase, weights_loaded
-from amft_fast.tasks import own
-from amft_fast.tasks.shipped import maker
+from amft_fast.tasks import shipped
 from amft_fast.train import Parts
 
 
@@ -47,7 +46,7 @@ def pick_device(name: str) -> torch.device:
 def make_task(cfg: TaskConfig) -> Task:
     """The task that task.name asks for: a shipped one from its own section, any other from task.options."""
     try:
-        return own.make(cfg.name, cfg.options) if cfg.section is None else maker(cfg.name)(cfg.section)
+        return shipped.make(cfg)
     except ValueError as e:
         raise UserError(f"{f'task {cfg.name}' if cfg.section is None else f'task.{cfg.name}'}: {e}") from None
 

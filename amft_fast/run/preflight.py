@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from amft_fast.config import Config, TaskConfig
+from amft_fast.config import Config
 from amft_fast.errors import UserError
-from amft_fast.tasks import own
-from amft_fast.tasks.shipped import maker
+from amft_fast.tasks import shipped
 
 SECONDS = 5.0
 
@@ -21,18 +20,7 @@ def check(cfg: Config) -> list[str]:
     lines, hub = [], Hub()
     if cfg.model.path:
         lines.append(_model(cfg.model.path, hub))
-    return lines + _task(cfg.task, hub) + hub.lines()
-
-
-def _task(cfg: TaskConfig, hub: Hub) -> list[str]:
-    """What the task's own dry run finds, of its section or of its options."""
-    if cfg.section is not None:
-        made_by, settings, lines = maker(cfg.name), cfg.section, []
-    else:
-        made_by = own.find(cfg.name)
-        settings, lines = own.typed(made_by, cfg.options, cfg.name), [f"task: {cfg.name} is there"]
-    dry_run = getattr(made_by, "dry_run", None)
-    return lines if dry_run is None else [*lines, *dry_run(settings, hub)]
+    return lines + shipped.dry_run(cfg.task, hub) + hub.lines()
 
 
 class Hub:
