@@ -337,6 +337,26 @@ class DataConfig(Section):
         return self
 
 
+class GymConfig(Section):
+    """Generated problems of the package reasoning-gym (task.name reasoning_gym:NAME); see tasks/gym/. Their own parameters
+    are `task.options`."""
+
+    train_size: int = Field(1000, ge=1)
+    """Training problems generated."""
+    val_size: int = Field(128, ge=0)
+    """Validation problems, from seeds of their own."""
+    test_size: int = Field(200, ge=0)
+    """Test problems, from seeds of their own."""
+    seed: int = Field(0, ge=0)
+    """First seed: problem i has seed + i, test before val before train."""
+    system_prompt: str | None = None
+    """System prompt; default: ours, empty: none."""
+    answer_tags: bool = True
+    """Read the answer between <answer> and </answer>; false: the whole response is the answer."""
+    score_seconds: float = Field(10.0, gt=0)
+    """Processor time in which an answer must be judged, else it earns 0."""
+
+
 PLUG_INS = "amft_fast.tasks"  # entry points of other packages that offer tasks
 SHIPPED = ("general_points", "virl", "math", "data")
 
@@ -346,13 +366,14 @@ class TaskConfig(Section):
 
     name: File = "general_points"
     """The task. general_points, virl, math or data, whose settings are in the sub-section of the same name; a class of one's
-    own as FILE.py:CLASS or MODULE:CLASS; or a plug-in's name. docs/tasks.md."""
+    own as FILE.py:CLASS or MODULE:CLASS; reasoning_gym:NAME, with its section `gym`; or a plug-in's name. docs/tasks.md."""
     options: dict[str, Any] = {}
     """Settings of a task that is not shipped (--task.options.key value), typed by its class's `Options` or constructor."""
     general_points: GeneralPointsConfig = GeneralPointsConfig()
     virl: VirlConfig = VirlConfig()
     math: MathConfig = MathConfig()
     data: DataConfig = DataConfig()
+    gym: GymConfig = GymConfig()
 
     @model_validator(mode="after")
     def _check(self) -> TaskConfig:

@@ -36,11 +36,21 @@ def make(cfg: TaskConfig) -> Task:
     """
     if cfg.section is not None:
         return maker(cfg.name)(cfg.section)
+    package, _, name = cfg.name.partition(":")
+    if package == "reasoning_gym":
+        from amft_fast.tasks.gym.task import GymTask
+
+        return GymTask(name, cfg.gym, cfg.options)
     return own.make(cfg.name, cfg.options)
 
 
 def dry_run(cfg: TaskConfig, hub: Hub) -> list[str]:
     """What the task's own dry run finds, of its section or of its options."""
+    package, _, name = cfg.name.partition(":")
+    if package == "reasoning_gym":
+        from amft_fast.tasks.gym import task
+
+        return task.dry_run(name, cfg.gym, cfg.options)
     if cfg.section is not None:
         made_by, settings, lines = maker(cfg.name), cfg.section, []
     else:
