@@ -245,6 +245,23 @@ def is_there(path: str) -> bool:
     return os.path.exists(path) or (glob.has_magic(path) and next(glob.iglob(path, recursive=True), None) is not None)
 
 
+def from_settings(base: str | Path | Config | None, settings: dict[str, Any]) -> Config:
+    """A file's configuration, or `base` itself, with settings laid over it: dotted names, or sections as dicts.
+
+    Raises UserError as `load` does.
+    """
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        values = _merge(values, value)
+    given = base if isinstance(base, Config) else load(base)
+    try:
+        return Config.model_validate(_merge(given.model_dump(exclude_unset=True), values))
+    except ValidationError as e:
+        raise _explain(e, "settings") from None
+
+
 def _resolve_paths(config: Config, folder: Path) -> Config:
     """Settings that are marked as files and are not there from the working directory are looked up in `folder`, the config
     file's."""

@@ -23,7 +23,7 @@ from amft_fast.rollout.encoder import Encoder, load_encoder
 from amft_fast.rollout.transformers import TransformersEngine
 from amft_fast.run.progress import phase, weights_loaded
 from amft_fast.tasks import shipped
-from amft_fast.train import Parts
+from amft_fast.trainer import Parts
 
 
 def pick_device(name: str) -> torch.device:

@@ -126,7 +126,7 @@ class DataTask:
 
     # --------------------------------------------------------------------------------------------------------------- a task
 
-    def prepare(self, *tokenizer: Any) -> list[str]:
+    def prepare(self, *_: Any) -> list[str]:
         """What became of the rows, as lines of text."""
         return [f"task data: {'; '.join(self.said)}"]
 

@@ -88,7 +88,7 @@ class GymTask:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return Pool(cores, self.settings.score_seconds, ("amft_fast.tasks.gym.worker", str(file))).compare
 
-    def prepare(self, *tokenizer: Any) -> list[str]:
+    def prepare(self, *_: Any) -> list[str]:
         """How many problems there are, and how many with a demonstration."""
         counts = (f"{len(items)} {split}" for split, items in self._items.items())
         return [f"problems: {', '.join(counts)}; {len(self.demos('train'))} training ones with a demonstration"]
