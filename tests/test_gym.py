@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_docs_tasks import SHORT_RUN
+from fakes import SHORT_RUN
 
 from amft_fast import cli
 from amft_fast.config import GymConfig

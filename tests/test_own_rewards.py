@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_docs_tasks import SHORT_RUN
+from fakes import SHORT_RUN
 
 from amft_fast import cli, config_file
 from amft_fast.config import DataConfig

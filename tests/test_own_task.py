@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_docs_tasks import PAGE, SHORT_RUN
+from fakes import SHORT_RUN
 
 from amft_fast import cli, config_file
 from amft_fast.config import TaskConfig, VirlConfig
@@ -14,6 +14,8 @@ from amft_fast.doctor.memory import Layout, Machine
 from amft_fast.errors import UserError
 from amft_fast.run.build import make_task
 from amft_fast.tasks import own
+
+PAGE = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text()
 
 TYPED = """
 from pydantic import BaseModel, Field
