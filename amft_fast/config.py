@@ -6,7 +6,9 @@ flags into a `Config`.
 
 from __future__ import annotations
 
+import difflib
 import os
+from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -276,14 +278,124 @@ class MathConfig(Section):
         return self
 
 
+class DataConfig(Section):
+    """Rows of one's own, judged by rewards of one's own; see tasks/data/ and docs/rewards.md."""
+
+    train: list[File] = []
+    """Rows to train on: files (.jsonl, .json, .csv, .parquet, packed or not), globs of them, or datasets of the Hugging Face
+    hub (name, name:config, name@split)."""
+    val: list[File] = []
+    """Rows that mu is learned on; default: `val_share` of those of `train`."""
+    test: list[File] = []
+    """Rows to evaluate on; default: `test_share` of those of `train`."""
+    val_share: float = Field(0.1, ge=0, lt=1)
+    """Share of the training prompts held out for validation (at least two), by a hash of their text."""
+    test_share: float = Field(0.1, ge=0, lt=1)
+    """Share of the training prompts held out for the test (at least one)."""
+    prompt: str = Field("prompt", min_length=1)
+    """Column with the prompt: a text, or a list of messages with role and content."""
+    response: str = Field("response", min_length=1)
+    """Column with the demonstration, where a row has one: a text, or a list with an assistant's message."""
+    system_prompt: str = ""
+    """System prompt of rows that bring none."""
+    rewards: list[File] = []
+    """Rewards: FILE.py:NAME, MODULE:NAME, or math, format, length, regex, json_schema, code. docs/rewards.md."""
+    weights: list[float] | None = None
+    """Weight of each reward in their sum; default: 1 each."""
+    success: str = ""
+    """What counts as solved: a reward's name (it is 1 or more) or a threshold, as in 'short >= 0.5'; `reward` is the weighted
+    sum. Default: the first reward."""
+    reward_timeout_s: float = Field(300.0, gt=0)
+    """A reward that does not return in this time ends the run, with its state saved."""
+    thinking: bool = False
+    """Reward format: look for <think> ... </think> before the answer too."""
+    length: tuple[int, int] = (1, 2000)
+    """Reward length: fewest and most characters that earn 1."""
+    pattern: str = ""
+    """Reward regex: what is searched for, in rows without a column `pattern`."""
+    json_schema: File = ""
+    """Reward json_schema: file with the schema, for rows without a column `schema`."""
+    allow_code: bool = False
+    """Reward code runs what the policy has written, in a subprocess with limits but on this machine: it must be asked for."""
+    code_seconds: float = Field(5.0, gt=0)
+    """Reward code: processor time of one program with its tests."""
+    code_memory_mb: int = Field(512, ge=64)
+    """Reward code: memory of one program."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.weights is not None and len(self.weights) != len(self.rewards):
+            raise ValueError(
+                f"weights must be one for each of the {len(self.rewards)} rewards, got {len(self.weights)}: {self.weights}"
+            )
+        if not 0 <= self.length[0] <= self.length[1]:
+            raise ValueError(f"length must be the fewest and the most characters, got {list(self.length)}")
+        if self.val_share + self.test_share >= 1:
+            raise ValueError(
+                f"val_share + test_share must leave rows for training, got {self.val_share} + {self.test_share}"
+            )
+        return self
+
+
+class GymConfig(Section):
+    """Generated problems of the package reasoning-gym (task.name reasoning_gym:NAME); see tasks/gym/. Their own parameters
+    are `task.options`."""
+
+    train_size: int = Field(1000, ge=1)
+    """Training problems generated."""
+    val_size: int = Field(128, ge=0)
+    """Validation problems, from seeds of their own."""
+    test_size: int = Field(200, ge=0)
+    """Test problems, from seeds of their own."""
+    seed: int = Field(0, ge=0)
+    """First seed: problem i has seed + i, test before val before train."""
+    system_prompt: str | None = None
+    """System prompt; default: ours, empty: none."""
+    answer_tags: bool = True
+    """Read the answer between <answer> and </answer>; false: the whole response is the answer."""
+    score_seconds: float = Field(10.0, gt=0)
+    """Processor time in which an answer must be judged, else it earns 0."""
+
+
+PLUG_INS = "amft_fast.tasks"  # entry points of other packages that offer tasks
+SHIPPED = ("general_points", "virl", "math", "data")
+
+
 class TaskConfig(Section):
     """What is learned."""
 
-    name: Literal["general_points", "virl", "math"] = "general_points"
-    """The task; its own settings are in the sub-section of the same name."""
+    name: File = "general_points"
+    """The task. general_points, virl, math or data, whose settings are in the sub-section of the same name; a class of one's
+    own as FILE.py:CLASS or MODULE:CLASS; reasoning_gym:NAME, with its section `gym`; or a plug-in's name. docs/tasks.md."""
+    options: dict[str, Any] = {}
+    """Settings of a task that is not shipped (--task.options.key value), typed by its class's `Options` or constructor."""
     general_points: GeneralPointsConfig = GeneralPointsConfig()
     virl: VirlConfig = VirlConfig()
     math: MathConfig = MathConfig()
+    data: DataConfig = DataConfig()
+    gym: GymConfig = GymConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> TaskConfig:
+        if self.name in SHIPPED:
+            if self.options:
+                raise ValueError(
+                    f"options are for tasks that are not shipped; the settings of {self.name} are --task.{self.name}.*, got "
+                    f"{', '.join(self.options)}"
+                )
+        elif ":" not in self.name and not entry_points(group=PLUG_INS, name=self.name):
+            known = [*SHIPPED, *(point.name for point in entry_points(group=PLUG_INS))]
+            close = difflib.get_close_matches(self.name, known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"those are {', '.join(known)}"
+            raise ValueError(
+                f"name must be a shipped or installed task, FILE.py:CLASS or MODULE:CLASS, got {self.name!r}; {hint}"
+            )
+        return self
+
+    @property
+    def section(self) -> Section | None:
+        """The settings of the task that is asked for; None for one that is not shipped."""
+        return getattr(self, self.name) if self.name in SHIPPED else None
 
 
 class LoraConfig(Section):

@@ -139,6 +139,7 @@ def parse_flags(flags: list[str]) -> dict[str, Any]:
     from pydantic_settings import CliSettingsSource, SettingsError
 
     known = setting_names(Config)
+    flags, options = _take_options(flags)
     rest, settings = split_flags(flags)
     none = {name[2:]: None for name, _, value in (s.partition("=") for s in settings) if value == "null"}
     given = [s for s in settings if s.partition("=")[0][2:] not in none or s.partition("=")[0][2:] not in known]
@@ -164,7 +165,30 @@ def parse_flags(flags: list[str]) -> dict[str, Any]:
             for part in sections:
                 at = at.setdefault(part, {})
             at[leaf] = None
-    return values
+    return _merge(values, options)
+
+
+OPTION = "--task.options."
+
+
+def _take_options(flags: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The flags without those of `task.options`; and these, nested by their dots, as text: the task's class alone knows their
+    types. One without a value means true."""
+    rest, options = [], {}
+    given = iter(range(len(flags)))
+    for i in given:
+        name, equals, value = flags[i].partition("=")
+        if not name.startswith(OPTION):
+            rest.append(flags[i])
+            continue
+        if not equals:
+            alone = i + 1 == len(flags) or flags[i + 1].startswith("--")
+            value = "true" if alone else flags[next(given)]
+        parts: Any = value
+        for part in reversed(name.removeprefix(OPTION).split(".")):
+            parts = {part: parts}
+        options = _merge(options, parts)
+    return rest, {"task": {"options": options}} if options else {}
 
 
 def _is_bool(flag: str) -> bool:
@@ -221,14 +245,34 @@ def is_there(path: str) -> bool:
     return os.path.exists(path) or (glob.has_magic(path) and next(glob.iglob(path, recursive=True), None) is not None)
 
 
+def from_settings(base: str | Path | Config | None, settings: dict[str, Any]) -> Config:
+    """A file's configuration, or `base` itself, with settings laid over it: dotted names, or sections as dicts.
+
+    Raises UserError as `load` does.
+    """
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        values = _merge(values, value)
+    given = base if isinstance(base, Config) else load(base)
+    try:
+        return Config.model_validate(_merge(given.model_dump(exclude_unset=True), values))
+    except ValidationError as e:
+        raise _explain(e, "settings") from None
+
+
 def _resolve_paths(config: Config, folder: Path) -> Config:
     """Settings that are marked as files and are not there from the working directory are looked up in `folder`, the config
     file's."""
 
     def find(text: str) -> str:
         name, equals, path = text.rpartition("=")
+        path, py, inside = path.partition(".py:")  # FILE.py:NAME
+        path += py.rstrip(":")
         beside = folder / path
-        return name + equals + str(beside) if path and not is_there(path) and is_there(str(beside)) else text
+        found = path and not is_there(path) and is_there(str(beside))
+        return name + equals + str(beside) + (f":{inside}" if py else "") if found else text
 
     def resolved(section: BaseModel) -> BaseModel:
         found: dict[str, Any] = {}

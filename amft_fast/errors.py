@@ -14,6 +14,11 @@ class RolloutFailure(RuntimeError):
     """A rollout engine that could not be brought back. Its text is one sentence; the run saves its state and stops with it."""
 
 
+class RewardFailure(RolloutFailure, UserError):
+    """A reward of the user's that raised, hung or returned what is no reward. A run saves its state and stops with it, as with
+    a rollout engine that is gone; elsewhere it is shown as any mistake."""
+
+
 def shown(value: Any, width: int = 60) -> str:
     """A value for a sentence: its repr, cut to `width` characters, whatever the value is.
 

@@ -229,7 +229,7 @@ class Converses(Protocol):
 
 
 class UpdateEngine(Protocol):
-    """Owns parameters, gradients and the optimizer. The loop in `train.py` does not know which one it has.
+    """Owns parameters, gradients and the optimizer. The loop does not know which one it has.
 
     A step is: `backward` for each micro-batch, then `step`. A probed step runs the SFT micro-batches, `end_sweep("sft")`,
     the RL micro-batches, `end_sweep("rl")`, `probe()`, `step`. A utility gradient is `backward` on the utility's batches

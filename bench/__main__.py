@@ -18,6 +18,7 @@ BENCHMARKS = {
     "weight-sync": ("bench.weight_sync", "new weights into a running vLLM, in place, against a reload from disk"),
     "rollout": ("bench.rollout", "tokens per second of vLLM against transformers"),
     "reward": ("bench.reward", "the maths reward against math-verify, verl's and lm-eval's scorers"),
+    "gym": ("bench.gym", "two steps on each task of reasoning-gym: which run, and which have demonstrations"),
     "machine": ("bench.machine", "what the device does at best: a large product and a copy"),
     "head-pieces": ("bench.head_pieces", "the loss head's products and its row kernel, each by itself"),
     "gpu": ("bench.gpu", "everything that needs a GPU, in under ten minutes, a process each"),

@@ -21,7 +21,7 @@ import torch
 
 from amft_fast import config_file
 from amft_fast.run.build import build
-from amft_fast.train import Trainer
+from amft_fast.trainer import Trainer
 from bench.results import RESULTS, environment, markdown_table, write_json
 
 

@@ -10,6 +10,16 @@ from amft_fast import config_file
 from amft_fast.config import Config
 from amft_fast.interfaces import Completion, Demo, Item, Message, StepResult
 
+# A run of two steps, by task.name or a task of one's own.
+SHORT_RUN = """
+run = { threads = 1 }
+train = { steps = 2, lr = 0.01, prompts_per_step = 2, demos_per_step = 2, method = "fixed" }
+rollout = { num_generations = 4, max_new_tokens = 4 }
+eval = { every = 0, num_samples = 1 }
+log = { tensorboard = false }
+checkpoint = { every = 0, export = false }
+"""
+
 WORDS = ["a", "b", "c", "d", "e", "f", "yes", "no", "again"]
 
 

@@ -5,19 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+from fakes import SHORT_RUN
 
 from amft_fast import config_file
 from amft_fast.run import launch
 
 PAGE = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text()
-SHORT_RUN = """
-run = { threads = 1 }
-train = { steps = 2, lr = 0.01, prompts_per_step = 2, demos_per_step = 2, method = "fixed" }
-rollout = { num_generations = 4, max_new_tokens = 4 }
-eval = { every = 0, num_samples = 1 }
-log = { tensorboard = false }
-checkpoint = { every = 0, export = false }
-"""
 
 
 @pytest.fixture(scope="module")

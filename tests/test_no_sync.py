@@ -30,7 +30,7 @@ STEP = {
             "all_reduce",
         ]
     ],
-    "amft_fast/train.py": ["Trainer.update", "Trainer.sweep"],
+    "amft_fast/trainer.py": ["Trainer.update", "Trainer.sweep"],
     "kernels/gradients.py": ["*"],
     "kernels/matmul.py": ["*"],
     "kernels/policy_terms.py": ["*"],

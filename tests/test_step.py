@@ -15,7 +15,7 @@ from amft_fast.interfaces import Sampling
 from amft_fast.rollout import episodes
 from amft_fast.rollout.encoder import Encoder
 from amft_fast.run.signals import SIGNALS, StopSignal
-from amft_fast.train import Trainer
+from amft_fast.trainer import Trainer
 
 
 def at(step, *flags, tokens=0):

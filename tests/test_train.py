@@ -141,7 +141,7 @@ class Useless:
 )
 def test_mu_follows_what_helps_on_constructed_problems(tmp_path, checkpoint_folder, monkeypatch, rewards, demos, goes):
     """Demonstrations right and rewards useless; the other way round; both useless."""
-    from amft_fast.train import Trainer
+    from amft_fast.trainer import Trainer
 
     task = Useless(rewards, demos)
     draw = Trainer.draw_utility

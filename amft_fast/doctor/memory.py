@@ -98,7 +98,8 @@ class Layout:
     def of(cls, cfg: Config, machine: Machine) -> Layout:
         sharded = cfg.engine.kind == "deepspeed"
         ranks = machine.gpus if sharded else 1
-        turns = getattr(getattr(cfg.task, cfg.task.name, None), "max_turns", 1)
+        own = str(cfg.task.options.get("max_turns", 1))  # of a task that is not shipped, where it calls them so
+        turns = getattr(cfg.task.section, "max_turns", int(own) if own.isdigit() else 1)
         longest = machine.prompt_tokens + machine.image_tokens + turns * cfg.rollout.max_new_tokens
         rollouts = cfg.train.prompts_per_step * cfg.rollout.num_generations
         step = -(-max(rollouts, cfg.train.demos_per_step) // cfg.train.minibatches_per_rollout // ranks)

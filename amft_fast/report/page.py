@@ -27,6 +27,7 @@ from amft_fast.report.plots import (
     answers_section,
     mix_section,
     success_section,
+    task_section,
     time_section,
     updates_section,
 )
@@ -113,7 +114,8 @@ def sentence(record: Record) -> str:
     """The run in one sentence."""
     method = str(record.summary.get("method") or record.setting("train.method", "unknown method"))
     words = METHODS[method].words if method in METHODS else method
-    task = str(record.summary.get("task") or record.setting("task.name", "unknown task")).replace("_", " ").title()
+    task = str(record.summary.get("task") or record.setting("task.name", "unknown task"))
+    task = task if ":" in task else task.replace("_", " ").title()  # FILE.py:CLASS as it is
     steps = f"{record.done} steps" if record.done != 1 else "1 step"
     if record.warmup:
         steps += f" ({record.warmup} of them warm-up)"
@@ -273,6 +275,7 @@ SECTIONS: tuple[Callable[[Record], Section | None], ...] = (
     controller_section,
     updates_section,
     answers_section,
+    task_section,
     time_section,
     samples_section,
     eval_samples_section,

@@ -262,6 +262,14 @@ def answers_section(record: Record) -> Section | None:
     return grid("Answers", draw_all(record, ANSWERS))
 
 
+def task_section(record: Record) -> Section | None:
+    """What the task reports of its own, its rewards among it, each in a chart."""
+    plots = [Plot(name.removeprefix("task/"), ((name, "mean over answers"),)) for name in record.fields("task/")]
+    return grid(
+        "The task's own figures", draw_all(record, plots), "Means over the answers of a step that have the figure."
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------------- time
 
 

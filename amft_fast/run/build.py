@@ -22,8 +22,8 @@ from amft_fast.rollout.context import check_prompts, check_setting
 from amft_fast.rollout.encoder import Encoder, load_encoder
 from amft_fast.rollout.transformers import TransformersEngine
 from amft_fast.run.progress import phase, weights_loaded
-from amft_fast.tasks.shipped import maker
-from amft_fast.train import Parts
+from amft_fast.tasks import shipped
+from amft_fast.trainer import Parts
 
 
 def pick_device(name: str) -> torch.device:
@@ -44,11 +44,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def make_task(cfg: TaskConfig) -> Task:
-    """The task that task.name asks for, from its own section."""
+    """The task that task.name asks for: a shipped one from its own section, any other from task.options."""
     try:
-        return maker(cfg.name)(getattr(cfg, cfg.name))
+        return shipped.make(cfg)
     except ValueError as e:
-        raise UserError(f"task.{cfg.name}: {e}") from None
+        raise UserError(f"{f'task {cfg.name}' if cfg.section is None else f'task.{cfg.name}'}: {e}") from None
 
 
 def build(cfg: Config, should_stop: Callable[[], bool], task: Task | None = None) -> Parts:

@@ -14,7 +14,7 @@ from amft_fast.interfaces import Item, RolloutEngine, Sample, Sampling, Task
 from amft_fast.rollout import episodes
 from amft_fast.rollout.encoder import Encoder
 from amft_fast.run import answers
-from amft_fast.train import Parts, Trainer
+from amft_fast.trainer import Parts, Trainer
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

@@ -16,8 +16,12 @@ def rollout_figures(samples: list[Sample]) -> dict[str, Any]:
         rewards.setdefault(s.group_id, []).append(s.reward)
     n = len(samples)
     read = [s.info["answer"] for s in samples if "answer" in s.info]
-    said = {name for s in samples for name, value in s.info.items() if isinstance(value, float)}
-    of_task = {f"task/{name}": sum(s.info.get(name, 0.0) for s in samples) / n for name in sorted(said)}
+    said: dict[str, list[float]] = {}  # by those that have it: a reward may not apply to every row
+    for s in samples:
+        for name, value in s.info.items():
+            if isinstance(value, float):
+                said.setdefault(name, []).append(value)
+    of_task = {f"task/{name}": sum(values) / len(values) for name, values in sorted(said.items())}
     return {
         "reward": sum(s.reward for s in samples) / n,
         "reward_spread": max(s.reward for s in samples) - min(s.reward for s in samples),

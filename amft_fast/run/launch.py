@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,23 @@ from amft_fast.report.page import write_report
 from amft_fast.rollout.context import check_demos
 from amft_fast.run import checkpoint
 from amft_fast.run.build import build
+from amft_fast.run.evaluate import check_splits
+from amft_fast.run.evaluate import evaluate as evaluate_splits
 from amft_fast.run.export import save_encoder
 from amft_fast.run.folder import check_folder, check_room, take_folder
 from amft_fast.run.lock import locked
 from amft_fast.run.loop import Loop
 from amft_fast.run.signals import StopSignal
 from amft_fast.run.writers import NoFiles, RunFiles, replace_text
-from amft_fast.train import Parts
+from amft_fast.trainer import Parts
 
 
-def train(cfg: Config, resume: bool = False, task: Task | None = None) -> int:
+def train(cfg: Config, resume: bool = False, task: Task | None = None, listeners: Sequence[Any] = ()) -> int:
     """Runs (or goes on with) the training that `cfg` describes; returns the process's exit code.
 
-    `task` takes the place of the one that the config names. 0: done; 129, 130 or 143: stopped by SIGHUP, SIGINT or SIGTERM with
-    the state saved. Signal handlers are as before when this returns. Raises UserError for what the user can mend.
+    `task` takes the place of the one that the config names; `listeners` are told how it goes (run/listeners.py). 0: done; 129,
+    130 or 143: stopped by SIGHUP, SIGINT or SIGTERM with the state saved. Signal handlers are as before when this returns.
+    Raises UserError for what the user can mend.
     """
     folder = Path(cfg.run.dir)
     with StopSignal() as stop, locked(folder) if launched_rank() == 0 else nullcontext():
@@ -50,7 +54,8 @@ def train(cfg: Config, resume: bool = False, task: Task | None = None) -> int:
             if world.main:
                 warn = getattr(parts.task, "warn_of_base", lambda path: None)
                 print(*filter(None, (inert(cfg), warn(cfg.model.path))), sep="\n", end="")
-            code = go(cfg, resume, folder, parts, stop)
+            name = cfg.task.name if task is None or cfg.task.name == "data" else type(task).__name__
+            code = go(cfg, resume, folder, parts, stop, listeners, name)
             world.barrier()
             return code
         except RuntimeError:
@@ -60,7 +65,15 @@ def train(cfg: Config, resume: bool = False, task: Task | None = None) -> int:
             watch.leave()
 
 
-def go(cfg: Config, resume: bool, folder: Path, parts: Parts, stop: StopSignal) -> int:
+def go(
+    cfg: Config,
+    resume: bool,
+    folder: Path,
+    parts: Parts,
+    stop: StopSignal,
+    listeners: Sequence[Any] = (),
+    task_name: str = "",
+) -> int:
     """The run itself, on every rank; returns the exit code."""
     world = parts.engine.world
     say = print if world.main else lambda text: None
@@ -68,7 +81,8 @@ def go(cfg: Config, resume: bool, folder: Path, parts: Parts, stop: StopSignal) 
     if resume and found is None:
         say(f"--resume: no whole checkpoint under {folder / 'checkpoints'}, starting from the beginning")
     total = cfg.train.warmup_steps + cfg.train.steps
-    files = RunFiles(folder, cfg, total) if world.main else NoFiles(folder)
+    files = RunFiles(folder, cfg, total, listeners) if world.main else NoFiles(folder)
+    started = finished = False
     try:
         loop = Loop(cfg, parts, files)
         if found:
@@ -81,6 +95,8 @@ def go(cfg: Config, resume: bool, folder: Path, parts: Parts, stop: StopSignal) 
             check_room(folder, world.size * parts.engine.state_bytes())
         changes = take_folder(cfg, resume) if world.main else []
         files.open(loop.trainer.step)
+        started = True
+        files.tell("on_start", folder, loop.trainer.step)
         if changes:
             files.say(f"resumed with other settings: {', '.join(changes)}")
         if found:
@@ -90,14 +106,17 @@ def go(cfg: Config, resume: bool, folder: Path, parts: Parts, stop: StopSignal) 
         except InterruptedError:
             files.say(f"stopped at step {loop.trainer.step} of {total}; go on with --resume")
             return stop.exit_code
-        finish(cfg, parts, loop, folder)
+        finish(cfg, parts, loop, folder, task_name or cfg.task.name)
+        finished = True
     finally:
+        if started:
+            files.tell("on_end", folder, finished)
         files.close()
         parts.rollout_engine.close()
     return 0
 
 
-def finish(cfg: Config, parts: Parts, loop: Loop, folder: Path) -> None:
+def finish(cfg: Config, parts: Parts, loop: Loop, folder: Path, task_name: str) -> None:
     """The exported model, summary.json, report.html, and the table on the terminal."""
     trainer = loop.trainer
     if cfg.checkpoint.export:
@@ -106,7 +125,7 @@ def finish(cfg: Config, parts: Parts, loop: Loop, folder: Path) -> None:
         return
     summary = {
         "method": cfg.train.method,
-        "task": cfg.task.name,
+        "task": task_name,
         "seed": cfg.run.seed,
         "steps": trainer.step,
         "wall_s": loop.wall,
@@ -133,6 +152,37 @@ def _export(parts: Parts, folder: Path) -> None:
             f"{folder} could not be written: {getattr(e, 'strerror', None) or e}; the last checkpoint is whole: make room, "
             "and --resume writes it from that"
         ) from None
+
+
+def evaluate(
+    cfg: Config, task: Task | None = None, on_split: Callable[[str], None] = lambda split: None
+) -> dict[str, dict[str, float]]:
+    """{split: figures} of `model.path` on the config's task or on `task`, by the settings of `eval`.
+
+    Raises UserError, and InterruptedError with the exit code when it was stopped.
+    """
+    with StopSignal() as stop:
+        parts = build(cfg, stop, task)
+        e = cfg.eval
+        splits = check_splits("eval.splits", e.splits, parts.task)
+        try:
+            return evaluate_splits(
+                parts.rollout_engine,
+                parts.task,
+                parts.encoder,
+                splits,
+                num_samples=e.num_samples,
+                max_prompts=e.max_prompts,
+                max_new_tokens=cfg.rollout.max_new_tokens,
+                seed=cfg.run.seed,
+                temperature=e.temperature,
+                top_p=e.top_p,
+                on_split=on_split,
+            )
+        except InterruptedError:
+            raise InterruptedError(stop.exit_code) from None
+        finally:
+            parts.rollout_engine.close()
 
 
 def results_table(summary: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from amft_fast.run.evaluate import Evaluator
 from amft_fast.run.profiling import StepProfiler, static_bytes
 from amft_fast.run.recorder import Recorder, what_was_bad
 from amft_fast.run.writers import RunFiles
-from amft_fast.train import Parts, Step, Trainer
+from amft_fast.trainer import Parts, Step, Trainer
 
 
 class Loop:
@@ -144,6 +144,7 @@ class Loop:
             if self.world.main:
                 checkpoint.prune(self.files.checkpoints, self.cfg.checkpoint.keep_last, path)
             self.saved_step = self.trainer.step
+        self.files.tell("on_checkpoint", path)
         return path
 
     def load(self, state: dict[str, Any], tensors: Tensors) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from amft_fast.config import Config
 from amft_fast.errors import UserError
-from amft_fast.tasks.shipped import maker
+from amft_fast.tasks import shipped
 
 SECONDS = 5.0
 
@@ -20,10 +20,7 @@ def check(cfg: Config) -> list[str]:
     lines, hub = [], Hub()
     if cfg.model.path:
         lines.append(_model(cfg.model.path, hub))
-    dry_run = getattr(maker(cfg.task.name), "dry_run", None)
-    if dry_run is not None:
-        lines += dry_run(getattr(cfg.task, cfg.task.name), hub)
-    return lines + hub.lines()
+    return lines + shipped.dry_run(cfg.task, hub) + hub.lines()
 
 
 class Hub:

@@ -12,7 +12,7 @@ from amft_fast.run import answers
 from amft_fast.run.alarms import Alarms
 from amft_fast.run.figures import rollout_figures
 from amft_fast.run.writers import RunFiles
-from amft_fast.train import Parts, Step, Trainer
+from amft_fast.trainer import Parts, Step, Trainer
 
 SHOWN = ("mu", "success", "sft_loss", "entropy", "grad_norm")  # beside the progress
 

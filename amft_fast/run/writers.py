@@ -6,13 +6,14 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 from amft_fast.config import Config
 from amft_fast.errors import UserError
+from amft_fast.run.listeners import Listeners, Told
 from amft_fast.run.progress import Phase, Progress, phase
 
 
@@ -177,24 +178,32 @@ class RunFiles:
     tensorboard: Any
     progress: Any
 
-    def __init__(self, folder: Path, cfg: Config, total: int) -> None:
+    def __init__(self, folder: Path, cfg: Config, total: int, listeners: Sequence[Any] = ()) -> None:
         self.folder, self.checkpoints = folder, folder / "checkpoints"
-        self.cfg, self.total = cfg, total
+        self.cfg, self.total, self.listeners = cfg, total, Listeners(listeners)
         self.closing = ExitStack()
 
     def open(self, step: int) -> None:
         """Takes the files up at a step: what was written of later ones is dropped. Raises UserError where that cannot be."""
         make, log = self._closed_at_the_end, self.cfg.log
         self.progress = make(Progress(self.total, step, log.every, log.progress, self.cfg.train.warmup_steps))
-        self.metrics = make(JsonLines(self.folder / "metrics.jsonl", step, self.say))
-        self.evals = make(JsonLines(self.folder / "evals.jsonl", step, self.say))
-        self.samples = make(JsonLines(self.folder / "samples.jsonl", step, self.say))
+        self.metrics = make(self._told("metrics", step, "on_step"))
+        self.evals = make(self._told("evals", step, "on_eval"))
+        self.samples = make(self._told("samples", step, "on_sample"))
         self.eval_samples = make(JsonLines(self.folder / "eval_samples.jsonl", step, self.say))
         self.tensorboard = make(TensorBoard(self.folder / "tb", log.tensorboard, step, self.say))
 
     def _closed_at_the_end(self, part: Any) -> Any:
         self.closing.callback(part.close)
         return part
+
+    def _told(self, name: str, step: int, event: str) -> Told:
+        file = JsonLines(self.folder / f"{name}.jsonl", step, self.say)
+        return Told(file, lambda record: self.listeners.tell(event, plain(record)))
+
+    def tell(self, event: str, *given: Any) -> None:
+        """Passes an event on to callbacks and trackers."""
+        self.listeners.tell(event, *given)
 
     def say(self, text: str) -> None:
         self.progress.say(text)
@@ -218,6 +227,7 @@ class NoFiles(RunFiles):
     def open(self, step: int) -> None: ...
     def sync(self) -> None: ...
     def write(self, *record: Any) -> None: ...
+    def tell(self, event: str, *given: Any) -> None: ...
     def step(self, *progress: Any) -> None: ...
     def evaluated(self, answers: int, seconds: float) -> None: ...
     def phase(self, what: str, total: float | None = None, unit: str = "") -> AbstractContextManager[Phase]:

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +106,13 @@ def _run_all(path: str, jobs: list[Job], cores: int, flags: list[str]) -> list[J
     """Runs the jobs, `cores` at a time on one thread each; a stop ends the children, who save. Returns those that failed."""
     waiting, running, failed, begin = list(jobs), [], [], time.monotonic()
     done = 0
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT is ignored in a shell's background unless it is asked for
-        signal.signal(number, _stop)
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
+        for number in (
+            signal.SIGINT,
+            signal.SIGTERM,
+        ):  # SIGINT is ignored in a shell's background unless it is asked for
+            before[number] = signal.signal(number, _stop)
     try:
         while waiting or running:
             while waiting and len(running) < cores:
@@ -128,6 +134,8 @@ def _run_all(path: str, jobs: list[Job], cores: int, flags: list[str]) -> list[J
             job.process.terminate()
         for job in running:
             job.process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return failed
 
 

@@ -26,15 +26,19 @@ PATIENCE = 4.0
 class _Worker:
     """One process; `job` is the index it works on, `deadline` when it must have answered."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: Sequence[str]) -> None:
         root = str(Path(__file__).resolve().parents[3])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "amft_fast.tasks.math.worker"],
+            [sys.executable, "-m", *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(paths),
+                "PYTHONHASHSEED": "0",
+            },  # verdicts hang on no set's order
         )
         self.ready, self.job, self.deadline = False, None, time.monotonic() + START_SECONDS
 
@@ -52,7 +56,8 @@ class _Worker:
 
 
 class Pool:
-    """Compares pairs (answer, gold) on `workers` processes, started at first use and kept.
+    """Compares pairs (answer, gold) on `workers` processes, started at first use and kept. `command` is their module, with its
+    arguments: one that calls `worker.serve`. A verdict is what it says, a truth or a number.
 
     `seconds` bounds the processor time of each pair, and PATIENCE times that its time on the clock: past it the pair is False,
     if need be with its worker's end. A worker that dies by itself is replaced and its pair tried once more. Verdicts are
@@ -61,10 +66,12 @@ class Pool:
     Any thread may compare, one at a time. A process that is forked off gets workers of its own.
     """
 
-    def __init__(self, workers: int, seconds: float = 4.0) -> None:
+    def __init__(
+        self, workers: int, seconds: float = 4.0, command: Sequence[str] = ("amft_fast.tasks.math.worker",)
+    ) -> None:
         if workers < 1 or seconds <= 0:
             raise ValueError(f"need workers >= 1 and seconds > 0, got {workers} and {seconds}")
-        self.size, self.seconds = workers, seconds
+        self.size, self.seconds, self.command = workers, seconds, command
         self.killed = 0
         """Workers killed for taking too long."""
         self._workers: list[_Worker] = []
@@ -101,7 +108,7 @@ class Pool:
         deaths = 0
         while open_jobs:
             while len(self._workers) < min(self.size, open_jobs):
-                self._workers.append(_Worker())
+                self._workers.append(_Worker(self.command))
             for worker in list(self._workers):
                 if worker.ready and worker.job is None and waiting:
                     job = waiting.popleft()
@@ -118,7 +125,7 @@ class Pool:
                     continue
                 if not late and line:
                     worker.job = None
-                    out[job] = line.strip() == b"true"
+                    out[job] = json.loads(line)
                     open_jobs -= 1
                     continue
                 self._workers.remove(worker)
@@ -127,7 +134,7 @@ class Pool:
                 deaths += not worker.ready
                 if deaths > 3:
                     raise RuntimeError(
-                        "the workers that compare answers die at their start; run `python -m amft_fast.tasks.math.worker`"
+                        f"the workers that compare answers die at their start; run `python -m {' '.join(self.command)}`"
                     )
                 if job is None:
                     continue

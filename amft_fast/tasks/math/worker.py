@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 MEMORY = 4 << 30
 
@@ -36,30 +37,36 @@ def _time_up(number: int, frame: object) -> None:
     raise _TimeUp
 
 
-def main() -> None:
+def serve(load: Callable[[], Callable[[str, str], bool | float]]) -> None:
+    """Answers until its input ends. `load` makes what judges (answer, gold); it may take its time."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     signal.signal(signal.SIGPROF, _time_up)
     # Whatever a library prints must not get between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     _limit("RLIMIT_AS", MEMORY)
-    from amft_fast.tasks.math.compare import same
-
-    same("x+1", "1+x")  # what is loaded at first use is not on the first item's time
+    judge = load()
     answers.write("ready\n")
     for line in sys.stdin:
         answer, gold, seconds = json.loads(line)
         _limit("RLIMIT_CPU", int(time.process_time() + seconds) + 1)
-        verdict = False
+        verdict: bool | float = False
         try:
             signal.setitimer(signal.ITIMER_PROF, seconds)
-            verdict = bool(same(answer, gold))
+            verdict = judge(answer, gold)
         except (_TimeUp, Exception):
             verdict = False
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
-        answers.write("true\n" if verdict else "false\n")
+        answers.write(json.dumps(verdict) + "\n")
+
+
+def _load() -> Callable[[str, str], bool]:
+    from amft_fast.tasks.math.compare import same
+
+    same("x+1", "1+x")  # what is loaded at first use is not on the first item's time
+    return lambda answer, gold: bool(same(answer, gold))
 
 
 if __name__ == "__main__":
-    main()
+    serve(_load)
