@@ -38,7 +38,8 @@ def test_a_checkout_that_was_not_installed_finds_its_kernels(tmp_path):
     for name in ("amft_fast", "kernels"):
         shutil.copytree(ROOT / name, site / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     code = (
-        "import sys; sys.path[:] = [p for p in sys.path if p.endswith('site-packages') or not ('amft' in p or p.startswith(sys.argv[1]))]\n"
+        "import sys; here = lambda p: 'amft' in p or p.startswith(sys.argv[1])\n"
+        "sys.path[:] = [p for p in sys.path if p.endswith('site-packages') or not here(p)]\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
         "sys.path.insert(0, sys.argv[2])\n"
         "import amft_fast.ops; print(amft_fast.ops.linear_policy_loss.__code__.co_filename)"
