@@ -248,7 +248,7 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
     if args.out and not Path(args.out).absolute().parent.is_dir():
         raise UserError(f"--out: no folder {str(Path(args.out).parent)!r} to write to")
     from amft_fast.run.build import build
-    from amft_fast.run.evaluate import check_splits, count_answers, evaluate
+    from amft_fast.run.evaluate import check_splits, count_answers, evaluate, of_config
     from amft_fast.run.progress import phase
     from amft_fast.run.signals import StopSignal
     from amft_fast.run.writers import replace_text
@@ -268,12 +268,7 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
                         parts.task,
                         parts.encoder,
                         [split],
-                        num_samples=e.num_samples,
-                        max_prompts=e.max_prompts,
-                        max_new_tokens=cfg.rollout.max_new_tokens,
-                        seed=cfg.run.seed,
-                        temperature=e.temperature,
-                        top_p=e.top_p,
+                        **of_config(cfg),
                         on_split=lambda split: _to_stderr(f"evaluating {split} ..."),
                         on_answer=progress.advance,
                     )

@@ -102,6 +102,12 @@ class Section(BaseModel):
         return value
 
 
+def check_shares(section: Any, what: str) -> None:
+    """Raises ValueError when validation and test together leave nothing to train on."""
+    if section.val_share + section.test_share >= 1:
+        raise ValueError(f"val_share + test_share must leave {what}, got {section.val_share} + {section.test_share}")
+
+
 class RunConfig(Section):
     """Where a run lives and what makes it repeatable."""
 
@@ -171,10 +177,7 @@ class GeneralPointsConfig(Section):
             raise ValueError(
                 f"card_size must be width and height, at least 8 x 16 pixels and at most 4096, got {list(self.card_size)}"
             )
-        if self.val_share + self.test_share >= 1:
-            raise ValueError(
-                f"val_share + test_share must leave hands for training, got {self.val_share} + {self.test_share}"
-            )
+        check_shares(self, "hands for training")
         return self
 
 
@@ -225,10 +228,7 @@ class VirlConfig(Section):
             raise ValueError(f"legs must be the fewest and the most, from 1 to 20, got {list(self.legs)}")
         if self.ood_data and not self.data:
             raise ValueError("ood_data needs data: both sources are files, or neither is")
-        if self.val_share + self.test_share >= 1:
-            raise ValueError(
-                f"val_share + test_share must leave routes to train on, got {self.val_share} + {self.test_share}"
-            )
+        check_shares(self, "routes to train on")
         return self
 
 
@@ -271,10 +271,7 @@ class MathConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> MathConfig:
-        if self.val_share + self.test_share >= 1:
-            raise ValueError(
-                f"val_share + test_share must leave problems for training, got {self.val_share} + {self.test_share}"
-            )
+        check_shares(self, "problems for training")
         return self
 
 
@@ -330,10 +327,7 @@ class DataConfig(Section):
             )
         if not 0 <= self.length[0] <= self.length[1]:
             raise ValueError(f"length must be the fewest and the most characters, got {list(self.length)}")
-        if self.val_share + self.test_share >= 1:
-            raise ValueError(
-                f"val_share + test_share must leave rows for training, got {self.val_share} + {self.test_share}"
-            )
+        check_shares(self, "rows for training")
         return self
 
 
@@ -683,7 +677,7 @@ class RolloutConfig(Section):
     """Sampling temperature; the loss uses the same."""
     top_p: float = 1.0
     """Must stay 1: the trainer cannot reproduce a truncated distribution (evaluation may truncate, see eval.top_p)."""
-    top_k: int = 0
+    top_k: int = Field(0)
     """Must stay 0, as top_p must stay 1."""
     min_p: float = 0.0
     """Must stay 0, as top_p must stay 1."""
@@ -801,20 +795,20 @@ class CheckpointConfig(Section):
 class Config(Section):
     """The whole configuration of a run."""
 
-    run: RunConfig = RunConfig()
-    task: TaskConfig = TaskConfig()
-    model: ModelConfig = ModelConfig()
-    train: TrainConfig = TrainConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    advantage: AdvantageConfig = AdvantageConfig()
-    controller: ControllerConfig = ControllerConfig()
-    meta: MetaConfig = MetaConfig()
-    rollout: RolloutConfig = RolloutConfig()
-    engine: EngineConfig = EngineConfig()
-    eval: EvalConfig = EvalConfig()
-    log: LogConfig = LogConfig()
-    profile: ProfileConfig = ProfileConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    run: RunConfig = Field(default_factory=RunConfig)
+    task: TaskConfig = Field(default_factory=TaskConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)
+    controller: ControllerConfig = Field(default_factory=ControllerConfig)
+    meta: MetaConfig = Field(default_factory=MetaConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+    profile: ProfileConfig = Field(default_factory=ProfileConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -39,13 +39,10 @@ def test_every_row_sees_its_own_keys(group, size, dtype):
 def test_the_engine_draws_the_same_with_the_kernel(monkeypatch):
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **dict.fromkeys(("hidden_size", "intermediate_size"), 32),
+        **dict(zip(("num_attention_heads", "num_key_value_heads", "num_hidden_layers"), (4, 2, 2))),
         head_dim=8,
+        vocab_size=40,
         max_position_embeddings=64,
     )
     model = AutoModelForCausalLM.from_config(config).eval()

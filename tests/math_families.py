@@ -241,13 +241,8 @@ def magnitude(rng):
 
 def radical(rng):
     k, r = rng.randint(2, 30), rng.choice([2, 3, 5, 6, 7, 10, 11, 13, 14, 15])
-    right = [
-        f"{k}\\sqrt {{{r}}}",
-        f"\\sqrt{{{k * k * r}}}",
-        f"{k}√{r}",
-        f"{k}\\cdot\\sqrt{{{r}}}",
-        f"\\frac{{{k * r}}}{{\\sqrt{{{r}}}}}",
-    ]
+    right = [f"{k}\\sqrt {{{r}}}", f"\\sqrt{{{k * k * r}}}", f"{k}√{r}", f"{k}\\cdot\\sqrt{{{r}}}"]
+    right += [f"\\frac{{{k * r}}}{{\\sqrt{{{r}}}}}"]
     right += [f"{k}*sqrt({r})", f"{r}^{{1/2}}\\cdot {k}", f"{(k * k * r) ** 0.5:.9f}"]
     wrong = [
         f"{k}",
@@ -264,12 +259,8 @@ def radical(rng):
 def with_pi(rng):
     a, b = rng.randint(1, 40), rng.randint(2, 12)
     right = [f"{a}\\pi/{b}", f"\\frac{{{a}}}{{{b}}}\\pi", f"{a}π/{b}", f"{a}*pi/{b}", f"\\pi\\cdot\\frac{{{a}}}{{{b}}}"]
-    wrong = [
-        f"\\frac{{{a}}}{{{b}}}",
-        f"\\frac{{{a}\\pi}}{{{b + 1}}}",
-        f"\\frac{{{a}\\pi^2}}{{{b}}}",
-        f"\\frac{{{22 * a}}}{{{7 * b}}}",
-    ]
+    wrong = [f"\\frac{{{a}}}{{{b}}}", f"\\frac{{{a}\\pi}}{{{b + 1}}}", f"\\frac{{{a}\\pi^2}}{{{b}}}"]
+    wrong += [f"\\frac{{{22 * a}}}{{{7 * b}}}"]
     wrong += [f"{a * 3.14 / b:.2f}", f"{180 * a}/{b}"]
     return f"\\frac{{{a}\\pi}}{{{b}}}", right, wrong
 
@@ -295,13 +286,8 @@ def polynomial(rng):
         f"{gold}=0",
         f"{gold}+0.0000001",
     ]
-    wrong += [
-        f"{a}x^{{20}}+{b}x+{c}",
-        f"{a}|x|^2+{b}|x|+{c}",
-        f"{a}X^2+{b}X+{c}",
-        f"y^2={gold}",
-        f"{gold}\\text{{ if }}x>0",
-    ]
+    wrong += [f"{a}x^{{20}}+{b}x+{c}", f"{a}|x|^2+{b}|x|+{c}", f"{a}X^2+{b}X+{c}"]
+    wrong += [f"y^2={gold}", f"{gold}\\text{{ if }}x>0"]
     return gold, right, wrong
 
 

@@ -32,26 +32,26 @@ def test_flags_lie_over_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("said", "flags"),
     [
-        (["--train.metod", "sft"], "did you mean train.method"),
-        (["--trian.method", "sft"], "did you mean train.method"),
-        (["--mu_init", "0.3"], "did you mean controller.mu_init"),
-        (["--train.method", "ppo"], "'ppo'"),
-        (["--train.lr"], "train.lr"),
-        (["--train.lr", "fast"], "'fast'"),
-        (["--objective.clip_low", "-0.1"], "clip_low"),
-        (["--objective.clip_high", "0"], "clip_high"),
-        (["--rollout.top_p", "0.9"], "top_p"),
-        (["--controller.mu_min", "0.9", "--controller.mu_max", "0.1"], "mu_min must be below mu_max"),
-        (["--train.method", "amft", "--controller.mu_init", "0.99"], "mu_init must lie in"),
-        (["--train.minibatches_per_rollout", "5"], "prompts_per_step must be divisible"),
-        (["--rollout.num_generations", "1"], "num_generations must be at least 2"),
-        (["--task.general_points.val_share", "0.6", "--task.general_points.test_share", "0.5"], "val_share"),
-        (["stray"], "stray"),
+        ("did you mean train.method", ["--train.metod", "sft"]),
+        ("did you mean train.method", ["--trian.method", "sft"]),
+        ("did you mean controller.mu_init", ["--mu_init", "0.3"]),
+        ("'ppo'", ["--train.method", "ppo"]),
+        ("train.lr", ["--train.lr"]),
+        ("'fast'", ["--train.lr", "fast"]),
+        ("clip_low", ["--objective.clip_low", "-0.1"]),
+        ("clip_high", ["--objective.clip_high", "0"]),
+        ("top_p", ["--rollout.top_p", "0.9"]),
+        ("mu_min must be below mu_max", ["--controller.mu_min", "0.9", "--controller.mu_max", "0.1"]),
+        ("mu_init must lie in", ["--train.method", "amft", "--controller.mu_init", "0.99"]),
+        ("prompts_per_step must be divisible", ["--train.minibatches_per_rollout", "5"]),
+        ("num_generations must be at least 2", ["--rollout.num_generations", "1"]),
+        ("val_share", ["--task.general_points.val_share", "0.6", "--task.general_points.test_share", "0.5"]),
+        ("stray", ["stray"]),
     ],
 )
-def test_mistakes_are_one_sentence_that_names_the_setting(flags, said):
+def test_mistakes_are_one_sentence_that_names_the_setting(said, flags):
     with pytest.raises(UserError) as e:
         config_file.load(None, flags)
     assert said in str(e.value) and "\n" not in str(e.value).strip()
@@ -75,35 +75,40 @@ def test_broken_toml_names_its_line(tmp_path):
         config_file.load(tmp_path / "missing.toml")
 
 
+NUMBERS = {
+    "--train.lr nan": "train.lr: input should be a finite number, got 'nan'",
+    "--train.lr inf": "train.lr",
+    "--train.lr 1e400": "train.lr",
+    "--train.lr 1e300": "train.lr: must fit into fp32",
+    "--train.adam_betas [0.9, 1e400]": "train.adam_betas",
+    "--objective.dual_clip nan": "objective.dual_clip",
+    "--run.threads 1000000": "run.threads",
+    "--rollout.temperature 1e-300": "rollout.temperature",
+    "--eval.temperature 1e30": "eval.temperature",
+    "--rollout.vllm.start_timeout_s 1e30": "rollout.vllm.start_timeout_s",
+    "--task.virl.legs [3, 1000000]": "legs must be the fewest and the most",
+    "--task.general_points.card_size [0, 100000]": "card_size must be width and height",
+    "--model.path ~no_such_user_here/x": "model.path: names a home that is not here: '~no_such_user_here'",
+    "--train.adam_betas 0.9": "train.adam_betas",
+    "--train.adam_betas 1_0": "lists are given as JSON",
+}
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--train.lr", "nan"], "train.lr: input should be a finite number, got 'nan'"),
-        (["--train.lr", "inf"], "train.lr"),
-        (["--train.lr", "1e400"], "train.lr"),
-        (["--train.lr", "1e300"], "train.lr: must fit into fp32"),
-        (["--train.adam_betas", "[0.9, 1e400]"], "train.adam_betas"),
-        (["--objective.dual_clip", "nan"], "objective.dual_clip"),
+        *((flag.split(" ", 1), said) for flag, said in NUMBERS.items()),
         (["--run.seed", str(2**63)], "run.seed: input should be less than or equal to 9223372036854775807"),
-        (["--run.threads", "1000000"], "run.threads"),
         (["--rollout.max_new_tokens", str(10**12)], "rollout.max_new_tokens"),
-        (["--rollout.temperature", "1e-300"], "rollout.temperature"),
-        (["--eval.temperature", "1e30"], "eval.temperature"),
         (["--model.lora.rank", str(10**9)], "model.lora.rank"),
         (["--train.max_bad_steps", str(10**30)], "train.max_bad_steps: must fit into 64 bits"),
-        (["--rollout.vllm.start_timeout_s", "1e30"], "rollout.vllm.start_timeout_s"),
-        (["--task.virl.legs", "[3, 1000000]"], "legs must be the fewest and the most"),
-        (["--task.general_points.card_size", "[0, 100000]"], "card_size must be width and height"),
         (["--run.dir", "a\0b"], "run.dir: holds a NUL"),
         (["--run.dir", "\udcff"], "run.dir: is not valid Unicode"),
         (["--run.dir", ""], "run.dir"),
         (["--run.dir", "x/" * 2500], "run.dir: is too long for a path"),
-        (["--model.path", "x" * 300], "model.path: is too long"),
-        (["--model.path", "~no_such_user_here/x"], "model.path: names a home that is not here: '~no_such_user_here'"),
         (["--task.math.benchmarks", '["x=~no_such_user_here/y"]'], "task.math.benchmarks: names a home"),
         (["--task.math.columns", '{"a": "b\\u0000"}'], "task.math.columns: holds a NUL"),
-        (["--train.adam_betas", "0.9"], "train.adam_betas"),
-        (["--train.adam_betas", "1_0"], "lists are given as JSON"),
+        (["--model.path", "x" * 300], "model.path: is too long"),
         (["--eval.splits", "[" * 5000], "eval.splits"),
         (["--train.metod" + "x" * 5000, "3"], "unknown flag"),
         (["--train.method", "x" * 10**6], "train.method"),

@@ -157,16 +157,8 @@ def learned_positions(folder, positions):
 
 
 SMALL = ["--train.steps", "1", "--train.warmup_steps", "1", "--train.method", "fixed", "--checkpoint.export", "false"]
-SMALL += [
-    "--rollout.dynamic_sampling",
-    "false",
-    "--eval.num_samples",
-    "1",
-    "--eval.every",
-    "0",
-    "--eval.splits",
-    '["sample"]',
-]
+SMALL += ["--rollout.dynamic_sampling", "false", "--eval.num_samples", "1"]
+SMALL += ["--eval.every", "0", "--eval.splits", '["sample"]']
 SMALL += ["--train.prompts_per_step", "4", "--train.demos_per_step", "4", "--eval.max_prompts", "4"]
 
 

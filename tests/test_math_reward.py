@@ -1,21 +1,26 @@
 """The reward: forms that agree, forms that do not, where the answer stands, hostile answers, time limits, killed workers."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from math_forms import AGREE, BOMBS, DIFFER, FOUND, HOSTILE, NOT_FOUND
-from math_variations import RIGHT, WRONG
 from operations import lines_run
 
 from amft_fast.tasks.math.answer import MAX_RESPONSE, extract
 from amft_fast.tasks.math.pool import Pool, _Worker
 from amft_fast.tasks.math.task import choice_reward, format_reward, reward, rewards
+
+# Variations of what people reported of other verifiers: gold, response, and whether that is right.
+ROWS = [json.loads(line) for line in (Path(__file__).parent / "math_variations.jsonl").read_text().splitlines()]
+RIGHT, WRONG = ([(row["gold"], row["response"]) for row in ROWS if row["right"] == right] for right in (1, 0))
 
 
 @pytest.fixture(scope="module")

@@ -460,17 +460,18 @@ def test_no_change_is_offered_where_none_helps(monkeypatch):
 
 def test_bad_flags(capsys):
     config = str(ROOT / "configs" / "demo.toml")
-    for flags, words in (
-        (["--gpus", "0"], "--gpus must be at least 1, got 0"),
-        (["--mfu", "-1"], "--mfu must be at least 0.001"),
-        (["--mfu", "1.5"], "--mfu must be at most 1, got 1.5"),
-        (["--image-tokens", "-1"], "--image-tokens must be at least 0"),
-        (["--gpu-memory", "nan"], "--gpu-memory must be at least 0.001, got nan"),
-        (["--gpu-memory", "inf"], "--gpu-memory must be at most"),
-        (["--peak-tflops", "nan"], "--peak-tflops must be at least"),
-        (["--model.path", "nobody/nothing"], "is not known here"),
-        (["--engine.zero_stag", "1"], "did you mean engine.zero_stage"),
-    ):
+    mistakes = {
+        "--gpus 0": "--gpus must be at least 1, got 0",
+        "--mfu -1": "--mfu must be at least 0.001",
+        "--mfu 1.5": "--mfu must be at most 1, got 1.5",
+        "--image-tokens -1": "--image-tokens must be at least 0",
+        "--gpu-memory nan": "--gpu-memory must be at least 0.001, got nan",
+        "--gpu-memory inf": "--gpu-memory must be at most",
+        "--peak-tflops nan": "--peak-tflops must be at least",
+        "--model.path nobody/nothing": "is not known here",
+        "--engine.zero_stag 1": "did you mean engine.zero_stage",
+    }
+    for flags, words in mistakes.items():
         assert main(["doctor", "--plan", config, *flags]) == 2
         assert words in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -33,8 +33,8 @@ CONTROLLER = (
         "Cache, success",
         (("controller/success", "success"),),
         "Of the cached validation rollouts: where all fail (or none), the reward has nothing to say about μ.",
-        percent=True,
         include=(0.0,),
+        percent=True,
     ),
     Plot(
         "Cache, groups",

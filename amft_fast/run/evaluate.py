@@ -88,6 +88,13 @@ def evaluate(
     return out
 
 
+def of_config(cfg: Config) -> dict[str, Any]:
+    """What a config says of an evaluation of whole splits, as `evaluate` takes it."""
+    e = cfg.eval
+    drawn = {"num_samples": e.num_samples, "temperature": e.temperature, "top_p": e.top_p, "max_prompts": e.max_prompts}
+    return {**drawn, "max_new_tokens": cfg.rollout.max_new_tokens, "seed": cfg.run.seed}
+
+
 class Evaluator:
     """Evaluations of a run: when they are due, what they cover, and what came of them."""
 

@@ -21,7 +21,7 @@ from amft_fast.report.page import write_report
 from amft_fast.rollout.context import check_demos
 from amft_fast.run import checkpoint
 from amft_fast.run.build import build
-from amft_fast.run.evaluate import check_splits
+from amft_fast.run.evaluate import check_splits, of_config
 from amft_fast.run.evaluate import evaluate as evaluate_splits
 from amft_fast.run.export import save_encoder
 from amft_fast.run.folder import check_folder, check_room, take_folder
@@ -171,12 +171,7 @@ def evaluate(
                 parts.task,
                 parts.encoder,
                 splits,
-                num_samples=e.num_samples,
-                max_prompts=e.max_prompts,
-                max_new_tokens=cfg.rollout.max_new_tokens,
-                seed=cfg.run.seed,
-                temperature=e.temperature,
-                top_p=e.top_p,
+                **of_config(cfg),
                 on_split=on_split,
             )
         except InterruptedError:

@@ -42,6 +42,7 @@ class Settings:
     temperature: float = 0.6
     top_p: float = 1.0
     max_new_tokens: int = 8192
+    """Of an answer."""
     seed: int = 0
     samples: int | None = None
     limit: int | None = None

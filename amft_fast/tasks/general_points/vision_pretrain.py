@@ -62,9 +62,11 @@ class Recipe(tiny_base.Training):
     num_cards: int = 3
     targets: tuple[int, int] = (1, 40)
     align_steps: int = 60
+    """In which the tower alone learns to say the cards."""
     steps: int = 150
     pictures: int = 20
     targets_each: int = 3
+    """Of a picture."""
     warmup_steps: int = 20
     vision_size: int = 48
     vision_layers: int = 1

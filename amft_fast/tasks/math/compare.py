@@ -8,7 +8,7 @@ nothing but mathematical expressions, so that words, dates and labels are the sa
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -170,11 +170,11 @@ class _Judge(Values):
             return False
         return self.matched(golds, answers)
 
-    def matched(self, golds: list[Any], answers: list[Any]) -> bool:
+    def matched(self, golds: list[Any], answers: list[Any], same: Callable[[Any, Any], bool] | None = None) -> bool:
         """Whether the parts are the same in some order. Sameness is transitive enough to be greedy."""
-        left = list(answers)
+        left, same = list(answers), same or self.value
         for gold in golds:
-            found = next((i for i, a in enumerate(left) if self.value(gold, a)), None)
+            found = next((i for i, a in enumerate(left) if same(gold, a)), None)
             if found is None:
                 return False
             del left[found]
@@ -274,15 +274,7 @@ class _Judge(Values):
         if gold.name and answer.name and gold.name != answer.name:
             return False
         one, two = self.merged(gold.pieces), self.merged(answer.pieces)
-        if len(one) != len(two):
-            return False
-        left = list(two)
-        for piece in one:
-            found = next((i for i, other in enumerate(left) if self.pieces(piece, other)), None)
-            if found is None:
-                return False
-            del left[found]
-        return True
+        return len(one) == len(two) and self.matched(one, two, self.pieces)
 
     def pieces(self, g: Piece, a: Piece) -> bool:
         if (g.low_closed, g.high_closed) != (a.low_closed, a.high_closed):

@@ -27,17 +27,11 @@ Needed = Literal["gold", "something to learn", "nothing"]
 EXAMPLES = 5
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One problem of a split. `id` hangs on its text alone, `place` is where it was read; the rest is as in `layouts.Row`."""
+@dataclass(frozen=True, kw_only=True)
+class Problem(Row):
+    """One problem of a split: a row with an `id` that hangs on its text alone, and the `place` where it was read."""
 
     id: str
-    problem: str
-    answer: str | None
-    response: str | None = None
-    system: str | None = None
-    choices: bool = False
-    history: tuple[tuple[str, str], ...] = ()
     place: str = field(default="", compare=False)
 
 
@@ -51,7 +45,7 @@ class Limits:
 
     problem: int = 1024
     response: int = 8192
-    count: CountTokens = lambda texts: [len(t) // 3 for t in texts]
+    count: CountTokens = field(default=lambda texts: [len(t) // 3 for t in texts])
     context: int | None = None
     scaffold: int = 0
     answer: int = 0
@@ -67,11 +61,11 @@ class Tally:
 
     name: str
     rows: int = 0
+    counts: Counter = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
     kept: int = 0
     demos: int = 0
     no_gold: int = 0
-    counts: Counter = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def add(self, kind: str, place: str, why: str = "") -> None:

@@ -12,14 +12,14 @@ from fractions import Fraction
 from hashlib import blake2b
 from typing import Any
 
-from amft_fast.tasks.math.exact import MAX_STEPS, NoValue, TooBig, check_range, exact
+from amft_fast.tasks.math.exact import MAX_STEPS, Arithmetic, NoValue, TooBig, check_range, exact
 from amft_fast.tasks.math.tree import Node, has_i, symbols
 
 MAX_SPREAD = 1000
 """Powers of ten that the intermediates of an inexact evaluation may be apart, and still be told apart."""
 
 
-class _Float:
+class _Float(Arithmetic):
     """Values as mpmath numbers of the context `mp`. `spread`: the largest power of ten met, up or down."""
 
     def __init__(self, mp: Any) -> None:
@@ -81,20 +81,6 @@ class _Float:
         """An unknown function: one and the same number for the same argument."""
         words = [name, *(self.mp.nstr(v, 25) for v in values)]
         return self.mp.mpf(int(blake2b("|".join(words).encode(), digest_size=6).hexdigest(), 16)) / 2**40 + 1
-
-    def _neg(self, a):
-        return -a
-
-    def _add(self, a, b):
-        return a + b
-
-    def _mul(self, a, b):
-        return a * b
-
-    def _div(self, a, b):
-        if b == 0:
-            raise NoValue
-        return a / b
 
     def _pow(self, a, b):
         mp = self.mp

@@ -34,7 +34,25 @@ def _bits(value: Fraction) -> int:
     return value.numerator.bit_length() + value.denominator.bit_length()
 
 
-class _Exact:
+class Arithmetic:
+    """What numbers of any kind do alike."""
+
+    def _neg(self, a):
+        return -a
+
+    def _add(self, a, b):
+        return a + b
+
+    def _mul(self, a, b):
+        return a * b
+
+    def _div(self, a, b):
+        if b == 0:
+            raise NoValue
+        return a / b
+
+
+class _Exact(Arithmetic):
     """Values as fractions; None where a value is not rational (or not seen to be)."""
 
     def __init__(self) -> None:
@@ -91,20 +109,6 @@ class _Exact:
         if name in ("gcd", "lcm") and all(v.denominator == 1 for v in values):
             return Fraction(getattr(math, name)(*map(int, values)))
         return None
-
-    def _neg(self, a):
-        return -a
-
-    def _add(self, a, b):
-        return a + b
-
-    def _mul(self, a, b):
-        return a * b
-
-    def _div(self, a, b):
-        if b == 0:
-            raise NoValue
-        return a / b
 
     def _pow(self, a, b):
         if b.denominator != 1:

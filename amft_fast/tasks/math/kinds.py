@@ -12,8 +12,10 @@ from amft_fast.tasks.math.latex import Unreadable
 from amft_fast.tasks.math.tree import INFINITY, MINUS_INFINITY, Node
 from amft_fast.tasks.math.units import Unit
 
+kind = dataclass(frozen=True)
 
-@dataclass(frozen=True)
+
+@kind
 class Decimal:
     """How a decimal was written: the power of ten of its last digit, and its significant digits but for zeros at the end."""
 
@@ -21,7 +23,7 @@ class Decimal:
     digits: int
 
 
-@dataclass(frozen=True)
+@kind
 class Amount:
     """A value with its unit, or none. `decimal` when it is written as one; `loose` when the unit may be none."""
 
@@ -31,14 +33,14 @@ class Amount:
     loose: bool = False
 
 
-@dataclass(frozen=True)
+@kind
 class Sum:
     """One amount in several units: 2 hours 30 minutes."""
 
     parts: tuple[Amount, ...]
 
 
-@dataclass(frozen=True)
+@kind
 class Named:
     """`name = value`."""
 
@@ -48,7 +50,7 @@ class Named:
     """The name as a variable, when it can stand in an equation."""
 
 
-@dataclass(frozen=True)
+@kind
 class Items:
     """A list (or a set, in braces)."""
 
@@ -56,7 +58,7 @@ class Items:
     braces: bool = False
 
 
-@dataclass(frozen=True)
+@kind
 class Bracket:
     """A tuple or an interval, with its brackets."""
 
@@ -65,7 +67,7 @@ class Bracket:
     items: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
+@kind
 class Piece:
     """An interval; a point when both ends are the same."""
 
@@ -75,7 +77,7 @@ class Piece:
     high_closed: bool
 
 
-@dataclass(frozen=True)
+@kind
 class Ranges:
     """Intervals together, perhaps those of a named variable."""
 
@@ -83,7 +85,7 @@ class Ranges:
     name: str | None = None
 
 
-@dataclass(frozen=True)
+@kind
 class Equation:
     """Two sides; not that of a name and its value."""
 
@@ -91,7 +93,7 @@ class Equation:
     right: Node
 
 
-@dataclass(frozen=True)
+@kind
 class Chain:
     """Sides with relations between them, turned so that they read from small to large."""
 
@@ -99,14 +101,14 @@ class Chain:
     relations: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@kind
 class Matrix:
     kind: str
     rows: tuple[tuple[Any, ...], ...]
     scale: Node | None = None
 
 
-@dataclass(frozen=True)
+@kind
 class Numeral:
     """Digits in a base."""
 
@@ -114,14 +116,14 @@ class Numeral:
     base: int
 
 
-@dataclass(frozen=True)
+@kind
 class Ratio:
     """a:b, or a time of day: compared part by part."""
 
     parts: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
+@kind
 class Residue:
     """a mod n, perhaps of something that is named."""
 
@@ -130,7 +132,7 @@ class Residue:
     modulus: Node
 
 
-@dataclass(frozen=True)
+@kind
 class Under:
     """A value with what a name in it may be: k\\pi, k \\in Z."""
 
@@ -138,7 +140,7 @@ class Under:
     conditions: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True)
+@kind
 class Words:
     key: tuple[str, ...]
 

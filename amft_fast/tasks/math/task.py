@@ -72,7 +72,7 @@ class MathTask:
         limits = Limits(s.max_prompt_tokens, s.max_demo_tokens)
         if encoder is not None:
             self.prompting.opened = opened_thought(encoder.tokenizer)
-            scaffold = len(encoder.prompt(self.prompting.messages(Problem("", "", None)))) + SLACK
+            scaffold = len(encoder.prompt(self.prompting.messages(Problem(id="", problem="", answer=None)))) + SLACK
             count = _counter(encoder.tokenizer)
             limits = replace(limits, count=count, context=encoder.context, scaffold=scaffold, answer=max_new_tokens)
         stores = {split: Store() for split in self.splits}

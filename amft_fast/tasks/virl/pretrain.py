@@ -38,9 +38,11 @@ class Recipe(tiny_base.WordRecipe):
     """
 
     most_legs: int = 2
+    """Of a route."""
     spacing: float = 50.0
     cities: int = 30
     routes: int = 100
+    """In all cities together."""
     steps: int = 800
     stop: int = 100
     batch_size: int = 48

@@ -33,25 +33,17 @@ class Look(NamedTuple):
     window: Colour
 
 
+def _look(colours: str) -> Look:
+    """A look from hexadecimal colours in the order of its fields, the walls' with slashes between them."""
+    values = [tuple(tuple(bytes.fromhex(c)) for c in field.split("/")) for field in colours.split()]
+    return Look(*(v if len(v) > 1 else v[0] for v in values))
+
+
 LOOKS = {
-    "brick": Look(
-        (158, 196, 228), (122, 150, 96), (92, 92, 96), ((158, 76, 58), (176, 98, 70), (128, 62, 56)), (236, 226, 196)
-    ),
-    "stone": Look(
-        (196, 208, 216),
-        (150, 156, 148),
-        (70, 74, 80),
-        ((176, 172, 160), (146, 150, 152), (196, 190, 176)),
-        (92, 112, 132),
-    ),
-    "desert": Look(
-        (244, 206, 140),
-        (222, 184, 126),
-        (164, 132, 92),
-        ((236, 214, 178), (206, 164, 108), (244, 230, 204)),
-        (84, 126, 138),
-    ),
-    "night": Look((18, 22, 48), (24, 34, 30), (44, 44, 60), ((52, 46, 84), (36, 58, 82), (70, 44, 70)), (250, 214, 92)),
+    "brick": _look("9ec4e4 7a9660 5c5c60 9e4c3a/b06246/803e38 ece2c4"),
+    "stone": _look("c4d0d8 969c94 464a50 b0aca0/929698/c4beb0 5c7084"),
+    "desert": _look("f4ce8c deb87e a4845c ecd6b2/cea46c/f4e6cc 547e8a"),
+    "night": _look("121630 18221e 2c2c3c 342e54/243a52/462c46 fad65c"),
 }
 
 
