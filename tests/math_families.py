@@ -268,14 +268,8 @@ def with_pi(rng):
 def polynomial(rng):
     a, b, c = rng.randint(2, 9), rng.randint(1, 9), rng.randint(1, 9)
     gold = f"{a}x^2+{b}x+{c}"
-    right = [
-        f"{c}+{b}x+{a}x^{{2}}",
-        f"x({a}x+{b})+{c}",
-        f"{a}x²+{b}x+{c}",
-        f"{a}*x**2+{b}*x+{c}",
-        f"f(x) = {gold}",
-        f"y={gold}",
-    ]
+    right = [f"{c}+{b}x+{a}x^{{2}}", f"x({a}x+{b})+{c}", f"{a}x²+{b}x+{c}", f"{a}*x**2+{b}*x+{c}"]
+    right += [f"f(x) = {gold}", f"y={gold}"]
     right += [f"{a}\\left(x^2+\\frac{{{b}}}{{{a}}}x\\right)+{c}"]
     wrong = [
         f"{a}x^2-{b}x+{c}",
