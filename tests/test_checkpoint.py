@@ -230,6 +230,21 @@ def test_strangers_are_left_alone(tmp_path):
     assert checkpoint.latest(tmp_path, pytest.fail)[2]["step"] == 9 and (tmp_path / "elsewhere").is_dir()
 
 
+def test_the_format_before_this_one_is_read(tmp_path):
+    """Format 2: state.json without a checksum of its own. One that has lost its checksum is not taken for it."""
+    path = save(tmp_path, 1)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | {"format": 2}))
+    with pytest.raises(ValueError, match="checksum"):
+        checkpoint.load(path)
+    del state["sha256"]
+    (path / "state.json").write_text(json.dumps(state | {"format": 2}))
+    assert checkpoint.load(path)[1]["step"] == 1
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="checksum"):
+        checkpoint.load(path)
+
+
 def test_another_format_is_named(tmp_path):
     path = save(tmp_path, 1)
     state = json.loads((path / "state.json").read_text())

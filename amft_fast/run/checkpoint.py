@@ -31,6 +31,7 @@ from amft_fast.engine.world import ALONE, World
 from amft_fast.errors import UserError
 
 FORMAT = 3
+OLDER = 2  # read too: its state.json has no checksum of its own, and says nothing of seed, task and data
 # Beside checkpoints for a moment only: one being written, one being deleted, one whose successor is being put in its place.
 WRITING, DELETED, REPLACED = ".writing-", ".deleted-", ".replaced-"
 
@@ -186,9 +187,10 @@ def _read_state(path: Path) -> dict[str, Any]:
     state = json.loads((path / "state.json").read_bytes())
     if not isinstance(state, dict):
         raise ValueError("state.json holds no object")
-    if state.get("format") != FORMAT:
-        raise ValueError(f"format {state.get('format')}, this version reads {FORMAT}")
-    if state.pop("sha256", None) != _digest(state):
+    if state.get("format") not in (OLDER, FORMAT):
+        raise ValueError(f"format {state.get('format')}, this version reads {OLDER} and {FORMAT}")
+    named = state.pop("sha256", None)
+    if named != (_digest(state) if state["format"] == FORMAT else None):
         raise ValueError("state.json does not have the checksum that it names")
     files, step = state.get("files"), state.get("step")
     if not isinstance(files, dict) or not files or any(Path(name).name != name for name in files):

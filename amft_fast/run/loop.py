@@ -150,14 +150,15 @@ class Loop:
     def load(self, state: dict[str, Any], tensors: Tensors) -> None:
         """Takes up the state of a checkpoint. Raises UserError for that of another run, ValueError for another model's."""
         for name, here in self.origin.items():
-            if state[name] != here:
+            if state.get(name, here) != here:  # a checkpoint of format 2 does not say
                 what = f"{name} {state[name]!r}, the config says {here!r}" if name != "data" else "other training data"
                 raise UserError(
                     f"--resume: the checkpoint is of {what}; give back what it was, or begin anew with another --run.dir"
                 )
         self.trainer.load(state, tensors)
         self.evaluator.load_state_dict(state)
-        self.recorder.alarms.load_state_dict(state["alarms"])
+        if "alarms" in state:
+            self.recorder.alarms.load_state_dict(state["alarms"])
         torch.set_rng_state(tensors["rng.cpu"])
         self.saved_step, self.wall_before = self.trainer.step, state["wall_s"]
 
