@@ -226,7 +226,7 @@ def test_an_earlier_run_is_not_overwritten_unasked(tmp_path, checkpoint_folder):
 
 
 def test_resume_without_a_checkpoint_starts_anew(tmp_path, checkpoint_folder, capsys):
-    """What a run left that was killed before its first checkpoint goes too: its first evaluation is made, and written, again."""
+    """What a run left that was killed before its first checkpoint goes too: its first evaluation is written once."""
     rows = [{"step": -1, "at": 0, "full": True}, {"step": 0, "at": 1, "full": False}]
     (tmp_path / "evals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert train(cfg_for(tmp_path, checkpoint_folder), resume=True) == 0
