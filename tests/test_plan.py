@@ -475,7 +475,7 @@ def test_bad_flags(capsys):
         "--engine.zero_stag 1": "did you mean engine.zero_stage",
     }
     for flags, words in mistakes.items():
-        assert main(["doctor", "--plan", config, *flags]) == 2
+        assert main(["doctor", "--plan", config, *flags.split()]) == 2
         assert words in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["doctor", "--train.lr", "1"])
