@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from amft_fast.run.profiling import peak_flops
+from bench import ROOT
 from bench.measure import with_peak
 from bench.peers import LeftOut, first_line
 from bench.results import RESULTS, environment, markdown_table, mib, write_json
@@ -40,6 +41,7 @@ STATES = 18  # bytes a parameter: bf16 weights, fp32 master and gradient, two mo
 EAGER_LOGIT = 16  # bytes a logit of an eager loss: bf16, fp32, its log-softmax, two gradients
 SHARE = 0.85  # of a card's memory that is planned for; the allocator's gaps are the rest
 VOCABULARY = 151936
+DEMO = ROOT / "configs" / "demo_base"
 SHAPES = {
     "0.5b": (896, 4864, 24, 14, 2, True),
     "1.5b": (1536, 8960, 28, 12, 2, True),
@@ -99,7 +101,7 @@ def recorded(rollouts: int) -> tuple[Work, object]:
 
 def random_work(shape: str, rollouts: int, longest: int, max_tokens: int, seed: int = 0) -> tuple[Work, object]:
     """Random weights and random tokens on the GPU; groups of 8 answers, log-normal lengths."""
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
     from amft_fast.interfaces import Sample
 
@@ -119,7 +121,8 @@ def random_work(shape: str, rollouts: int, longest: int, max_tokens: int, seed: 
         n = int(np.clip(rng.lognormal(np.log(longest / 3), 0.7), 16, longest - 256))
         ids = rng.integers(0, 150000, n).tolist()
         samples.append(Sample(prompt, ids, [1] * n, [0.0] * n, 0, "stop", str(i // 8), i // 8))
-    return Work(model, samples, rng.normal(size=rollouts), max_tokens), None
+    # TRL asks for a tokenizer, and reads no text with it here.
+    return Work(model, samples, rng.normal(size=rollouts), max_tokens), AutoTokenizer.from_pretrained(DEMO)
 
 
 @dataclass
@@ -141,6 +144,8 @@ def candidates(work: Work, tokenizer, rows: Sequence[int]) -> list[Candidate]:
     for r in rows:
         out.append(Candidate(f"transformers, eager loss, {r} rows", functools.partial(Eager, work, r)))
         out.append(Candidate(f"TRL GRPOTrainer, {r} rows", functools.partial(Trl, work, r, tokenizer)))
+    if work.device.type == "cuda":  # last, since compiling may take all the time there is
+        out.append(Candidate("amft-fast, compiled layers", lambda: Ours(work, True, True)))
     return [*out, Candidate("verl", verl)]
 
 

@@ -23,7 +23,7 @@ from amft_fast.config import ObjectiveConfig, TrainConfig
 from amft_fast.data.batch import TokenSequence, micro_batches
 from amft_fast.engine.local import LocalEngine
 from amft_fast.interfaces import Sample
-from amft_fast.model import attention
+from amft_fast.model import attention, layers
 from amft_fast.model.policy import Policy
 from bench.peers import LeftOut
 
@@ -75,11 +75,13 @@ class Work:
 
 
 class Ours:
-    """This project's update; `packed`: rows without padding, prompts shared, else padded rows."""
+    """This project's update; `packed`: rows without padding, prompts shared, else padded rows; `compiled`: its layers."""
 
-    def __init__(self, work: Work, packed: bool) -> None:
+    def __init__(self, work: Work, packed: bool, compiled: bool = False) -> None:
         self.work, self.packed = work, packed
         model = work.copy()
+        if compiled:
+            layers.compile_layers(model)
         if packed:
             attention.register()
             model.set_attn_implementation(attention.NAMES["auto"])
