@@ -30,13 +30,13 @@ from amft_fast.rollout.transformers import TransformersEngine
 from bench.results import RESULTS, environment, markdown_table, prepare_vllm, write_json
 
 MEASURED = ("amft_fast/rollout", "bench/rollout.py")
-# hidden, layers, heads, key heads, intermediate, vocabulary; random weights. 135M: the shapes of SmolLM2-135M, 1.5B: of Qwen2.5's.
+# hidden, layers, heads, key heads, intermediate, vocabulary; random weights in the shapes of SmolLM2-135M and Qwen2.5-1.5B.
 MODELS = {
     "15M": (256, 6, 4, 2, 768, 32_000),
     "135M": (576, 30, 9, 3, 1536, 49_152),
     "1.5B": (1536, 28, 12, 2, 8960, 151_936),
 }
-# prompts, answers to each, mean tokens of a prompt, mean tokens of an answer. 1.5B, on a GPU: 512 rows that look at 1000 tokens.
+# prompts, answers to each, mean tokens of a prompt, mean tokens of an answer. 1.5B: 512 rows that look at 1000 tokens.
 CASES = {"demo": (48, 8, 12, 24), "15M": (4, 8, 64, 32), "135M": (2, 8, 64, 32), "1.5B": (64, 8, 872, 256)}
 ON_CPU = ("demo", "15M", "135M")
 LOADS = ("even", "ragged", "long-tailed")

@@ -1,4 +1,4 @@
-"""Rollouts on a GPU: the attention kernel against fp64, and the engine with its captured steps against transformers' forward."""
+"""Rollouts on a GPU: the attention kernel against fp64, the engine and its captured steps against transformers."""
 
 import numpy as np
 import pytest
