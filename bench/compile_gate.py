@@ -26,7 +26,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 REGISTER_FILE = 65536
 BLOCKS = (1024, 2048, 4096)
 
-_POINTERS = {"targets_ptr": "*i64"}
+_POINTERS = {"targets_ptr": "*i64", "arrived_ptr": "*i32"}
 _INTEGERS = {
     *("first_row", "first_col", "V", "N", "H", "split_columns"),
     *("row_stride", "grad_stride", "hidden_stride", "weight_stride"),
@@ -70,7 +70,7 @@ class Report:
 def cases(everything: bool) -> Iterator[Case]:
     """The launch rules, spelled out."""
     from amft_kernels.fused_logprob_triton import fused_config
-    from amft_kernels.rows_launch import row_config
+    from amft_kernels.rows_launch import parts_config, row_config
 
     dtypes = ("bf16", "fp16", "fp32") if everything else ("bf16", "fp32")
     alignments = (False, True) if everything else (False,)
@@ -82,6 +82,10 @@ def cases(everything: bool) -> Iterator[Case]:
             for kernel, dtype in itertools.product(("policy_rows_kernel", "slab_grad_kernel"), dtypes):
                 yield Case(kernel, constants, config["num_warps"], 3, dtype, options, aligned, cc)
             yield Case("logprob_rows_kernel", constants, config["num_warps"], 3, "bf16", options, aligned, cc)
+        for vocab, dtype in itertools.product((8192, 151_936), dtypes):
+            config = parts_config(vocab)
+            warps = config.pop("num_warps")
+            yield Case("policy_parts_kernel", tuple(config.items()), warps, 3, dtype, options, aligned, cc)
         config = fused_config(cc)
         warps, stages = config.pop("num_warps"), config.pop("num_stages")
         for dtype in dtypes[:-1]:  # the fused kernel is for 16-bit operands

@@ -29,6 +29,14 @@ from bench.workload import Shape
 
 MEASURED = ("kernels", "bench/*.py")
 BLOCKS, WARPS = (1024, 2048, 4096, 8192), (4, 8, 16)
+PARTS = (
+    (2048, 2),
+    (4096, 4),
+    (4096, 8),
+    (8192, 8),
+    (8192, 16),
+    (16384, 16),
+)  # columns and warps of a program that keeps its part
 METRICS = "dram__bytes_read.sum,dram__bytes_write.sum,lts__t_sector_hit_rate.pct,gpu__time_duration.sum"
 Timer = Callable[[Callable[[], object]], float]
 
@@ -95,15 +103,19 @@ def row_kernels(shape: Shape, chunk_bytes: int, device: str) -> Iterator[tuple[s
     rows = rows._replace(old_logprobs=-ones)
     head = Head(torch.empty(v, 1, dtype=torch.bfloat16, device=device), None, 1.0, None)
     logprobs, entropy = torch.empty(2, n, device=device)
-    for block, warps in itertools.product(BLOCKS, WARPS):
-        if not 64 <= block // warps <= 1024:  # 2 to 32 columns a thread
-            continue
-        config = {"BLOCK": block, "num_warps": warps}
+    configs = {
+        f"{block} columns × {warps} warps, row read twice": {"BLOCK": block, "num_warps": warps}
+        for block, warps in itertools.product(BLOCKS, WARPS)
+        if 64 <= block // warps <= 1024  # 2 to 32 columns a thread
+    }
+    if rows_launch.in_parts():
+        configs |= {f"{b} columns × {w} warps, in parts": rows_launch.parts_config(v, b, w) for b, w in PARTS}
+    for name, config in configs.items():
 
         def run(config=config) -> None:
             rows_launch.policy_rows(logits, kept[:, :v], 0, rows, head, PolicyOptions(), logprobs, entropy, config)
 
-        yield f"{block} columns × {warps} warps", 6.0 * n * v, run
+        yield name, 6.0 * n * v, run
 
 
 def timed(pieces: Iterator[tuple[str, float, Callable]], timer: Timer, note: Callable[[list], None]) -> list[dict]:
@@ -143,14 +155,16 @@ def under(tool: str, *options: str) -> int:
 
 
 def one_kernel(shape: Shape) -> int:
-    """The row kernel twice as the head launches it: what ncu and compute-sanitizer look at."""
+    """Both row kernels, each twice, as the head launches them: what ncu and compute-sanitizer look at."""
     from amft_kernels import rows_launch
 
-    config = rows_launch.row_config(shape[2])
-    name = f"{config['BLOCK']} columns × {config['num_warps']} warps"
-    run = next(call for found, _, call in row_kernels(shape, 1 << 30, "cuda") if found == name)
-    for _ in range(2):
-        run()
+    twice, once = rows_launch.row_config(shape[2]), rows_launch.parts_config(shape[2])
+    names = (f"{twice['BLOCK']} columns × {twice['num_warps']} warps, row read twice",)
+    names += (f"{once['BLOCK']} columns × {once['num_warps']} warps, in parts",)
+    for name, _, run in row_kernels(shape, 1 << 30, "cuda"):
+        if name in names:
+            run()
+            run()
     torch.cuda.synchronize()
     return 0
 
@@ -168,9 +182,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default bench/results)")
     arguments = parser.parse_args(argv)
     if arguments.one:
-        return one_kernel((256, 64, 131072))
+        return one_kernel((2048, 64, 131072))
     if arguments.counters:
-        return under("ncu", "--clock-control", "none", "--kernel-name", "policy_rows_kernel", "--metrics", METRICS)
+        return under("ncu", "--clock-control", "none", "--kernel-name", "regex:policy_.*_kernel", "--metrics", METRICS)
     if arguments.sanitize:
         return under("compute-sanitizer", "--error-exitcode", "1")
     device, dtype = arguments.device, torch.float32 if arguments.device == "cpu" else torch.bfloat16

@@ -1,7 +1,7 @@
 """How a call is timed, how its memory is counted, and how it is kept within its time.
 
-Time: on a GPU between CUDA events, after the L2 cache was overwritten and a sleep that lets the host run ahead; on a CPU by
-the wall clock.
+Time: on a GPU between CUDA events, after the L2 cache was overwritten and a sleep that lets the host run ahead, as it does in a
+training step, whose layers keep the device busy before the head; on a CPU by the wall clock.
 
 Memory: on a GPU `torch.cuda.max_memory_allocated`. On a CPU the profiler's record of every allocation and release of
 torch's allocator, summed up in order of time: exact, and blind to what other processes or earlier calls did to the resident
@@ -75,7 +75,7 @@ def time_once(run: Callable[[], object], device: str) -> float:
         _flush.append(torch.empty(256 << 20, dtype=torch.int8, device=device))
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     _flush[0].zero_()
-    torch.cuda._sleep(1_000_000)  # half a millisecond
+    torch.cuda._sleep(8_000_000)  # cycles, four milliseconds: a call of some hundred small operations is queued by then
     begin.record()
     run()
     end.record()

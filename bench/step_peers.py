@@ -12,7 +12,7 @@ import contextlib
 import copy
 import io
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -51,6 +51,23 @@ class Work:
     @property
     def trained(self) -> int:
         return sum(len(s.response_ids) for s in self.samples)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_output_embeddings().weight.dtype
+
+    def few(self, count: int) -> Work:
+        """What gradients are compared on: in fp32 all of it, else the first rollouts."""
+        if self.dtype == torch.float32:
+            return self
+        return replace(self, samples=self.samples[:count], advantages=self.advantages[:count])
+
+    def true_gradients(self) -> list[torch.Tensor]:
+        """Of an eager loop over the same weights in fp32."""
+        wide = self if self.dtype == torch.float32 else replace(self, model=self.copy().float())
+        loop = Eager(wide, 1 if wide is not self else len(self.samples))
+        loop.backward()
+        return [g.float() for g in loop.gradients()]
 
     def copy(self) -> nn.Module:
         return copy.deepcopy(self.model)
@@ -138,7 +155,7 @@ class Eager:
 class Trl:
     """TRL's GRPOTrainer: its own loss, backward, clipping and optimizer, fed with the recorded rollouts."""
 
-    def __init__(self, work: Work, rows: int, tokenizer) -> None:
+    def __init__(self, work: Work, rows: int, tokenizer: object) -> None:
         try:
             from datasets import Dataset
             from trl import GRPOConfig, GRPOTrainer

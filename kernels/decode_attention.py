@@ -74,14 +74,14 @@ def decode_attention(
     out = torch.empty(rows, heads * size, dtype=query_AQD.dtype, device=query_AQD.device)
     group = heads // key_heads
     decode_attention_kernel[(rows, key_heads)](
-        out,
-        query_AQD,
-        keys_RGCD,
-        values_RGCD,
-        position_A,
-        query_AQD.stride(0),
-        scale,
-        capacity,
+        out_ptr=out,
+        query_ptr=query_AQD,
+        keys_ptr=keys_RGCD,
+        values_ptr=values_RGCD,
+        position_ptr=position_A,
+        query_stride=query_AQD.stride(0),
+        scale=scale,
+        capacity=capacity,
         **decode_config(group, size),
     )
     return out

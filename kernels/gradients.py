@@ -96,14 +96,16 @@ class _Attached(torch.autograd.Function):
                 f"weight_grad already holds the gradient of the loss itself: back-propagate it with gradient 1, got "
                 f"{grad_loss.item():g} (scale nll_weight, pg_weight and entropy_weight instead)"
             )
-        handed = [_scaled(grad, grad_loss, dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
+        # Beside a main-gradient buffer the gradient that arrives is 1: the others are handed on as they are.
+        by = None if ctx.external else grad_loss
+        handed = [_scaled(grad, by, dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
         return None, None, *handed
 
 
-def _scaled(grad: torch.Tensor | None, by: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
+def _scaled(grad: torch.Tensor | None, by: torch.Tensor | None, dtype: torch.dtype | None) -> torch.Tensor | None:
     if grad is None:
         return None
-    if by.device.type == "cpu" and by.item() == 1.0:  # elsewhere reading it would stop the host
+    if by is None or (by.device.type == "cpu" and by.item() == 1.0):  # elsewhere reading it would stop the host
         return grad.to(dtype)
     return torch.mul(grad, by, out=torch.empty_like(grad, dtype=dtype))
 

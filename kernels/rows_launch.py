@@ -10,7 +10,12 @@ import torch
 import triton
 from amft_kernels.policy_terms import PolicyOptions, Rows
 from amft_kernels.row_math import Head
-from amft_kernels.rows_triton import logprob_rows_kernel, policy_rows_kernel, slab_grad_kernel
+from amft_kernels.rows_triton import (
+    logprob_rows_kernel,
+    policy_parts_kernel,
+    policy_rows_kernel,
+    slab_grad_kernel,
+)
 
 _ROW_MULTIPLE = 64
 
@@ -35,11 +40,26 @@ def row_config(vocab: int) -> dict[str, int]:
     """Columns per step and warps, by the row's length alone.
 
     Sixteen fp32 columns per thread are four 128-bit loads in flight, and at 64–100 registers two or three rows share a
-    multiprocessor, one loading while another reduces. 8192 columns on 16 warps would leave one row per multiprocessor
-    (better for L2, worse for latency); reasoned from the compiler's report, not measured.
+    multiprocessor, one loading while another reduces. The best of a sweep on an H200 (bench/results/head_pieces_cuda.json);
+    8192 columns on 16 warps, one row per multiprocessor, take a fifth longer.
     """
     block = min(4096, max(1024, triton.next_power_of_2(vocab)))
     return {"BLOCK": block, "num_warps": 4 if block == 1024 else 8}
+
+
+def parts_config(vocab: int, block: int = 4096, warps: int = 4) -> dict[str, int]:
+    """Programs a row, columns and warps of each, for the kernel whose programs keep their columns in registers.
+
+    4096 columns on 4 warps are three programs of a multiprocessor, one loading while others wait or store: measured on an H200
+    at 131,072 columns, 0.99 ms a chunk of 4096 rows, 1.04 with 8192 columns on 8 warps, 1.29 where a row is read twice.
+    """
+    parts = triton.cdiv(vocab, block)
+    return {"PARTS": parts, "SLOTS": triton.next_power_of_2(parts), "BLOCK": block, "num_warps": warps}
+
+
+def in_parts() -> bool:
+    """Whether several programs share a row: they wait for one another, which the interpreter's cannot."""
+    return not triton.knobs.runtime.interpret
 
 
 def policy_rows(
@@ -54,9 +74,17 @@ def policy_rows(
     config: dict[str, int] | None = None,
 ) -> None:
     """logp and entropy of rows `first_row` on; with `grad_nV` (over the logits, see `grad_view`, or in memory of its own),
-    ∂L/∂x as well. `config`: another than `row_config`'s, to measure."""
-    vocab = head.weight_VH.shape[0]
-    policy_rows_kernel[(logits_nP.shape[0],)](
+    ∂L/∂x as well. `config`: another than `row_config`'s or `parts_config`'s, to measure."""
+    vocab, n = head.weight_VH.shape[0], logits_nP.shape[0]
+    config = config or (parts_config(vocab) if grad_nV is not None and in_parts() else row_config(vocab))
+    kernel, programs, shared = policy_rows_kernel, n, {}
+    if "PARTS" in config:
+        shared = {
+            "stats_ptr": logits_nP.new_empty(n, 3, config["SLOTS"]),
+            "arrived_ptr": torch.zeros(n, dtype=torch.int32, device=logits_nP.device),
+        }
+        kernel, programs = policy_parts_kernel, n * config["PARTS"]
+    kernel[(programs,)](
         logits_ptr=logits_nP,
         grad_ptr=grad_nV,
         targets_ptr=rows.targets,
@@ -79,7 +107,8 @@ def policy_rows(
         dual_clip=_float(options.dual_clip),
         tis_cap=_float(options.tis_cap),
         **head_arguments(head),
-        **(config or row_config(vocab)),
+        **shared,
+        **config,
     )
 
 

@@ -1,8 +1,9 @@
 """The row mathematics in Triton: one program per row of logits, everything in fp32.
 
-The formulas are those of `row_math.py` and `policy_terms.py`. Three kernels are made of the same parts:
+The formulas are those of `row_math.py` and `policy_terms.py`. Four kernels are made of the same parts:
 
     policy_rows_kernel     statistics, coefficients from the per-token inputs, ∂L/∂x      (linear_policy_loss)
+    policy_parts_kernel    the same by several programs a row, which read it once         (linear_policy_loss, on a GPU)
     logprob_rows_kernel    statistics                                                     (linear_logprob, forward)
     slab_grad_kernel       ∂L/∂x of a slab from saved statistics                          (linear_logprob, backward)
 
@@ -12,6 +13,12 @@ from the end it takes the right half: the gradient of columns [kB, (k+1)B) lies 
 P the row's length, and those are of block k or later. So nothing unread is overwritten, provided that all threads have
 loaded block k before any of them stores its gradient: hence the barrier. (The interpreter runs a program's threads in
 step and cannot show this race.)
+
+The parts kernel reads a row once: each of its programs keeps its part of the row in registers, tells the others its
+statistics through memory, waits until all have told theirs, and then writes its part of the gradient. All have loaded by
+then, so the gradient may lie anywhere over the logits. It is 6 bytes a logit instead of 10. Programs of a row wait for one
+another, so they must run at the same time: a GPU starts programs in their order, and a row's are neighbours. (The
+interpreter runs one program after the other and would wait for ever.)
 
 A row is P = a multiple of 64 columns long, whatever the vocabulary, so that loads and stores are 128 bits wide; columns
 from V to P hold anything and count for nothing.
@@ -107,6 +114,18 @@ def _row_stats(row_ptr, bias_ptr, V, inverse_temperature, softcap, BLOCK: tl.con
 
 
 @triton.jit
+def _logit_grad(z, cols, target, spike, of_p, of_plogp, top, log_sum, inverse_temperature, softcap, live):
+    """(spike · δ + of_p · p + of_plogp · p log p) ∂z/∂x in fp32: in bf16 the target's 1 would swallow p below 0.004."""
+    log_p = z - top - log_sum
+    grad = tl.exp(log_p) * (of_p + of_plogp * log_p) + tl.where(cols == target, spike, 0.0)
+    grad *= inverse_temperature
+    if softcap is not None:
+        slope = z / (inverse_temperature * softcap)
+        grad *= 1.0 - slope * slope
+    return tl.where(live, grad, 0.0)  # a row without weight may hold anything: 0 · inf would be NaN
+
+
+@triton.jit
 def _store_grad(
     row_ptr,
     grad_ptr,
@@ -128,15 +147,9 @@ def _store_grad(
     for step in range(blocks):
         cols = (blocks - 1 - step) * BLOCK + tl.arange(0, BLOCK)
         z = _load_z(row_ptr, bias_ptr, cols, V, inverse_temperature, softcap)
-        log_p = z - top - log_sum
-        grad = tl.exp(log_p) * (of_p + of_plogp * log_p) + tl.where(cols == target, spike, 0.0)
-        grad *= inverse_temperature
-        if softcap is not None:
-            slope = z / (inverse_temperature * softcap)
-            grad *= 1.0 - slope * slope
-        grad = tl.where(live, grad, 0.0)  # a row without weight may hold anything: 0 · inf would be NaN
-        # δ − p is formed before the cast: in bf16 the target's 1 would swallow p below 0.004.
-        grad = grad.to(grad_ptr.dtype.element_ty)
+        grad = _logit_grad(z, cols, target, spike, of_p, of_plogp, top, log_sum, inverse_temperature, softcap, live).to(
+            grad_ptr.dtype.element_ty
+        )
         tl.debug_barrier()
         tl.store(grad_ptr + cols, grad, mask=cols < tl.cdiv(V, 16) * 16)
 
@@ -269,6 +282,102 @@ def policy_rows_kernel(
             (a != 0.0) | (e != 0.0),
             BLOCK,
         )
+
+
+@triton.jit(do_not_specialize=["first_row"], do_not_specialize_on_alignment=_PER_TOKEN)
+def policy_parts_kernel(
+    logits_ptr,
+    grad_ptr,
+    bias_ptr,
+    targets_ptr,
+    temperature_ptr,
+    nll_weight_ptr,
+    pg_weight_ptr,
+    entropy_weight_ptr,
+    advantages_ptr,
+    old_ptr,
+    behavior_ptr,
+    ref_ptr,
+    logprobs_ptr,
+    entropy_ptr,
+    stats_ptr,
+    arrived_ptr,
+    first_row,
+    V,
+    row_stride,
+    grad_stride,
+    temperature,
+    softcap,
+    kl_coef,
+    clip_low,
+    clip_high,
+    dual_clip,
+    tis_cap,
+    PARTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program PARTS · row + part. `stats` [rows, 3, SLOTS], `arrived` [rows] of zeros; SLOTS: PARTS or the next power of 2."""
+    chunk_row = (tl.program_id(0) // PARTS).to(tl.int64)
+    part = tl.program_id(0) % PARTS
+    row = chunk_row + first_row
+    row_ptr = logits_ptr + chunk_row * row_stride
+    target = tl.load(targets_ptr + row)
+    inverse_temperature = _inverse_temperature(temperature_ptr, temperature, row)
+    cols = part * BLOCK + tl.arange(0, BLOCK)
+    z = _load_z(row_ptr, bias_ptr, cols, V, inverse_temperature, softcap)
+    z_target = _load_z(row_ptr, bias_ptr, target, V, inverse_temperature, softcap)
+    own_top = tl.max(z, 0)
+    own_e = tl.exp(z - own_top)
+    mine = stats_ptr + chunk_row * 3 * SLOTS + part
+    tl.store(mine, own_top)
+    tl.store(mine + SLOTS, tl.sum(own_e, 0))
+    tl.store(mine + 2 * SLOTS, tl.sum(own_e * (z - own_top), 0))
+    tl.debug_barrier()
+    tl.atomic_add(arrived_ptr + chunk_row, 1, sem="release")
+    while tl.atomic_add(arrived_ptr + chunk_row, 0, sem="acquire") < PARTS:
+        pass
+    slots = tl.arange(0, SLOTS)
+    theirs = stats_ptr + chunk_row * 3 * SLOTS + slots
+    # Past the first-level cache, which other programs' stores do not reach.
+    tops = tl.load(theirs, mask=slots < PARTS, other=PADDING, cache_modifier=".cg")
+    e_sums = tl.load(theirs + SLOTS, mask=slots < PARTS, other=0.0, cache_modifier=".cg")
+    ez_sums = tl.load(theirs + 2 * SLOTS, mask=slots < PARTS, other=0.0, cache_modifier=".cg")
+    top = tl.max(tops, 0)
+    decay = tl.exp(tops - top)
+    total = tl.sum(decay * e_sums, 0)
+    log_sum = tl.log(total)
+    entropy = log_sum - tl.sum(decay * (ez_sums + (tops - top) * e_sums), 0) / total
+    logp = z_target - top - log_sum
+    if part == 0:
+        tl.store(logprobs_ptr + row, logp)
+        tl.store(entropy_ptr + row, entropy)
+    a = _logprob_grad(
+        logp,
+        row,
+        nll_weight_ptr,
+        pg_weight_ptr,
+        advantages_ptr,
+        old_ptr,
+        behavior_ptr,
+        ref_ptr,
+        kl_coef,
+        clip_low,
+        clip_high,
+        dual_clip,
+        tis_cap,
+    )
+    e = tl.zeros((), tl.float32)
+    if entropy_weight_ptr is not None:
+        e = tl.load(entropy_weight_ptr + row)
+    grad = _logit_grad(
+        z, cols, target, a, e * entropy - a, e, top, log_sum, inverse_temperature, softcap, (a != 0.0) | (e != 0.0)
+    )
+    tl.store(
+        grad_ptr + chunk_row * grad_stride + cols,
+        grad.to(grad_ptr.dtype.element_ty),
+        mask=cols < tl.cdiv(V, 16) * 16,
+    )
 
 
 @triton.jit(do_not_specialize=["first_row"], do_not_specialize_on_alignment=_PER_TOKEN)

@@ -126,8 +126,13 @@ class Launch:
 
     def __init__(self, kernel, model_dtype: torch.dtype) -> None:
         self.kernel, self.calls = kernel, []
-        self.types = dict.fromkeys(("hidden_ptr", "weight_ptr", "grad_ptr", "bias_ptr"), model_dtype)
-        self.types["targets_ptr"] = torch.int64  # all others are fp32
+        models = ("hidden_ptr", "weight_ptr", "grad_ptr", "bias_ptr", "out_ptr", "query_ptr", "keys_ptr", "values_ptr")
+        self.types = dict.fromkeys(models, model_dtype)
+        self.types |= {
+            "targets_ptr": torch.int64,
+            "position_ptr": torch.int64,
+            "arrived_ptr": torch.int32,
+        }  # others: fp32
 
     def __getitem__(self, grid):
         assert all(isinstance(n, int) and 0 < n < 2**31 for n in grid), grid
@@ -175,13 +180,16 @@ class Products(TorchDispatchMode):
 @contextlib.contextmanager
 def fake_cuda(model_dtype: torch.dtype = torch.bfloat16):
     """Tensors made within, or moved to "cuda" there, are on a device that is not there. Gives the launches by kernel name."""
-    from amft_kernels import fused_logprob_triton, rows_launch
+    from amft_kernels import decode_attention, fused_logprob_triton, rows_launch
 
     from amft_fast import multi_tensor
     from amft_fast.model import attention, layers
 
-    kernels = dict.fromkeys(("policy_rows_kernel", "logprob_rows_kernel", "slab_grad_kernel"), rows_launch)
-    kernels["fused_stats_kernel"] = fused_logprob_triton
+    rows = ("policy_rows_kernel", "policy_parts_kernel", "logprob_rows_kernel", "slab_grad_kernel")
+    kernels = dict.fromkeys(rows, rows_launch) | {
+        "fused_stats_kernel": fused_logprob_triton,
+        "decode_attention_kernel": decode_attention,
+    }
     launches = {name: Launch(getattr(module, name), model_dtype) for name, module in kernels.items()}
     properties = SimpleNamespace(total_memory=85_000_000_000, multi_processor_count=132, name="fake")
     with contextlib.ExitStack() as stack:

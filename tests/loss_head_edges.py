@@ -5,6 +5,8 @@ The test files run every check on the torch backend, in Triton's interpreter and
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from amft_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 from amft_kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
@@ -348,12 +350,16 @@ def frozen_parts_get_no_gradient(place):
     linear_policy_loss(hidden, own_weight, targets, **terms, backend=place.backend).loss.backward()
     assert weight.grad is None and hidden.grad is None
     assert torch.equal(own_hidden.grad, want["hidden"]) and torch.equal(own_weight.grad, want["weight"])
+    # Without gradients a kernel is another program, whose sums may be in another order.
+    close = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
     out = linear_policy_loss(hidden, weight, targets, **terms, backend=place.backend)
-    assert not out.loss.requires_grad and torch.equal(out.loss, want["loss"])
+    assert not out.loss.requires_grad
+    close(out.loss, want["loss"])
     buffer = torch.zeros(weight.shape, device=place.device, dtype=place.wide)
     with torch.no_grad():
         out = linear_policy_loss(own_hidden, own_weight, targets, **terms, weight_grad=buffer, backend=place.backend)
-    assert not out.loss.requires_grad and torch.equal(out.loss, want["loss"]) and (buffer == 0).all()
+    assert not out.loss.requires_grad and (buffer == 0).all()
+    close(out.loss, want["loss"])
 
 
 @edge

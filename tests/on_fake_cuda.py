@@ -1,5 +1,5 @@
 """The step on a fake CUDA device: packed bf16 forward and backward through the real Policy and update engine, probe, guard,
-AdamW, old log-probs, weights out. Run by `test_fake_cuda.py`.
+AdamW, old log-probs, weights out; rollouts. Run by `test_fake_cuda.py`.
 
 A device mismatch, a wrong type, an argument that this torch lacks and a wait for the device fail here; the last tests plant
 one of each and want it named.
@@ -10,14 +10,17 @@ import pytest
 import torch
 from amft_kernels import chunks, gradients, linear_logprob, linear_policy_loss
 from fake_cuda import HostWaitsError, Waits, fake_cuda
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from amft_fast import objective
 from amft_fast.config import ModelConfig, ObjectiveConfig, TrainConfig
 from amft_fast.data.batch import TokenSequence, micro_batches
 from amft_fast.engine.local import LocalEngine
+from amft_fast.interfaces import Request, Sampling
 from amft_fast.model import attention, layers
 from amft_fast.model.policy import Policy
+from amft_fast.rollout import decoder
+from amft_fast.rollout import transformers as transformers_engine
 
 LAYERS = 2
 
@@ -83,12 +86,12 @@ def test_a_probed_step_runs_on_the_device_and_the_host_never_waits(tie, value):
     with fake_cuda() as launches:
         engine = make_engine(tie, with_value=value)
         one_step(engine, value)  # moments and the like are made once, and may wait
-        before = len(launches["policy_rows_kernel"].calls)
+        before = len(launches["policy_parts_kernel"].calls)
         with Waits() as waits:
             figures = one_step(engine, value)
         assert all(t.device.type == "cuda" for t in figures)
         assert {t.dtype for t in figures[:3]} == {torch.float64}
-        assert len(launches["policy_rows_kernel"].calls) > before
+        assert len(launches["policy_parts_kernel"].calls) > before
         assert waits.seen["torch_attn::_varlen_attn"] % LAYERS == 0 and waits.seen["torch_attn::_varlen_attn_backward"]
         assert all(p.dtype == torch.bfloat16 and p.device.type == "cuda" for p in engine.policy.model.parameters())
         assert {(t.device.type, t.dtype) for _, t in engine.named_full_params()} == {("cuda", torch.bfloat16)}
@@ -145,9 +148,10 @@ def test_the_row_kernels_sweep_launches_every_configuration():
     with fake_cuda() as launches:
         pieces = list(head_pieces.row_kernels((512, 64, 5000), 1 << 20, "cuda"))
         found = head_pieces.timed(iter(pieces), lambda call: 1.0, lambda found: None)
-        calls = launches["policy_rows_kernel"].calls
-        assert len(found) == len(calls) > 6 and not [row for row in found if "red" in row]
-        assert {(c["BLOCK"], c["num_warps"]) for c in calls} >= {(4096, 8), (8192, 16), (1024, 4)}
+        twice, parts = launches["policy_rows_kernel"].calls, launches["policy_parts_kernel"].calls
+        assert len(found) == len(twice) + len(parts) and not [row for row in found if "red" in row]
+        assert {(c["BLOCK"], c["num_warps"]) for c in twice} >= {(4096, 8), (8192, 16), (1024, 4)}
+        assert {(c["PARTS"], c["BLOCK"], c["num_warps"]) for c in parts} >= {(2, 4096, 4), (1, 8192, 8)}
         names = [name for name, *_ in head_pieces.products((512, 64, 5000), "cuda", torch.bfloat16, 1 << 20)]
         assert len(names) == len(set(names)) == 9
 
@@ -169,7 +173,7 @@ def test_kept_gradients_take_fewer_passes_over_dw(monkeypatch, chunk_rows, group
             )
             out.loss.backward()
         assert products == [400 // groups] * groups
-        kept = [c["grad_ptr"] for c in launches["policy_rows_kernel"].calls]
+        kept = [c["grad_ptr"] for c in launches["policy_parts_kernel"].calls]
         assert all(g.dtype == torch.bfloat16 and g.stride() == (1024, 1) for g in kept) and len(kept) > groups
 
 
@@ -238,7 +242,7 @@ def test_a_tensor_on_the_wrong_device_is_found(monkeypatch):
 def test_a_wrong_type_and_a_missing_argument_at_a_launch_are_found():
     with fake_cuda() as launches:
         (call,) = [make_call(launches)]
-        launch = launches["policy_rows_kernel"]
+        launch = launches["policy_parts_kernel"]
         with pytest.raises(TypeError, match=r"targets_ptr should be torch.int64 on cuda, got torch.int32 on cuda"):
             launch[(1,)](**call | {"targets_ptr": call["targets_ptr"].int()})
         with pytest.raises(TypeError, match=r"old_ptr should be torch.float32 on cuda, got torch.float32 on cpu"):
@@ -250,7 +254,7 @@ def test_a_wrong_type_and_a_missing_argument_at_a_launch_are_found():
 def make_call(launches):
     engine = make_engine()
     engine.backward(micro_batches(sequences(True), 1000, True)[0])
-    return launches["policy_rows_kernel"].calls[-1]
+    return launches["policy_parts_kernel"].calls[-1]
 
 
 def test_an_argument_that_this_torch_lacks_is_found(monkeypatch):
@@ -265,3 +269,36 @@ def test_an_argument_that_this_torch_lacks_is_found(monkeypatch):
         monkeypatch.setattr(attention, "backend", lambda *_: ("torch varlen", of_2_11, ""))
         with pytest.raises(TypeError, match="enable_gqa"):
             engine.backward(micro_batches(sequences(True), 60, True)[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ rollouts
+
+
+@pytest.mark.parametrize("family", [LlamaConfig, Qwen2Config, Qwen3Config], ids=lambda family: family.__name__)
+def test_rollouts_run_on_the_device(family, monkeypatch):
+    """Prefill, decode and sampling; rows join, end and are replaced. Only `read_back` brings anything to the host."""
+    read = []
+
+    def read_back(tokens, logprobs):
+        assert tokens.device.type == logprobs.device.type == "cuda" and logprobs.dtype == torch.float32
+        read.append(len(tokens))
+        return np.full(len(tokens), 3), np.zeros(len(tokens), np.float32)
+
+    monkeypatch.setattr(transformers_engine, "read_back", read_back)
+    monkeypatch.setattr(decoder, "difference", lambda *_: (0.0, 1.0))
+    monkeypatch.setattr(torch, "inference_mode", lambda on=True: torch.set_grad_enabled(not on))  # in it fake tensors know fewer operations
+    config = family(
+        vocab_size=3000, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=128,
+    )  # fmt: skip
+    asked = [Request(tuple(range(3, 6 + i % 5)), i, 2 + i % 3) for i in range(11)]
+    with fake_cuda() as launches:
+        with torch.device("cuda"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        engine = transformers_engine.TransformersEngine(model, max_batch=4)
+        found = engine.generate(asked, Sampling())
+        assert engine.explain()[0] == "decoder"
+        assert [len(c.token_ids) for c in found] == [r.max_new_tokens for r in asked]
+        looked = launches["decode_attention_kernel"].calls
+        assert looked and all(c["keys_ptr"].dtype == torch.bfloat16 and c["capacity"] >= 8 for c in looked)
+        assert max(read) == 4

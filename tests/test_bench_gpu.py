@@ -265,18 +265,41 @@ def test_the_arithmetic_of_kept_activations_is_what_was_measured():
         assert abs((step.KEPT_HIDDEN * hidden + step.KEPT_MLP * mlp) / 1e3 - kilobytes) < 3
 
 
+class Truth:
+    """Work whose true gradient is known."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def few(self, count):
+        return self
+
+    def true_gradients(self):
+        return [torch.ones(3)]
+
+
+def stand_in(gradient=1.0, update=lambda: None):
+    """A candidate's class."""
+    methods = {"backward": lambda self: None, "update": lambda self: update()}
+    return type("StandIn", (), {**methods, "gradients": lambda self: [torch.full((3,), gradient)]})
+
+
+def measured(made):
+    found = [step.Candidate(name, lambda work, kind=kind: kind()) for name, kind in made.items()]
+    step.check(found, Truth(), lambda text: None)
+    step.measure(found, Truth(), 2, lambda text: None)
+    return found
+
+
 def test_a_candidate_that_runs_out_of_memory_late_is_noted_and_the_others_go_on():
-    class Fine:
-        def backward(self): ...
-        def update(self): ...
-        def gradients(self):
-            return [torch.ones(3)]
+    def late():
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    class Late(Fine):
-        def update(self):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    made = {"transformers, eager loss, 1 rows": Fine, "amft-fast": Late, "TRL": Fine}
-    found = [step.Candidate(name, make) for name, make in made.items()]
-    step.check(found, "cpu", 1e-3, lambda text: None, rounds=2)
+    found = measured({"transformers, eager loss": stand_in(), "amft-fast": stand_in(update=late), "TRL": stand_in()})
     assert [c.note for c in found] == ["", "does not fit", ""] and [len(c.seconds) for c in found] == [2, 0, 2]
+
+
+def test_a_candidate_may_be_as_far_off_as_the_eager_loop_and_no_further():
+    made = {"amft-fast": stand_in(1.03), "worse": stand_in(1.05), "nan": stand_in(float("nan"))}
+    found = measured(made | {"transformers, eager loss": stand_in(1.03)})
+    assert [bool(c.seconds) for c in found] == [True, False, False, True]
+    assert found[1].note.startswith("RED") and found[2].note.startswith("RED")

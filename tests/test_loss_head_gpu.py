@@ -143,4 +143,8 @@ def test_more_than_two_billion_logits_in_one_chunk():
     whole = run_policy(linear_policy_loss, hidden, weight, targets, chunk_bytes=4 * n * v, **terms)
     parts = run_policy(linear_policy_loss, hidden, weight, targets, chunk_bytes=4 * 2048 * v, **terms)
     for name, value in parts.items():
-        torch.testing.assert_close(whole[name], value, rtol=1e-2, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        # Products of another size round another way, and a ∂L/∂x that goes to the other side of a bf16 step moves a row by
+        # 2⁻⁸ of its largest summand, however far the summands cancel.
+        by_row = value.abs().amax(-1, keepdim=True) if value.dim() == 2 else value.abs()
+        off = ((whole[name] - value).abs() / (by_row + 1e-3)).max()
+        assert off < 2e-2, (name, off)

@@ -168,13 +168,15 @@ def attention(
         return _padded(q_TAD, k_TAD, v_TAD, amft_layout, scale, dropout, sliding_window)[None], None
     if amft_layout.k_index is not None:
         k_TAD, v_TAD = k_TAD.index_select(0, amft_layout.k_index), v_TAD.index_select(0, amft_layout.k_index)
-    return _segments(name, kernel, q_TAD, k_TAD, v_TAD, amft_layout, scale, dropout, sliding_window)[None], None
+    bounds = (amft_layout.q_starts, amft_layout.k_starts, amft_layout.max_q, amft_layout.max_k)
+    return segments(name, kernel, q_TAD, k_TAD, v_TAD, bounds, scale, dropout, sliding_window)[None], None
 
 
-def _segments(name, kernel, q_TAD, k_KAD, v_KAD, layout: Layout, scale, dropout, window) -> torch.Tensor:
-    """One call over all segments. Causal in all these kernels means that the last query sees the last key."""
+def segments(name, kernel, q_TAD, k_KAD, v_KAD, bounds, scale, dropout=0.0, window=None) -> torch.Tensor:
+    """One call of a `backend`'s kernel over all segments, [T, A, D]. Causal in all these kernels means that the last query sees
+    the last key. `bounds`: where segments start among queries and among keys (and where the last ends), int32 on the device,
+    and the longest of each."""
     left = -1 if window is None else window - 1
-    bounds = (layout.q_starts, layout.k_starts, layout.max_q, layout.max_k)
     if name == "torch varlen":
         # From torch 2.12 on it wants to be told of grouped heads; torch 2.11's takes them as they come.
         told = {"enable_gqa": q_TAD.shape[1] != k_KAD.shape[1]} if _takes(kernel, "enable_gqa") else {}

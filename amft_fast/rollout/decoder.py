@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from amft_fast.interfaces import Request
+from amft_fast.model import attention
 from amft_fast.ops import compute_dtype, decode_attention, logits_into, triton_obstacle
 from amft_fast.rollout.cache import Sections, StaticCache
 from amft_fast.rollout.graphs import Graphs, padded_rows
@@ -234,21 +235,36 @@ class Decoder:
         ids = torch.from_numpy(np.concatenate([np.asarray(p, np.int64) for p in prompts])).to(self.head.device)
         positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(self.head.device)
         last = torch.from_numpy(lengths.cumsum() - 1).to(self.head.device)
+        whole = self._whole(lengths)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             seen, token, prompt = [], 0, 0
+            if whole is not None:
+                seen.append(whole(q, k, v).flatten(1))
             for length, count in runs:
                 rows = slice(token, token + length * count)
                 mine = [x[rows].unflatten(0, (count, length)) for x in (q, k, v)]
                 keep(layer, prompt, mine[1], mine[2])
+                token, prompt = rows.stop, prompt + count
+                if whole is not None:
+                    continue
                 heads = [x.transpose(1, 2) for x in mine]
                 gqa = self.heads != self.key_heads
                 out = F.scaled_dot_product_attention(*heads, is_causal=True, scale=self.scale, enable_gqa=gqa)
                 seen.append(out.transpose(1, 2).reshape(count * length, -1))
-                token, prompt = rows.stop, prompt + count
             return seen[0] if len(seen) == 1 else torch.cat(seen)
 
         return self.logits(self.run(ids, self.rotations(positions), self.work(len(ids)), attend, last))
+
+    def _whole(self, lengths: np.ndarray) -> Callable | None:
+        """Attention over all prompts of a pass at once, (q, k, v) [N, heads, D] to [N, heads, D]; None where no kernel takes
+        segments: cuDNN's plans for each length by itself cost more than the prompts."""
+        name, kernel, _ = attention.backend(self.head.device.type, self.head.dtype)
+        if kernel is None:
+            return None
+        starts = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
+        at, most = torch.from_numpy(starts).to(self.head.device), int(lengths.max())
+        return lambda q, k, v: attention.segments(name, kernel, q, k, v, (at, at, most, most), self.scale)
 
 
 def _passes(prompts: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-EAGER = 4  # steps of a size before it is captured: they compile kernels and make cuBLAS's workspaces
+EAGER = 1  # steps of a size before it is captured: they compile kernels and make cuBLAS's workspaces
 
 
 def padded_rows(rows: int) -> int:
