@@ -147,7 +147,8 @@ class Sample:
 
     `response_ids` holds everything after the prompt: the policy's tokens (`loss_mask` 1) and, between turns, the
     verifier's (`loss_mask` 0). `behavior_logprobs` are log-probs of the distribution sampled from, natural log, 0.0 where
-    the mask is 0. `reward` is the sum over turns.
+    the mask is 0. `reward` is the sum over turns, and so is `entropy`, of the distributions that the policy's tokens were drawn
+    from (None where an engine does not tell).
     """
 
     prompt_ids: list[int]
@@ -162,6 +163,7 @@ class Sample:
     images: tuple[Any, ...] = ()
     reward: float = 0.0
     advantage: float | None = None  # mean over the policy's tokens, once the step has judged it
+    entropy: float | None = 0.0
     success: bool = False
     info: dict[str, Any] = field(default_factory=dict)
     text: str = ""
@@ -179,12 +181,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What an engine returns for a `Request`: token ids (the stop token included) and their log-probs."""
+    """What an engine returns for a `Request`: token ids (the stop token included) and their log-probs. `entropy`: of the
+    distributions that they were drawn from, in nats, summed; None where an engine does not tell."""
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: str  # "stop" | "length"
     weight_version: int
+    entropy: float | None = None
 
 
 @dataclass(frozen=True)

@@ -279,14 +279,17 @@ def test_rollouts_run_on_the_device(family, monkeypatch):
     """Prefill, decode and sampling; rows join, end and are replaced. Only `read_back` brings anything to the host."""
     read = []
 
-    def read_back(tokens, logprobs):
-        assert tokens.device.type == logprobs.device.type == "cuda" and logprobs.dtype == torch.float32
+    def read_back(tokens, logprobs, entropy):
+        assert all(x.device.type == "cuda" and len(x) == len(tokens) for x in (tokens, logprobs, entropy))
+        assert logprobs.dtype == entropy.dtype == torch.float32
         read.append(len(tokens))
-        return np.full(len(tokens), 3), np.zeros(len(tokens), np.float32)
+        return np.full(len(tokens), 3), *np.zeros((2, len(tokens)), np.float32)
 
     monkeypatch.setattr(transformers_engine, "read_back", read_back)
     monkeypatch.setattr(decoder, "difference", lambda *_: (0.0, 1.0))
-    monkeypatch.setattr(torch, "inference_mode", lambda on=True: torch.set_grad_enabled(not on))  # in it fake tensors know fewer operations
+    monkeypatch.setattr(
+        torch, "inference_mode", lambda on=True: torch.set_grad_enabled(not on)
+    )  # in it fake tensors know fewer operations
     config = family(
         vocab_size=3000, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=128,

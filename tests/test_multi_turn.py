@@ -68,6 +68,8 @@ def test_logprobs_of_later_turns_are_those_of_a_plain_forward(model, encoder, re
         got = torch.tensor(s.behavior_logprobs)
         torch.testing.assert_close(got[own], logp[len(s.prompt_ids) - 1 :][own], atol=2e-5, rtol=1e-4)
         assert (got[~own] == 0).all()
+        entropies = torch.special.entr(model(ids).logits[0, :-1].double().softmax(-1)).sum(-1)[len(s.prompt_ids) - 1 :]
+        assert abs(s.entropy - entropies[own].sum()) < 1e-4 * len(got)
 
 
 def test_every_token_is_read_once(model, encoder, reader, monkeypatch):

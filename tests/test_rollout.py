@@ -35,16 +35,17 @@ def test_sampled_frequencies_are_the_distribution():
     n = 40_000
     u = torch.from_numpy(uniform(np.arange(n, dtype=np.uint64), np.array(0)))
     for temperature in (1.0, 0.5):
-        tokens, logp = sample_tokens(logits.expand(n, -1), u, Sampling(temperature))
+        tokens, logp, entropy = sample_tokens(logits.expand(n, -1), u, Sampling(temperature))
         p = (logits[0] / temperature).softmax(-1)
         counts = torch.bincount(tokens, minlength=4) / n
         assert (counts - p).abs().max() < 4 * (p * (1 - p) / n).sqrt().max()
         torch.testing.assert_close(logp, p.log()[tokens])
+        torch.testing.assert_close(entropy, torch.special.entr(p).sum().expand(n))
 
 
 def test_edges_of_the_uniform_stay_in_the_support():
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).expand(2, -1)
-    tokens, logp = sample_tokens(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), Sampling(1.0))
+    tokens, logp, _ = sample_tokens(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), Sampling(1.0))
     assert tokens.tolist() == [1, 2] and torch.isfinite(logp).all()
 
 

@@ -95,6 +95,8 @@ def test_logprobs_are_those_of_transformers(family, tied, monkeypatch):
         logp = model(ids).logits[0, :-1].log_softmax(-1)[len(r.prompt_ids) - 1 :]
         want = logp.gather(-1, torch.tensor(c.token_ids)[:, None]).squeeze(-1)
         torch.testing.assert_close(torch.tensor(c.logprobs), want.detach(), atol=1e-5, rtol=1e-5)
+        entropy = torch.special.entr(logp.detach().double().exp()).sum().item()
+        assert abs(c.entropy - entropy) < 1e-4 * len(c.token_ids)
 
 
 @pytest.mark.parametrize("max_batch", [1, 2, 3, 64])
@@ -259,7 +261,7 @@ def test_draws_of_large_vocabularies_are_the_plain_inverse_transform(vocabulary)
     logits[:, ::3] = -torch.inf
     u = torch.rand(300, dtype=torch.float64)
     u[:2] = torch.tensor([0.0, 1 - 2**-53])
-    tokens, logp = sample_tokens(logits, u, Sampling())
+    tokens, logp, _ = sample_tokens(logits, u, Sampling())
     cdf = logits.double().softmax(-1).cumsum(-1)
     want = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1).clamp(max=vocabulary - 1)
     edge = (cdf.gather(1, tokens[:, None]).squeeze(1) - u * cdf[:, -1]).abs() < 1e-6  # fp32 probabilities may step over

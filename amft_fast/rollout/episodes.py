@@ -122,6 +122,8 @@ def _take_turn(sample: Sample, result: StepResult, completion, text: str, encode
     sample.response_ids += completion.token_ids
     sample.loss_mask += [1] * n
     sample.behavior_logprobs += completion.logprobs
+    known = sample.entropy is not None and completion.entropy is not None
+    sample.entropy = sample.entropy + completion.entropy if known else None
     sample.finish_reason, sample.weight_version = completion.finish_reason, completion.weight_version
     sample.text += text
     if "success" not in result.info:

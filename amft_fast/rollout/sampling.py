@@ -29,8 +29,11 @@ def uniform(seeds: np.ndarray, steps: np.ndarray) -> np.ndarray:
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def sample_tokens(logits_BV: torch.Tensor, u_B: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token per row, and its log-prob under the distribution drawn from. Nothing is read back to the host.
+def sample_tokens(
+    logits_BV: torch.Tensor, u_B: torch.Tensor, sampling: Sampling
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One token per row, its log-prob under the distribution drawn from, and that distribution's entropy in nats (NaN where
+    tokens are cut off). Nothing is read back to the host.
 
     temperature 0 takes the largest logit (log-prob at temperature 1). top_p cuts the distribution first.
     """
@@ -41,7 +44,10 @@ def sample_tokens(logits_BV: torch.Tensor, u_B: torch.Tensor, sampling: Sampling
         logits_BV = _nucleus(logits_BV.log_softmax(-1), sampling.top_p)
     p_BV = logits_BV.softmax(-1)
     tokens = _draw(p_BV, u_B) if sampling.temperature else logits_BV.argmax(-1)
-    return tokens, p_BV.gather(-1, tokens[:, None]).squeeze(-1).log()
+    logp_B = p_BV.gather(-1, tokens[:, None]).squeeze(-1).log()
+    # H = log Σ exp z − Σ p z, and log Σ exp z is z − log p of any token.
+    log_sum_B = logits_BV.gather(-1, tokens[:, None]).squeeze(-1) - logp_B
+    return tokens, logp_B, log_sum_B - torch.linalg.vecdot(p_BV, logits_BV)
 
 
 def _draw(p_BV: torch.Tensor, u_B: torch.Tensor) -> torch.Tensor:

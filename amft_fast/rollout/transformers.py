@@ -179,8 +179,8 @@ class TransformersEngine:
             else:
                 return
             u = torch.from_numpy(turns.uniform(places)).to(logits.device)
-            sampled, logprob = read_back(*sample_tokens(logits, u, sampling))
-            tokens[places], ended = turns.take(places, sampled, logprob)
+            sampled = read_back(*sample_tokens(logits, u, sampling))
+            tokens[places], ended = turns.take(places, *sampled)
             for place in ended.tolist():
                 i = int(turns.request[place])
                 completion = turns.completion(place, self.version)
@@ -211,9 +211,9 @@ class TransformersEngine:
         """Nothing to release."""
 
 
-def read_back(tokens: torch.Tensor, logprobs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """A step's tokens and log-probs on the host: the one wait for the device that a token costs."""
-    return tokens.cpu().numpy(), logprobs.cpu().numpy()
+def read_back(*drawn: torch.Tensor) -> tuple[np.ndarray, ...]:
+    """A step's tokens, log-probs and entropies on the host: the one wait for the device that a token costs."""
+    return tuple(x.cpu().numpy() for x in drawn)
 
 
 def _answer_or_wait(now: dict[int, Request], later: dict[int, Request], reply: Reply) -> Reply:

@@ -26,6 +26,7 @@ class Turns:
         self.count, self.limit, self.unread = (np.zeros(room, np.int64) for _ in range(3))
         self.tokens = np.zeros((room, width), np.int64)
         self.logprobs = np.zeros((room, width), np.float32)
+        self.entropy = np.zeros(room)  # of the distributions that the turn's tokens were drawn from, summed
         self.said: dict[int, deque[int]] = {}  # what a row still reads, by its request
 
     def join(self, places: Sequence[int], numbers: Sequence[int], requests: Sequence[Request]) -> None:
@@ -46,17 +47,21 @@ class Turns:
         self.seed[places] = np.array([r.seed for r in requests], np.uint64)
         self.limit[places] = [r.max_new_tokens for r in requests]
         self.count[places] = 0
+        self.entropy[places] = 0.0
 
     def uniform(self, places: np.ndarray) -> np.ndarray:
         """The number that draws each row's next token, fp64."""
         return uniform(self.seed[places], self.count[places])
 
-    def take(self, places: np.ndarray, sampled: np.ndarray, logprob: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def take(
+        self, places: np.ndarray, sampled: np.ndarray, logprob: np.ndarray, entropy: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(the tokens that these rows read next: said to them, or sampled by them; the places whose turn ends with theirs)."""
         reading, count = self.unread[places] > 0, self.count[places]
         own = ~reading
         self.tokens[places[own], count[own]], self.logprobs[places[own], count[own]] = sampled[own], logprob[own]
         self.count[places] += own
+        self.entropy[places] += np.where(own, entropy, 0.0)
         ended = own & (np.isin(sampled, self.stop) | (count + 1 >= self.limit[places]))
         if reading.any():
             sampled = sampled.copy()
@@ -70,7 +75,9 @@ class Turns:
         n = self.count[place]
         ids = self.tokens[place, :n].tolist()
         why = "stop" if ids[-1] in self.stop else "length"
-        return Completion(ids, self.logprobs[place, :n].tolist(), why, version)
+        entropy = float(self.entropy[place])
+        logprobs = self.logprobs[place, :n].tolist()
+        return Completion(ids, logprobs, why, version, entropy if np.isfinite(entropy) else None)
 
     def leave(self, places: Sequence[int]) -> np.ndarray:
         """Takes rows out; the last ones come into their places. What was where, before, by place."""
@@ -79,6 +86,9 @@ class Turns:
         holes = [place for place in places if place < left]
         order[holes] = [place for place in range(left, self.size) if place not in gone]
         self.size = left
-        for rows in (self.request, self.seed, self.count, self.limit, self.unread, self.tokens, self.logprobs):
+        for rows in (
+            *(self.request, self.seed, self.count, self.limit, self.unread, self.tokens, self.logprobs),
+            self.entropy,
+        ):
             rows[holes] = rows[order[holes]]
         return order
