@@ -143,8 +143,7 @@ def candidates(work: Work, tokenizer, rows: Sequence[int]) -> list[Candidate]:
     for r in sorted(rows, reverse=True):
         out.append(Candidate(f"TRL GRPOTrainer, {r} rows", functools.partial(Trl, rows=r, tokenizer=tokenizer)))
         out.append(Candidate(f"transformers, eager loss, {r} rows", functools.partial(Eager, rows=r)))
-    if work.device.type == "cuda":
-        out.insert(3, Candidate("amft-fast, compiled layers", lambda w: Ours(w, True, True)))
+    out.insert(3, Candidate("amft-fast, compiled layers", lambda w: Ours(w, True, True)))
     out.append(Candidate("amft-fast, padded rows", lambda w: Ours(w, False)))
     return [*out, Candidate("verl", lambda w: verl())]
 
