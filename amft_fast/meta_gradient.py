@@ -60,18 +60,23 @@ class RolloutCache:
         self.groups: list[RolloutGroup] = []
 
     def refresh(self, step: int, draw: Draw, everything: bool = False) -> int:
-        """Redraws the oldest share (all of it at first, or when asked); returns how many groups were drawn."""
+        """Redraws the oldest share (all of it at first, or when asked); returns how many groups were drawn.
+
+        When `draw` raises, the cache is as it was.
+        """
         if not self.groups or everything:
             stale = list(range(len(self.items)))
-            self.groups = [RolloutGroup(i, -1, []) for i in stale]
+            groups = [RolloutGroup(i, -1, []) for i in stale]
         else:
+            groups = list(self.groups)
             count = -(-len(self.items) * self.refresh_share // 1)
-            oldest = sorted(range(len(self.groups)), key=lambda i: (self.groups[i].step, i))
+            oldest = sorted(range(len(groups)), key=lambda i: (groups[i].step, i))
             stale = sorted(oldest[: int(count)])
-        samples = draw([self.items[self.groups[i].item] for i in stale], step)
+        samples = draw([self.items[groups[i].item] for i in stale], step)
         per = len(samples) // max(len(stale), 1)
         for n, i in enumerate(stale):
-            self.groups[i].step, self.groups[i].samples = step, samples[n * per : (n + 1) * per]
+            groups[i] = RolloutGroup(groups[i].item, step, samples[n * per : (n + 1) * per])
+        self.groups = groups
         return len(stale)
 
     def state_dict(self) -> list[dict[str, Any]]:
@@ -143,7 +148,18 @@ class UtilityGradient:
         self.objective = ObjectiveConfig(entropy_coef=0.0, tis_cap=cfg.is_cap)
 
     def compute(self, step: int, draw: Draw) -> Utility:
-        """u at the present weights. The engine's gradients must be clear; they are clear again afterwards."""
+        """u at the present weights. The engine's gradients must be clear; they are clear again afterwards.
+
+        When `draw` raises, the cache is as it was: made again, u is of the same rollouts.
+        """
+        before = self.cache.groups
+        try:
+            return self._compute(step, draw)
+        except BaseException:
+            self.cache.groups = before
+            raise
+
+    def _compute(self, step: int, draw: Draw) -> Utility:
         self.tokens = drawn = 0
         if self.cfg.utility == "nll":
             return self._finish(self._gradient(range(len(self.cache.items)), drawn))

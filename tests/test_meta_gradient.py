@@ -298,6 +298,35 @@ def test_a_stale_cache_is_redrawn(checkpoint_folder):
     assert len(draw.asked) == 2
 
 
+@pytest.mark.parametrize("broken", [0, 1, 2], ids=["the first of all", "a share", "all again"])
+def test_a_draw_that_breaks_off_leaves_the_cache_as_it_was(checkpoint_folder, broken):
+    """A stop in mid-draw saves the state: u is made again, of the rollouts that it would have had."""
+
+    class Stopping(Drawer):
+        left = broken
+
+        def __call__(self, items, step):
+            if self.left == 0:
+                self.left -= 1
+                raise InterruptedError
+            self.left -= 1
+            return super().__call__(items, step)
+
+    engine = make_engine(checkpoint_folder)
+    (stopped, _), (whole, _) = (make_utility(checkpoint_folder, engine, min_ess=0.9) for _ in range(2))
+    draw, undisturbed = Stopping(-1.0, gap=3.0), Drawer(-1.0, gap=3.0)
+    for step in (0, 1):
+        before = stopped.cache.state_dict()
+        try:
+            got = stopped.compute(step, draw)
+        except InterruptedError:
+            assert stopped.cache.state_dict() == before
+            got = stopped.compute(step, draw)
+        want = whole.compute(step, undisturbed)
+        assert got.figures == want.figures and stopped.cache.state_dict() == whole.cache.state_dict()
+    assert draw.left < 0 and len(undisturbed.asked) == 3
+
+
 def test_cache_state_goes_round(checkpoint_folder):
     engine = make_engine(checkpoint_folder)
     one, items = make_utility(checkpoint_folder, engine)
