@@ -2,6 +2,7 @@
 
 import copy
 import json
+import signal
 
 import pytest
 from fakes import CopyTask
@@ -18,15 +19,19 @@ from amft_fast.run import build, launch
 class RemoteEngine:
     """The embedded engine on a copy of the model, as a server has one; fails where it is told to."""
 
-    def __init__(self, model, fail_generate_at=None, fail_sync_at=None):
+    def __init__(self, model, fail_generate_at=None, fail_sync_at=None, stop_generate_at=None):
         self.model, self.inner = copy.deepcopy(model), None
         self.inner = TransformersEngine(self.model)
         self.fail_generate_at, self.fail_sync_at, self.calls = fail_generate_at, fail_sync_at, []
+        self.stop_generate_at = stop_generate_at
 
     def generate(self, requests, sampling):
         if self.inner.version == self.fail_generate_at:
             self.fail_generate_at = None
             raise RolloutFailure("no vLLM server is left: it is gone")
+        if self.inner.version == self.stop_generate_at:
+            signal.raise_signal(signal.SIGTERM)
+            raise InterruptedError("stopped while sampling")
         return self.inner.generate(requests, sampling)
 
     def sync(self, named_tensors, version):
@@ -49,8 +54,8 @@ class RemoteEngine:
         self.calls.append("close")
 
 
-def train(monkeypatch, folder, model, *flags, resume=False, **faults):
-    """A run of six steps with a `RemoteEngine`, which is returned."""
+def train(monkeypatch, folder, model, *flags, resume=False, code=0, **faults):
+    """A run of six steps with a `RemoteEngine`, which is returned; it ends with the exit code `code`."""
     base = [
         *("--run.dir", str(folder), "--model.path", str(model), "--train.steps", "6", "--train.warmup_steps", "1"),
         *("--train.lr", "0.01", "--train.prompts_per_step", "3", "--train.demos_per_step", "3", "--run.threads", "1"),
@@ -66,7 +71,7 @@ def train(monkeypatch, folder, model, *flags, resume=False, **faults):
         return engines[-1]
 
     monkeypatch.setattr(build, "make_rollouts", make)
-    assert launch.train(config_file.load(None, base), resume, CopyTask()) == 0
+    assert launch.train(config_file.load(None, base), resume, CopyTask()) == code
     return engines[-1]
 
 
@@ -129,6 +134,21 @@ def test_an_engine_that_fails_for_good_saves_and_stops_and_resume_loses_nothing(
         assert got == want
     else:  # what was in flight is drawn again, with newer weights: younger, of the same prompts
         assert [r["staleness"] for r in got[1:]].count(0) == 2
+
+
+def test_a_stop_while_rollouts_are_drawn_ahead_leaves_the_step_that_was_trained_meanwhile(
+    tmp_path, checkpoint_folder, monkeypatch
+):
+    flags = (*AHEAD, "--train.method", "amft_no_meta", "--controller.window", "1", "--controller.eta_entropy", "0.1")
+    train(monkeypatch, tmp_path / "whole", checkpoint_folder, *flags)
+    train(monkeypatch, tmp_path / "parts", checkpoint_folder, *flags, code=143, stop_generate_at=3)
+    want, seen = records(tmp_path / "whole"), records(tmp_path / "parts")
+    assert [r["step"] for r in seen] == [0, 1, 2, 3] and seen == want[:4]
+    train(monkeypatch, tmp_path / "parts", checkpoint_folder, *flags, resume=True)
+    got = records(tmp_path / "parts")
+    assert got[:4] == seen and [r["step"] for r in got] == [r["step"] for r in want]
+    assert [r["staleness"] for r in got[1:]] == [0, 1, 1, 0, 1, 1], "drawn again, with newer weights"
+    assert [r["mu"] for r in got[:5]] == [r["mu"] for r in want[:5]], "the controller has seen step 3"
 
 
 def test_a_mismatch_over_the_threshold_is_said_once_and_not_at_each_step(

@@ -123,16 +123,18 @@ class Rollouts:
     def sync(self, params: Iterator[tuple[str, torch.Tensor]], version: int) -> RolloutFailure | None:
         """The new weights to the rollout engine, once nothing is drawn with the old ones.
 
-        A failure is returned, not raised: the step is done by then, and its record is written first.
+        A failure is returned, not raised: the step is done by then, and its record is written first. So it is when a stop has
+        broken off what was being drawn ahead; the loop asks for a stop itself.
         """
         try:
             if self.ahead is not None:
                 try:
                     self.world.together(self.ahead.wait)
-                except (InterruptedError, RolloutFailure):  # its prompts are drawn again by the next step
+                except (InterruptedError, RolloutFailure) as e:  # its prompts are drawn again by the next step
                     self.ahead.drop()
                     self.stream.position -= self.cfg.train.prompts_per_step
-                    raise
+                    if isinstance(e, RolloutFailure):
+                        raise
             self.world.together(lambda: self._send(params, version))
         except RolloutFailure as e:
             return e
