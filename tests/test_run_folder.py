@@ -5,16 +5,19 @@ import os
 import shutil
 import signal
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from fakes import CopyTask
 from holders import hold
+from kill_points import stopped
 from runs import cfg_for, lines, train, without_times
 
 from amft_fast import config_file
 from amft_fast.errors import UserError
-from amft_fast.run import checkpoint
+from amft_fast.run import checkpoint, launch
+from amft_fast.run.loop import Loop
 from amft_fast.run.signals import StopSignal
 
 
@@ -217,6 +220,67 @@ def test_whole_damaged_checkpoints_are_not_begun_anew(tmp_path, checkpoint_folde
     with pytest.raises(UserError, match=r"no checkpoint under .* is whole"):
         train(cfg_for(folder, checkpoint_folder), resume=True)
     assert everything(folder) == before
+
+
+class Killed(BaseException):
+    """In place of a kill."""
+
+
+def killed_in(owner, name):
+    """A run in here ends where it would call this function."""
+    return mock.patch.object(owner, name, side_effect=Killed)
+
+
+@pytest.fixture
+def no_reports(monkeypatch):
+    """Where a report takes longer than all else."""
+    monkeypatch.setattr(launch, "write_report", lambda folder: folder / "report.html")
+
+
+def test_an_evaluation_that_the_checkpoint_of_its_step_does_not_know_of_is_written_once(
+    tmp_path, checkpoint_folder, whole, no_reports
+):
+    """Stopped in its first evaluation, a run saves step 0; killed after that evaluation, it makes it again."""
+    cfg = cfg_for(tmp_path / "run", checkpoint_folder)
+    with stopped(at=0):
+        assert train(cfg) == 143
+    with killed_in(Loop, "take_step"), pytest.raises(Killed):
+        train(cfg, resume=True)
+    assert len(lines(tmp_path / "run", "evals.jsonl")) == 1
+    assert train(cfg, resume=True) == 0
+    for name in ("evals.jsonl", "eval_samples.jsonl"):
+        assert without_times(lines(tmp_path / "run", name)) == without_times(lines(whole, name)), name
+
+
+def test_a_best_checkpoint_gets_its_link_after_a_kill_between_the_two(tmp_path, checkpoint_folder, whole, no_reports):
+    cfg = cfg_for(tmp_path / "run", checkpoint_folder, "--checkpoint.keep_last", "1")
+    with killed_in(checkpoint, "mark_best"), pytest.raises(Killed):
+        train(cfg)
+    best = tmp_path / "run" / "checkpoints" / "best"
+    assert not best.exists()
+    assert train(cfg, resume=True) == 0
+    assert os.readlink(best) == os.readlink(whole / "checkpoints" / "best") and checkpoint.load(best)
+
+
+def test_a_kill_while_an_earlier_run_is_overwritten_leaves_no_half_of_it(
+    tmp_path, checkpoint_folder, whole, no_reports
+):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, symlinks=True)
+    cfg = cfg_for(folder, checkpoint_folder, "--run.overwrite")
+
+    def half(path, **options):
+        if path.exists():
+            (path / "step-000006" / "state.json").unlink()
+            raise Killed
+
+    with mock.patch.object(shutil, "rmtree", half), pytest.raises(Killed):
+        train(cfg)
+    assert not checkpoint.steps(folder / "checkpoints") and lines(folder) == lines(whole), "it had come no further"
+    assert train(cfg, resume=True) == 0
+    same(folder, whole)
+    assert without_times(lines(folder, "evals.jsonl")) == without_times(lines(whole, "evals.jsonl"))
+    assert not list(folder.glob(".deleted-*"))
 
 
 def test_a_signal_that_is_ignored_stays_ignored():

@@ -105,6 +105,7 @@ class Evaluator:
         # At the clock's 0, where there is no warm-up, stands the evaluation at the start, on the schedule too.
         self.evaluated_step, self.evaluations = -1, int(not (cfg.eval.at_start or cfg.train.warmup_steps))
         self.best: float | None = None
+        self.best_step: int | None = None  # which has it
         self.results: dict[str, Any] = {}  # of the whole evaluations, at the start and the end
 
     def due(self, trainer: Trainer) -> bool:
@@ -173,15 +174,15 @@ class Evaluator:
         value = figures.get(self.cfg.checkpoint.metric)
         if not self.cfg.checkpoint.keep_best or value is None or (self.best is not None and value <= self.best):
             return False
-        self.best = value
+        self.best, self.best_step = value, self.evaluated_step
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("evaluated_step", "evaluations", "best", "results")}
+        return {name: getattr(self, name) for name in ("evaluated_step", "evaluations", "best", "best_step", "results")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.state_dict():
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name))  # older checkpoints have no `best_step`
 
 
 def summarise(greedy: list[Sample], sampled: list[Sample], k: int) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -49,16 +50,21 @@ def take_folder(cfg: Config, resume: bool) -> list[str]:
     changes = changed_settings(folder, cfg) if resume else []
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # First, and each at once: a kill in here must leave no half of the earlier run's checkpoints to go on from.
+        for name in ("checkpoints", "tb", "model"):
+            aside = folder / f".deleted-{name}"
+            shutil.rmtree(aside, ignore_errors=True)  # of such a kill
+            if not resume and (folder / name).exists():
+                os.replace(folder / name, aside)
+                shutil.rmtree(aside, ignore_errors=True)
+        replace_text(folder / "config.toml", to_toml(cfg))
         if not resume:
-            for name in ("checkpoints", "tb", "model"):
-                shutil.rmtree(folder / name, ignore_errors=True)
-            files = ("metrics", "evals", "samples", "eval_samples")
-            for name in (*(f"{f}.jsonl" for f in files), "summary.json", "report.html", "report.png"):
+            rows = ("evals.jsonl", "samples.jsonl", "eval_samples.jsonl", "metrics.jsonl")
+            for name in ("summary.json", "report.html", "report.png", *rows):
                 (folder / name).unlink(missing_ok=True)
         (folder / "checkpoints").mkdir(exist_ok=True)  # told now, not after the steps before the first of them
     except OSError as e:
         raise UserError(f"run.dir {cfg.run.dir!r} cannot be written: {e.filename}: {e.strerror}") from None
-    replace_text(folder / "config.toml", to_toml(cfg))
     replace_text(folder / "environment.json", json.dumps(environment(), indent=1))
     return changes
 

@@ -94,7 +94,7 @@ def go(
         if world.main:
             check_room(folder, world.size * parts.engine.state_bytes())
         changes = take_folder(cfg, resume) if world.main else []
-        files.open(loop.trainer.step, anew=found is None)
+        files.open(loop.trainer.step, loop.evaluator.evaluated_step)
         started = True
         files.tell("on_start", folder, loop.trainer.step)
         if changes:

@@ -48,6 +48,8 @@ class Loop:
     def run(self) -> None:
         """Trains to the end, or until a stop was asked for; either way the state is saved."""
         trainer = self.trainer
+        if self.evaluator.best_step == self.saved_step:  # a kill may have come before its link
+            self.mark_best()
         try:
             while True:
                 if self.evaluator.due(trainer):
@@ -120,9 +122,8 @@ class Loop:
         success = (f"{split} {row['greedy']:.1%}/{row['sampled']:.1%}" for split, row in result.items())
         files.say(f"eval at {trainer.step}: " + "  ".join(success))
         if not whole and trainer.step > self.cfg.train.warmup_steps and self.evaluator.is_best(figures):
-            path = self.save()
-            if self.world.main:
-                checkpoint.mark_best(files.checkpoints, path)
+            self.save()
+            self.mark_best()
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
@@ -146,6 +147,11 @@ class Loop:
             self.saved_step = self.trainer.step
         self.files.tell("on_checkpoint", path)
         return path
+
+    def mark_best(self) -> None:
+        """The checkpoint saved last is the best."""
+        if self.world.main and self.cfg.checkpoint.keep_best:
+            checkpoint.mark_best(self.files.checkpoints, self.files.checkpoints / checkpoint.name_of(self.saved_step))
 
     def load(self, state: dict[str, Any], tensors: Tensors) -> None:
         """Takes up the state of a checkpoint. Raises UserError for that of another run, ValueError for another model's."""

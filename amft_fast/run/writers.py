@@ -183,15 +183,19 @@ class RunFiles:
         self.cfg, self.total, self.listeners = cfg, total, Listeners(listeners)
         self.closing = ExitStack()
 
-    def open(self, step: int, anew: bool = False) -> None:
-        """Takes the files up at a step: what was written of later ones is dropped, and all of it when the run begins `anew`
-        (its first evaluation has the step -1). Raises UserError where that cannot be."""
-        make, log, rows = self._closed_at_the_end, self.cfg.log, -1 if anew else step
+    def open(self, step: int, evaluated: int = -1) -> None:
+        """Takes the files up at a step, of a run that was last evaluated at the step `evaluated` (-1: never): what was written
+        of later steps and later evaluations is dropped. Raises UserError where that cannot be.
+
+        An evaluation at step t has rows of step t - 1, like the step before it. Whether they stay is a question of its own: a
+        checkpoint of step t may be older than the evaluation at t, which is then made again.
+        """
+        make, log = self._closed_at_the_end, self.cfg.log
         self.progress = make(Progress(self.total, step, log.every, log.progress, self.cfg.train.warmup_steps))
-        self.metrics = make(self._told("metrics", rows, "on_step"))
-        self.evals = make(self._told("evals", rows, "on_eval"))
-        self.samples = make(self._told("samples", rows, "on_sample"))
-        self.eval_samples = make(JsonLines(self.folder / "eval_samples.jsonl", rows, self.say))
+        self.metrics = make(self._told("metrics", step, "on_step"))
+        self.evals = make(self._told("evals", evaluated, "on_eval"))
+        self.samples = make(self._told("samples", step, "on_sample"))
+        self.eval_samples = make(JsonLines(self.folder / "eval_samples.jsonl", evaluated, self.say))
         self.tensorboard = make(TensorBoard(self.folder / "tb", log.tensorboard, step, self.say))
 
     def _closed_at_the_end(self, part: Any) -> Any:
@@ -225,7 +229,7 @@ class NoFiles(RunFiles):
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.metrics = self.evals = self.samples = self.eval_samples = self.tensorboard = self.progress = self
 
-    def open(self, step: int, anew: bool = False) -> None: ...
+    def open(self, step: int, evaluated: int = -1) -> None: ...
     def sync(self) -> None: ...
     def write(self, *record: Any) -> None: ...
     def tell(self, event: str, *given: Any) -> None: ...
