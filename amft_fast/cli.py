@@ -247,42 +247,29 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
     cfg = config_file.load(args.target, [*flags, *(["--model.path", args.model] if args.model else [])])
     if args.out and not Path(args.out).absolute().parent.is_dir():
         raise UserError(f"--out: no folder {str(Path(args.out).parent)!r} to write to")
-    from amft_fast.run.build import build
-    from amft_fast.run.evaluate import check_splits, count_answers, evaluate, of_config
-    from amft_fast.run.progress import phase
-    from amft_fast.run.signals import StopSignal
+    from amft_fast.run import launch
     from amft_fast.run.writers import replace_text
 
-    e = cfg.eval
-    with StopSignal() as stop:
-        parts = build(cfg, stop)
-        splits = check_splits("eval.splits", e.splits, parts.task)
-        result: dict[str, dict[str, float]] = {}
-        code = 0
-        answers = count_answers(parts.task, splits, e.max_prompts, e.num_samples)
-        with phase("evaluating", answers, "answers", bars=cfg.log.progress, say=_to_stderr) as progress:
-            for split in splits:
-                try:
-                    result |= evaluate(
-                        parts.rollout_engine,
-                        parts.task,
-                        parts.encoder,
-                        [split],
-                        **of_config(cfg),
-                        on_split=lambda split: _to_stderr(f"evaluating {split} ..."),
-                        on_answer=progress.advance,
-                    )
-                except InterruptedError:
-                    code = stop.exit_code
-                    break
-                if args.out:  # after each split: whatever ends this keeps what is there
-                    missing = [s for s in splits if s not in result]
-                    text = json.dumps({"model": cfg.model.path, "results": result, "missing": missing}, indent=1)
-                    replace_text(Path(args.out), text)
+    result: dict[str, dict[str, float]] = {}
+    left: list[str] = []
+    code = 0
+
+    def keep(found: dict[str, dict[str, float]], missing: list[str]) -> None:
+        """After each split: whatever ends this keeps what is there."""
+        result.update(found)
+        left[:] = missing
+        if args.out and found:
+            text = json.dumps({"model": cfg.model.path, "results": found, "missing": missing}, indent=1)
+            replace_text(Path(args.out), text)
+
+    try:
+        launch.evaluate(cfg, on_results=keep, say=_to_stderr)
+    except InterruptedError as e:
+        code = e.args[0]
     if result:
-        print(eval_table(result, e.num_samples))
+        print(eval_table(result, cfg.eval.num_samples))
     if code:
-        print(f"stopped; not evaluated: {', '.join(s for s in splits if s not in result)}", file=sys.stderr)
+        print(f"stopped; not evaluated: {', '.join(left)}", file=sys.stderr)
     return code
 
 

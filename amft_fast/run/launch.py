@@ -21,12 +21,13 @@ from amft_fast.report.page import write_report
 from amft_fast.rollout.context import check_demos
 from amft_fast.run import checkpoint
 from amft_fast.run.build import build
-from amft_fast.run.evaluate import check_splits, of_config
+from amft_fast.run.evaluate import check_splits, count_answers, of_config
 from amft_fast.run.evaluate import evaluate as evaluate_splits
 from amft_fast.run.export import save_encoder
 from amft_fast.run.folder import check_folder, check_room, take_folder
 from amft_fast.run.lock import locked
 from amft_fast.run.loop import Loop
+from amft_fast.run.progress import phase
 from amft_fast.run.signals import StopSignal
 from amft_fast.run.writers import NoFiles, RunFiles, replace_text
 from amft_fast.trainer import Parts
@@ -155,25 +156,40 @@ def _export(parts: Parts, folder: Path) -> None:
 
 
 def evaluate(
-    cfg: Config, task: Task | None = None, on_split: Callable[[str], None] = lambda split: None
+    cfg: Config,
+    task: Task | None = None,
+    on_results: Callable[[dict[str, dict[str, float]], list[str]], None] = lambda results, missing: None,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """{split: figures} of `model.path` on the config's task or on `task`, by the settings of `eval`.
 
-    Raises UserError, and InterruptedError with the exit code when it was stopped.
+    `on_results` is given, before the first split and after each, the results so far and the splits that are still missing;
+    `say` is told how it goes. Raises UserError, and InterruptedError with the exit code when it was stopped.
     """
     with StopSignal() as stop:
         parts = build(cfg, stop, task)
         e = cfg.eval
         splits = check_splits("eval.splits", e.splits, parts.task)
+        answers = count_answers(parts.task, splits, e.max_prompts, e.num_samples)
+        tell = say or (lambda text: None)
+        results: dict[str, dict[str, float]] = {}
         try:
-            return evaluate_splits(
-                parts.rollout_engine,
-                parts.task,
-                parts.encoder,
-                splits,
-                **of_config(cfg),
-                on_split=on_split,
-            )
+            with phase(
+                "evaluating", answers, "answers", shown=say is not None, bars=cfg.log.progress, say=tell
+            ) as progress:
+                for i, split in enumerate(splits):
+                    on_results(results, splits[i:])
+                    tell(f"evaluating {split} ...")
+                    results |= evaluate_splits(
+                        parts.rollout_engine,
+                        parts.task,
+                        parts.encoder,
+                        [split],
+                        **of_config(cfg),
+                        on_answer=progress.advance,
+                    )
+                on_results(results, [])
+            return results
         except InterruptedError:
             raise InterruptedError(stop.exit_code) from None
         finally:
