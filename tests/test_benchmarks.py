@@ -21,6 +21,15 @@ from amft_fast.tasks.math.benchmarks import Benchmark
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def test_results_are_replaced_whole_or_not_at_all(tmp_path, file_limit):
+    benchmarks.write_results(tmp_path, Settings("before"), {})
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert sorted(before) == ["results.html", "results.json", "results.md"]
+    with file_limit(50), pytest.raises(UserError, match=r"results\.json cannot be written: File too large"):
+        benchmarks.write_results(tmp_path, Settings("after"), {})
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
 def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_answer():
     for n in range(1, 8):
         for correct in range(n + 1):

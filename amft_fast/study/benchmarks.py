@@ -8,7 +8,6 @@ sample has a random stream of its own, the result is that of one go.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from math import sqrt
@@ -22,6 +21,7 @@ from amft_fast.rollout.context import check_prompts
 from amft_fast.rollout.encoder import Encoder
 from amft_fast.run.evaluate import pass_at_k
 from amft_fast.run.progress import phase
+from amft_fast.run.writers import replace_text
 from amft_fast.study.tables import Table, page
 from amft_fast.tasks.math.answer import extract
 from amft_fast.tasks.math.benchmarks import Benchmark
@@ -163,10 +163,8 @@ def _read(path: Path, head: dict[str, Any], n: int) -> dict[str, list[dict[str, 
             if row is not None and "id" in row:
                 rows.setdefault(row["id"], []).append(row)
     whole = {i: found for i, found in rows.items() if [row.get("sample") for row in found] == list(range(n))}
-    aside = path.with_suffix(".aside")
     kept = [head, *(row for found in whole.values() for row in found)]
-    aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(aside, path)
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     return whole
 
 
@@ -274,7 +272,7 @@ def _short(text: str) -> str:
 
 def write_results(out: Path, settings: Settings, results: dict[str, dict[str, Any]]) -> None:
     """results.json, results.md and results.html."""
-    (out / "results.json").write_text(json.dumps({"settings": asdict(settings), "results": results}, indent=1))
+    replace_text(out / "results.json", json.dumps({"settings": asdict(settings), "results": results}, indent=1))
     rows = table(results)
     ks = sorted({k for f in results.values() for k in f["pass_at"]})
     curve = [
@@ -292,8 +290,8 @@ def write_results(out: Path, settings: Settings, results: dict[str, dict[str, An
     )
     parts = [f"# {settings.model}", sentence]
     parts += [f"## {t.title}\n\n{t.markdown()}" for t in tables]
-    (out / "results.md").write_text("\n\n".join([*parts, NOTE]) + "\n")
-    (out / "results.html").write_text(page("benchmarks", settings.model, sentence, tables, [NOTE]))
+    replace_text(out / "results.md", "\n\n".join([*parts, NOTE]) + "\n")
+    replace_text(out / "results.html", page("benchmarks", settings.model, sentence, tables, [NOTE]))
 
 
 # ------------------------------------------------------------------------------------------------------------- the command

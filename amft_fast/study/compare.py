@@ -22,6 +22,7 @@ from typing import Any
 from amft_fast import config_file
 from amft_fast.errors import UserError
 from amft_fast.methods import METHODS
+from amft_fast.run.writers import replace_text
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _token_budget(path: str, out: Path, jobs: list[Job], cores: int, flags: list
         if not reference.done and _run_all(path, [reference], cores, [*flags, *quiet]):
             raise UserError(f"the reference run failed; see {reference.folder / 'log.txt'}")
         tokens = json.loads((reference.folder / "summary.json").read_text())["tokens"]
-        kept.write_text(json.dumps({"tokens": tokens}))
+        replace_text(kept, json.dumps({"tokens": tokens}))
     return json.loads(kept.read_text())["tokens"]
 
 
