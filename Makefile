@@ -101,7 +101,3 @@ demo-base: $(READY)
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache
-
-# Long tests, and one that now and then shows a fault that is not yet mended (docs/lab_notes.md).
-test-nightly: $(READY)
-	$(BIN)/python -m pytest -q -m nightly

@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from fakes import CopyTask, make_checkpoint
-from runs import cfg_for, lines, without_times
+from kill_points import differences
+from runs import cfg_for
 
 from amft_fast.errors import UserError
-from amft_fast.run import checkpoint
 from amft_fast.run.launch import train
 
 FLAGS = [
@@ -92,13 +92,8 @@ def same(folder: Path, whole: Path) -> None:
     """The run left what the undisturbed one left, bit for bit."""
     log = folder.with_suffix(".log").read_text()
     assert "Traceback" not in log and "passed over" not in log and "damaged" not in log, log[-4000:]
-    for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl"):
-        assert without_times(lines(folder, name)) == without_times(lines(whole, name)), name
-    names = [sorted(p.name for p in (f / "checkpoints").iterdir()) for f in (folder, whole)]
-    assert names[0] == names[1], names
-    for name in ("best", names[0][-1]):
-        a, b = (checkpoint.load(f / "checkpoints" / name)[0] for f in (folder, whole))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+    found = differences(folder, whole)
+    assert not found, "\n".join(found)
 
 
 def main(place: Path, kills: int) -> None:

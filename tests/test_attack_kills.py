@@ -1,4 +1,7 @@
-"""40 kills at any moment: nothing is lost, and the run ends as an undisturbed one, bit for bit. See kill_worker.py."""
+"""40 kills at any moment: nothing is lost, and the run ends as an undisturbed one, bit for bit. See kill_worker.py.
+
+test_kill_points.py goes through all moments one by one; here are real processes, their locks and signals.
+"""
 
 import json
 import os
@@ -8,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
 
 def test_40_kills(tmp_path):
