@@ -17,6 +17,7 @@ from amft_fast.config import Config
 from amft_fast.config_file import load, to_toml
 from amft_fast.doctor.installed import cpu_name
 from amft_fast.errors import UserError
+from amft_fast.run import trackers
 from amft_fast.run.writers import replace_text
 
 
@@ -53,7 +54,7 @@ def take_folder(cfg: Config, resume: bool) -> list[str]:
             for name in ("checkpoints", "tb", "model"):
                 shutil.rmtree(folder / name, ignore_errors=True)
             files = ("metrics", "evals", "samples", "eval_samples")
-            for name in (*(f"{f}.jsonl" for f in files), "summary.json", "report.html", "report.png"):
+            for name in (*(f"{f}.jsonl" for f in files), "summary.json", "report.html", "report.png", trackers.IDS):
                 (folder / name).unlink(missing_ok=True)
         (folder / "checkpoints").mkdir(exist_ok=True)  # told now, not after the steps before the first of them
     except OSError as e:

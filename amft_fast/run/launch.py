@@ -19,7 +19,7 @@ from amft_fast.errors import UserError
 from amft_fast.interfaces import Task
 from amft_fast.report.page import write_report
 from amft_fast.rollout.context import check_demos
-from amft_fast.run import checkpoint
+from amft_fast.run import checkpoint, trackers
 from amft_fast.run.build import build
 from amft_fast.run.evaluate import check_splits, of_config
 from amft_fast.run.evaluate import evaluate as evaluate_splits
@@ -45,6 +45,7 @@ def train(cfg: Config, resume: bool = False, task: Task | None = None, listeners
             torch.set_num_threads(cfg.run.threads)
         if launched_rank() == 0:
             check_folder(cfg, resume)
+            trackers.check(cfg)
         parts = build(cfg, stop, task)
         world = parts.engine.world
         if cfg.train.method != "rl" or cfg.train.warmup_steps:
@@ -81,7 +82,10 @@ def go(
     if resume and found is None:
         say(f"--resume: no whole checkpoint under {folder / 'checkpoints'}, starting from the beginning")
     total = cfg.train.warmup_steps + cfg.train.steps
-    files = RunFiles(folder, cfg, total, listeners) if world.main else NoFiles(folder)
+    files = RunFiles(folder, cfg, total) if world.main else NoFiles(folder)
+    if world.main:
+        # One's own callbacks last: they may raise.
+        files.listen([*trackers.make(cfg, files.say), *listeners])
     started = finished = False
     try:
         loop = Loop(cfg, parts, files)
