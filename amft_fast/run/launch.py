@@ -25,6 +25,7 @@ from amft_fast.run.evaluate import check_splits, of_config
 from amft_fast.run.evaluate import evaluate as evaluate_splits
 from amft_fast.run.export import save_encoder
 from amft_fast.run.folder import check_folder, check_room, take_folder
+from amft_fast.run.live_report import LiveReport
 from amft_fast.run.lock import locked
 from amft_fast.run.loop import Loop
 from amft_fast.run.signals import StopSignal
@@ -84,8 +85,8 @@ def go(
     total = cfg.train.warmup_steps + cfg.train.steps
     files = RunFiles(folder, cfg, total) if world.main else NoFiles(folder)
     if world.main:
-        # One's own callbacks last: they may raise.
-        files.listen([*trackers.make(cfg, files.say), *listeners])
+        # The report first: trackers keep it. Then they, for one's own callbacks may raise.
+        files.listen([LiveReport(folder, files.say), *trackers.make(cfg, files.say), *listeners])
     started = finished = False
     try:
         loop = Loop(cfg, parts, files)
