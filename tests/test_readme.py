@@ -48,6 +48,7 @@ RUN = [
     ("amft-fast eval configs/demo.toml --model runs/demo/model", SHORT_EVAL),
     ("amft-fast export runs/demo --checkpoint best --dtype bf16", []),
     ("amft-fast report runs/demo", []),
+    ("amft-fast watch runs/demo", []),
     ("amft-fast doctor", []),
 ]
 
