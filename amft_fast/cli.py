@@ -1,4 +1,4 @@
-"""The command line: amft-fast train | eval | compare | data | export | report | doctor."""
+"""The command line: amft-fast train | eval | compare | data | watch | export | report | doctor."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ NUMBERS = {
     "peak_tflops": (1e-3, 1e9),
     "mfu": (1e-3, 1),
     "examples": (0, 1000),
+    "every": (0.05, 3600),
 }
 PATHS = ("config", "resume", "target", "model", "out", "benchmarks_file", "run", "plan")
 # What the disk or its owner refuses, wherever it comes up: the user's to mend, and no fault of the program's.
@@ -112,6 +113,14 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--examples", type=int, default=5, help="prompts and demonstrations shown (default %(default)s)")
     data.add_argument(
         "--color", choices=("auto", "always", "never"), default="auto", help="of tokens; auto: on a terminal"
+    )
+
+    watch = commands.add_parser(
+        "watch", help="a run as it goes, on the terminal (q leaves it alone); elsewhere a line for each step"
+    )
+    watch.add_argument("run", help="folder of a run, one that goes on or one that has ended")
+    watch.add_argument(
+        "--every", type=float, default=1.0, metavar="SECONDS", help="between looks at its files (default %(default)s)"
     )
 
     export = commands.add_parser("export", help="a checkpoint of a run, also of one broken off, as a model to load")
@@ -315,6 +324,12 @@ def _data(args: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
+def _watch(args: argparse.Namespace, flags: list[str]) -> int:
+    from amft_fast.run.watch import watch
+
+    return watch(Path(args.run), args.every)
+
+
 def _export(args: argparse.Namespace, flags: list[str]) -> int:
     from amft_fast.run.export import export
 
@@ -346,6 +361,7 @@ COMMANDS = {
     "eval": _eval,
     "compare": _compare,
     "data": _data,
+    "watch": _watch,
     "export": _export,
     "report": _report,
     "doctor": _doctor,

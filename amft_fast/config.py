@@ -748,11 +748,17 @@ class EvalConfig(Section):
     """Sampled answers per prompt in the scheduled evaluations."""
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+
+
 class LogConfig(Section):
     """What a run writes besides metrics.jsonl."""
 
-    tensorboard: bool = True
-    """Write TensorBoard files under `tb/`."""
+    to: list[Literal[TRACKERS]] = ["tensorboard"]
+    """Trackers that are told of steps, evaluations, kept completions, settings and the report: tensorboard (files under `tb/`),
+    wandb, trackio, mlflow; where these keep a run, their own environment variables say."""
+    project: str = Field("amft-fast", min_length=1)
+    """The project of wandb and trackio, mlflow's experiment; the run is called after its folder."""
     samples_every: int = Field(20, ge=0)
     """Steps between the completions kept in samples.jsonl; 0: none."""
     samples: int = Field(8, ge=1)
@@ -764,6 +770,15 @@ class LogConfig(Section):
     """Show progress bars; default: only on a terminal, plain lines otherwise."""
     every: int = Field(10, ge=1)
     """Steps between plain progress lines."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_runs(cls, values: Any) -> Any:
+        """Their config.toml says log.tensorboard, which `to` has taken the place of."""
+        if isinstance(values, dict) and isinstance(values.get("tensorboard"), bool):
+            on = values["tensorboard"]
+            values = {"to": ["tensorboard"] if on else []} | {k: v for k, v in values.items() if k != "tensorboard"}
+        return values
 
 
 class ProfileConfig(Section):

@@ -16,7 +16,7 @@ run = { threads = 1 }
 train = { steps = 2, lr = 0.01, prompts_per_step = 2, demos_per_step = 2, method = "fixed" }
 rollout = { num_generations = 4, max_new_tokens = 4 }
 eval = { every = 0, num_samples = 1 }
-log = { tensorboard = false }
+log = { to = [] }
 checkpoint = { every = 0, export = false }
 """
 
@@ -76,7 +76,7 @@ def copy_run(folder: Path, model: Path, *flags: str) -> Config:
         *("--run.dir", str(folder), "--model.path", str(model), "--run.threads", "1", "--train.lr", "0.01"),
         *("--train.prompts_per_step", "4", "--train.demos_per_step", "4", "--rollout.max_new_tokens", "4"),
         *("--eval.every", "0", "--checkpoint.every", "0", "--checkpoint.keep_best", "false"),
-        *("--checkpoint.export", "false", "--log.tensorboard", "false"),
+        *("--checkpoint.export", "false", "--log.to", "[]"),
     ]
     return config_file.load(None, [*base, *flags])
 

@@ -23,7 +23,7 @@ def cfg_for(folder: Path, model: Path, *flags: str) -> Config:
     base = [
         *("--run.dir", str(folder), "--model.path", str(model), "--train.steps", "4", "--train.warmup_steps", "2"),
         *("--train.lr", "0.01", "--train.prompts_per_step", "4", "--train.demos_per_step", "4"),
-        *("--rollout.num_generations", "4", "--rollout.max_new_tokens", "4", "--log.tensorboard", "false"),
+        *("--rollout.num_generations", "4", "--rollout.max_new_tokens", "4", "--log.to", "[]"),
         *("--eval.every", "2", "--eval.num_samples", "2", "--checkpoint.every", "2", "--log.samples_every", "2"),
         *("--run.threads", "1", "--checkpoint.export", "false", "--train.method", "fixed"),
     ]

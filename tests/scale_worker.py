@@ -242,7 +242,7 @@ def exported(engine, folder):
 RUN = [
     *("--train.steps", "4", "--train.warmup_steps", "1", "--train.lr", "0.01", "--train.method", "amft"),
     *("--train.prompts_per_step", "3", "--train.demos_per_step", "3", "--rollout.num_generations", "3"),
-    *("--rollout.max_new_tokens", "4", "--log.tensorboard", "false", "--eval.every", "2", "--eval.num_samples", "2"),
+    *("--rollout.max_new_tokens", "4", "--log.to", "[]", "--eval.every", "2", "--eval.num_samples", "2"),
     *("--checkpoint.every", "1", "--checkpoint.keep_last", "9", "--log.samples_every", "1", "--run.threads", "1"),
     *("--run.device", "cpu", "--controller.window", "2", "--meta.prompts", "2", "--meta.num_generations", "4"),
 ]

@@ -59,7 +59,7 @@ def train(monkeypatch, folder, model, *flags, resume=False, code=0, **faults):
     base = [
         *("--run.dir", str(folder), "--model.path", str(model), "--train.steps", "6", "--train.warmup_steps", "1"),
         *("--train.lr", "0.01", "--train.prompts_per_step", "3", "--train.demos_per_step", "3", "--run.threads", "1"),
-        *("--rollout.num_generations", "4", "--rollout.max_new_tokens", "4", "--log.tensorboard", "false"),
+        *("--rollout.num_generations", "4", "--rollout.max_new_tokens", "4", "--log.to", "[]"),
         *("--eval.every", "0", "--eval.splits", '["test"]', "--eval.num_samples", "1", "--checkpoint.every", "3"),
         *("--train.method", "fixed", "--checkpoint.keep_best", "false"),
         *("--checkpoint.export", "false", "--rollout.engine", "vllm", "--rollout.vllm.mode", "server", *flags),

@@ -19,7 +19,7 @@ SMALL = {
     "train": {"steps": 2, "lr": 1e-2, "prompts_per_step": 2, "demos_per_step": 2, "method": "fixed"},
     "rollout": {"num_generations": 2, "max_new_tokens": 2},
     "eval": {"every": 0, "num_samples": 1},
-    "log": {"tensorboard": False, "samples_every": 1, "progress": False},
+    "log": {"to": [], "samples_every": 1, "progress": False},
     "checkpoint": {"every": 1, "export": False},
 }
 ROWS = [{"prompt": w, "answer": w, "response": w} for w in ("a", "b", "c", "d", "e", "f", "yes", "no")]

@@ -61,7 +61,7 @@ def test_a_small_study_runs_at_equal_tokens_and_goes_on_where_it_stopped(tmp_pat
         "compare", str(ROOT / "configs" / "demo.toml"), "--methods", "sft,rl,amft", "--seeds", "1", "--out", str(out),
         "--train.steps", "4", "--train.prompts_per_step", "8", "--train.demos_per_step", "8", "--eval.every", "2",
         "--eval.max_prompts", "4", "--eval.num_samples", "2", "--meta.prompts", "8", "--controller.window", "2",
-        "--log.tensorboard", "false", "--checkpoint.export", "false",
+        "--log.to", "[]", "--checkpoint.export", "false",
     ]  # fmt: skip
     assert cli.main(args) == 0
     printed = capsys.readouterr().out

@@ -117,7 +117,7 @@ def demo(folder, *flags):
         ),
         *("--rollout.num_generations", "4", "--meta.prompts", "4", "--meta.num_generations", "2"),
         *("--controller.window", "2", "--eval.every", "0", "--eval.max_prompts", "2", "--eval.num_samples", "2"),
-        *("--checkpoint.every", "2", "--log.samples_every", "2", "--log.tensorboard", "false"),
+        *("--checkpoint.every", "2", "--log.samples_every", "2", "--log.to", "[]"),
     ]
     return config_file.load(CONFIGS / "demo_gp_vl.toml", few + list(flags))
 

@@ -231,7 +231,7 @@ advantage = { level = "turn" }
 controller = { window = 3 }
 meta = { prompts = 2 }
 eval = { every = 0, num_samples = 1 }
-log = { tensorboard = false }
+log = { to = [] }
 checkpoint = { every = 2, keep_last = 9, keep_best = false, export = false }
 """
 

@@ -23,7 +23,7 @@ STARTS = ("make ", "amft-fast ", "python -m ", "torchrun ")
 SHORT = shlex.split(
     "--train.steps 2 --train.warmup_steps 1 --train.prompts_per_step 2 --train.demos_per_step 2 --rollout.num_generations 2 "
     "--train.lr_warmup_steps 0 --eval.every 1 --eval.max_prompts 2 --eval.schedule_max_prompts 2 --eval.num_samples 1 "
-    "--eval.schedule_num_samples 1 --rollout.max_new_tokens 4 --log.tensorboard false --task.general_points.max_train 20"
+    "--eval.schedule_num_samples 1 --rollout.max_new_tokens 4 --log.to [] --task.general_points.max_train 20"
 )
 SHORT_EVAL = shlex.split("--eval.max_prompts 2 --eval.num_samples 1 --rollout.max_new_tokens 4")
 FILLED_IN = {"CONFIG": "configs/demo.toml", "FOLDER": "configs", "MODEL": "configs/math_base"}
@@ -48,6 +48,7 @@ RUN = [
     ("amft-fast eval configs/demo.toml --model runs/demo/model", SHORT_EVAL),
     ("amft-fast export runs/demo --checkpoint best --dtype bf16", []),
     ("amft-fast report runs/demo", []),
+    ("amft-fast watch runs/demo", []),
     ("amft-fast doctor", []),
 ]
 

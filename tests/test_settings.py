@@ -65,7 +65,7 @@ def test_a_small_run_by_settings_that_no_other_run_has(tmp_path, capfd):
         *("--rollout.max_redraws", "1", "--eval.every", "2", "--eval.max_prompts", "2", "--eval.num_samples", "2"),
         *("--eval.schedule_splits", '["ood"]', "--eval.schedule_num_samples", "3", "--eval.schedule_max_prompts", "2"),
         *("--checkpoint.metric", "ood/sampled", "--checkpoint.keep_best", "true", "--checkpoint.export", "false"),
-        *("--log.progress", "true", "--log.tensorboard", "false"),
+        *("--log.progress", "true", "--log.to", "[]"),
     ]
     assert cli.main(["train", str(ROOT / "configs" / "demo.toml"), *flags]) == 0
     steps, evals = (
@@ -89,7 +89,7 @@ def test_imitation_has_a_learning_rate_of_its_own(tmp_path):
         *("--train.lr", "1e-3", "--train.sft_lr", "2e-4", "--train.demos_per_step", "2", "--eval.every", "0"),
         *("--train.prompts_per_step", "1", "--rollout.num_generations", "2", "--train.lr_schedule", "constant"),
         *("--eval.max_prompts", "1", "--eval.num_samples", "1", "--checkpoint.export", "false"),
-        *("--train.lr_warmup_steps", "0", "--train.warmup_steps", "1", "--log.tensorboard", "false"),
+        *("--train.lr_warmup_steps", "0", "--train.warmup_steps", "1", "--log.to", "[]"),
     ]
     assert cli.main(["train", str(ROOT / "configs" / "demo.toml"), *flags]) == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

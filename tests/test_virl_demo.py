@@ -73,7 +73,7 @@ def test_the_demo_runs_a_few_steps_and_shows_its_walks(tmp_path, monkeypatch):
             "2",
         ),
         *("--eval.every", "0", "--eval.max_prompts", "4", "--eval.num_samples", "1", "--task.virl.num_train", "40"),
-        *("--checkpoint.export", "false", "--log.tensorboard", "false"),
+        *("--checkpoint.export", "false", "--log.to", "[]"),
     ]
     assert launch.train(config_file.load(CONFIG, flags)) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -92,7 +92,7 @@ def test_a_vision_language_policy_walks_with_views_in_its_own_and_in_other_citie
         "--train.steps 2 --train.prompts_per_step 2 --train.demos_per_step 2 --rollout.num_generations 2 --meta.prompts 2 "
         "--meta.num_generations 2 --rollout.max_new_tokens 4 --eval.every 0 --eval.max_prompts 2 --eval.num_samples 1 "
         "--task.virl.views true --task.virl.view_size 16 --task.virl.num_train 4 --task.virl.num_val 2 --task.virl.num_test 2 "
-        "--task.virl.verify_turns 1 --log.tensorboard false --checkpoint.export false"
+        "--task.virl.verify_turns 1 --log.to [] --checkpoint.export false"
     )
     legs = ["--task.virl.legs", "[1, 1]"]
     paths = ["--run.dir", str(tmp_path / "run"), "--model.path", str(model)]

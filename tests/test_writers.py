@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from amft_fast.errors import UserError
-from amft_fast.run.writers import JsonLines, TensorBoard, replace_text
+from amft_fast.run.writers import JsonLines, replace_text
 
 
 def steps(path):
@@ -101,16 +101,3 @@ def test_a_text_is_replaced_whole_or_not_at_all(tmp_path, file_limit):
     assert path.read_text() == "old"
     replace_text(path, "μ")
     assert path.read_bytes() == "μ".encode() and [p.name for p in tmp_path.iterdir()] == ["summary.json"]
-
-
-def test_tensorboard_files_that_cannot_be_written_are_said_and_end_nothing(tmp_path, file_limit):
-    (tmp_path / "tb").write_text("a file where its folder should be")
-    said = []
-    board = TensorBoard(tmp_path / "tb", True, 0, said.append)
-    board.write(0, {"loss": 1.0})
-    board.close()
-    board = TensorBoard(tmp_path / "elsewhere", True, 0, said.append)
-    with file_limit(10):
-        board.write(0, {"loss": 1.0})
-        board.close()
-    assert len(said) == 2 and all("log.tensorboard" in text for text in said)

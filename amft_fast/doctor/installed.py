@@ -33,6 +33,7 @@ FEATURES = (
     ("FlashAttention", ("flash-attn",), "flash", "model.attention=flash_attention_2"),
     ("LoRA", ("peft",), "lora", "model.lora.rank"),
     ("Liger's layers", ("liger-kernel",), "flash", ""),
+    ("trackers beside TensorBoard", ("wandb", "trackio", "mlflow-skinny"), "trackers", "log.to"),
     ("mathematics tasks", ("datasets", "pyarrow"), "math", "task.name=math"),
     ("benchmarks against other kernels", ("liger-kernel", "cut-cross-entropy", "trl"), "bench", ""),
     ("tests and lint", ("pytest", "hypothesis", "ruff"), "dev", ""),

@@ -1,10 +1,13 @@
-"""report.html of a run: one page without network or script, made from the run's files alone; report.png beside it.
+"""report.html of a run: one page without network or script, made from the run's files alone; report.png beside it. While
+the run goes, a few lines of script load the page anew.
 
 The page is a row of sections in the order of `SECTIONS`; the plots among them are in report_plots.py.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 import os
 import re
@@ -38,35 +41,40 @@ PROMPT_CHARS, COMPLETION_CHARS, ANSWER_CHARS = 600, 1500, 300
 OWN_SPLITS = ("test", "ood", "visual_ood", "val", "train")
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, live: bool = False) -> Path:
     """Writes report.html and report.png into the run's folder and returns the path of the page.
 
-    Raises UserError when there is no such run or its folder cannot be written.
+    `live`: the run goes on, so the page alone is written, and loads itself anew. Raises UserError when there is no such run or
+    its folder cannot be written.
     """
     from amft_fast.report.picture import write_picture
 
     folder = Path(folder)
     record = read(folder)
-    text = render(record)
+    text = render(record, live)
     path = folder / "report.html"
     try:
         aside = path.with_suffix(".part")
         aside.write_text(text, encoding="utf-8", errors="replace")
         os.replace(aside, path)
-        write_picture(record, folder / "report.png")
+        if not live:
+            write_picture(record, folder / "report.png")
     except OSError as e:
         raise UserError(f"the report cannot be written into {str(folder)!r}: {e.strerror}") from None
     return path
 
 
-def render(record: Record) -> str:
-    """The page as text."""
+def render(record: Record, live: bool = False) -> str:
+    """The page as text; `live` as in `write_report`."""
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(templates.TEMPLATE)
     sections = [section for make in SECTIONS if (section := make(record)) is not None]
     return template.render(
         name=record.folder.resolve().name,
         style=Markup(templates.STYLE + charts.STYLE),
-        warnings=warnings(record),
+        refresh=templates.REFRESH_SECONDS if live else None,
+        script=Markup(templates.REFRESH),
+        script_hash=base64.b64encode(hashlib.sha256(templates.REFRESH.encode()).digest()).decode(),
+        warnings=warnings(record, live),
         sentence=sentence(record),
         tiles=tiles(record),
         sections=sections,
@@ -89,10 +97,13 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {s:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def warnings(record: Record) -> list[str]:
+def warnings(record: Record, live: bool = False) -> list[str]:
     """What a reader must know before the figures."""
     out = []
-    if not record.metrics:
+    if live:
+        steps = f"{record.done} of {record.planned}" if record.planned else f"{record.done}"
+        out.append(f"This run goes on: {steps} steps are done, and the page loads itself anew.")
+    elif not record.metrics:
         out.append("No step of this run is on record yet.")
     elif not record.finished:
         steps = f"{record.done} of {record.planned} steps" if record.planned else f"{record.done} steps"

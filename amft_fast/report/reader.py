@@ -132,13 +132,19 @@ def read(folder: Path) -> Record:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no run folder {str(folder)!r}")
-    record = Record(folder)
     if not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{str(folder)!r} is not the folder of a run: it has no metrics.jsonl")
+    record = head(folder)
     record.metrics = _lines(record, "metrics.jsonl", "step", unique=True)
     record.evals = _lines(record, "evals.jsonl", "at", unique=True)
     record.samples = _lines(record, "samples.jsonl", "step", unique=False)
     record.eval_samples = _lines(record, "eval_samples.jsonl", "at", unique=False)
+    return record
+
+
+def head(folder: Path) -> Record:
+    """The run without its rows: settings, environment, summary."""
+    record = Record(folder)
     record.environment, record.summary = _object(record, "environment.json"), _object(record, "summary.json")
     record.config_text = _text(record, "config.toml")
     try:
@@ -176,14 +182,20 @@ def _lines(record: Record, name: str, key: str, unique: bool) -> list[dict[str, 
     for line in _text(record, name).split("\n"):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict) and type(row.get(key)) is int and 0 <= row[key] < 1 << 53:
-            out.append(row)
-        else:
+        row = row_of(line, key)
+        if row is None:
             record.damaged[name] = record.damaged.get(name, 0) + 1
+        else:
+            out.append(row)
     if unique:
         out = list({row[key]: row for row in out}.values())
     return sorted(out, key=lambda row: row[key])
+
+
+def row_of(line: str, key: str) -> dict[str, Any] | None:
+    """The object of one line; None for what is none with a whole number `key`."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get(key)) is int and 0 <= row[key] < 1 << 53 else None

@@ -55,12 +55,32 @@ details pre { margin-top: .5rem; }
   details::details-content { content-visibility: visible; } }
 """
 
+# The page of a run that goes on is loaded anew, though not from under somebody who marks text; browsers keep the place on the
+# page over a reload, and what is unfolded is kept here. Storage may be refused (private windows, a page inside another).
+REFRESH_SECONDS = 10
+REFRESH = f"""
+const folds = [...document.querySelectorAll("details")], key = "unfolded " + location.pathname;
+try {{
+  const kept = JSON.parse(sessionStorage.getItem(key) || "[]");
+  folds.forEach((fold, i) => {{ fold.open = !!kept[i]; }});
+}} catch (refused) {{ }}
+setInterval(() => {{
+  if (document.hidden || !getSelection().isCollapsed) return;
+  try {{ sessionStorage.setItem(key, JSON.stringify(folds.map(fold => fold.open))); }} catch (refused) {{ }}
+  location.reload();
+}}, {1000 * REFRESH_SECONDS});
+"""
+
 TEMPLATE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:
+{%- if refresh %}; script-src 'sha256-{{ script_hash }}'{% endif %}">
+{% if refresh %}
+<noscript><meta http-equiv="refresh" content="{{ refresh }}"></noscript>
+{% endif %}
 <title>{{ name }} · AMFT run</title>
 <style>{{ style }}</style>
 </head>
@@ -105,6 +125,9 @@ TEMPLATE = """<!doctype html>
 {% endfor %}
 </section>
 </main>
+{% if refresh %}
+<script>{{ script }}</script>
+{% endif %}
 </body>
 </html>
 """

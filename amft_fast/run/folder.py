@@ -18,6 +18,7 @@ from amft_fast.config import Config
 from amft_fast.config_file import load, to_toml
 from amft_fast.doctor.installed import cpu_name
 from amft_fast.errors import UserError
+from amft_fast.run import trackers
 from amft_fast.run.writers import replace_text
 
 
@@ -60,7 +61,7 @@ def take_folder(cfg: Config, resume: bool) -> list[str]:
         replace_text(folder / "config.toml", to_toml(cfg))
         if not resume:
             rows = ("evals.jsonl", "samples.jsonl", "eval_samples.jsonl", "metrics.jsonl")
-            for name in ("summary.json", "report.html", "report.png", *rows):
+            for name in ("summary.json", "report.html", "report.png", trackers.IDS, *rows):
                 (folder / name).unlink(missing_ok=True)
         (folder / "checkpoints").mkdir(exist_ok=True)  # told now, not after the steps before the first of them
     except OSError as e:

@@ -19,12 +19,13 @@ from amft_fast.errors import UserError
 from amft_fast.interfaces import Task
 from amft_fast.report.page import write_report
 from amft_fast.rollout.context import check_demos
-from amft_fast.run import checkpoint
+from amft_fast.run import checkpoint, trackers
 from amft_fast.run.build import build
 from amft_fast.run.evaluate import check_splits, count_answers, of_config
 from amft_fast.run.evaluate import evaluate as evaluate_splits
 from amft_fast.run.export import save_encoder
 from amft_fast.run.folder import check_folder, check_room, take_folder
+from amft_fast.run.live_report import LiveReport
 from amft_fast.run.lock import locked
 from amft_fast.run.loop import Loop
 from amft_fast.run.progress import phase
@@ -46,6 +47,7 @@ def train(cfg: Config, resume: bool = False, task: Task | None = None, listeners
             torch.set_num_threads(cfg.run.threads)
         if launched_rank() == 0:
             check_folder(cfg, resume)
+            trackers.check(cfg)
         parts = build(cfg, stop, task)
         world = parts.engine.world
         if cfg.train.method != "rl" or cfg.train.warmup_steps:
@@ -82,7 +84,10 @@ def go(
     if resume and found is None:
         say(f"--resume: no whole checkpoint under {folder / 'checkpoints'}, starting from the beginning")
     total = cfg.train.warmup_steps + cfg.train.steps
-    files = RunFiles(folder, cfg, total, listeners) if world.main else NoFiles(folder)
+    files = RunFiles(folder, cfg, total) if world.main else NoFiles(folder)
+    if world.main:
+        # The report first: trackers keep it. Then they, for one's own callbacks may raise.
+        files.listen([LiveReport(folder, files.say), *trackers.make(cfg, files.say), *listeners])
     started = finished = False
     try:
         loop = Loop(cfg, parts, files)

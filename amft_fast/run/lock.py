@@ -51,3 +51,24 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
             yield
         finally:
             os.ftruncate(file.fileno(), 0)
+
+
+def is_held(folder: Path) -> bool | None:
+    """Whether some other process holds a run's folder; None where that cannot be told: no rights, no locks, another machine.
+
+    Never for a folder that this process holds: closing the file again would give its lock back.
+    """
+    try:
+        file = open(folder / FILE, encoding="utf-8")  # noqa: SIM115
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as e:
+            return True if e.errno in _TAKEN else None
+        holder = file.read(200).strip()
+        # A file system may keep locks to its machine: what another one wrote here holds until it takes it away.
+        return None if holder and not holder.endswith(f" on {socket.gethostname()}") else False

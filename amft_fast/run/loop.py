@@ -118,7 +118,6 @@ class Loop:
             files.eval_samples.write({"step": trainer.step - 1, "at": trainer.step, **row})
         files.evals.write({**place, "full": whole, **result})
         figures = {f"{split}/{k}": v for split, row in result.items() for k, v in row.items()}
-        files.tensorboard.write(trainer.step, {f"eval/{k}": v for k, v in figures.items()})
         success = (f"{split} {row['greedy']:.1%}/{row['sampled']:.1%}" for split, row in result.items())
         files.say(f"eval at {trainer.step}: " + "  ".join(success))
         if not whole and trainer.step > self.cfg.train.warmup_steps and self.evaluator.is_best(figures):

@@ -1,4 +1,5 @@
-"""What `train CONFIG --dry-run` looks at beyond the settings: whether the model and a task's data are where they say.
+"""What `train CONFIG --dry-run` looks at beyond the settings: whether the model and a task's data are where they
+say, and trackers installed.
 
 Nothing is downloaded. What lies on the hub is asked for by name; when the hub cannot be reached, a sentence says so, and what
 could not be checked, and the dry run is no failure for that.
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from amft_fast.config import Config
 from amft_fast.errors import UserError
+from amft_fast.run import trackers
 from amft_fast.tasks import shipped
 
 SECONDS = 5.0
@@ -17,6 +19,7 @@ SECONDS = 5.0
 
 def check(cfg: Config) -> list[str]:
     """One line for each thing looked at. Raises UserError for what is wrong and can be told without the hub."""
+    trackers.check(cfg)
     lines, hub = [], Hub()
     if cfg.model.path:
         lines.append(_model(cfg.model.path, hub))

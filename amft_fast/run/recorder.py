@@ -33,7 +33,6 @@ class Recorder:
         if alarms:
             record["alarms"] = alarms
         self.files.metrics.write(record)
-        self.files.tensorboard.write(record["step"], record)
         self._keep_samples(step)
         cfg, clock, moved = self.cfg.train, trainer.step - self.cfg.train.warmup_steps, 1.0
         if cfg.token_budget is not None and clock > 0:

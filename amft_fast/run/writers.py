@@ -1,11 +1,10 @@
-"""What a run writes while it goes: metrics.jsonl and the like, TensorBoard files; and its progress."""
+"""What a run writes while it goes: metrics.jsonl and the like; and its progress."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -120,54 +119,6 @@ def _kept(held: bytes, resume_step: int) -> tuple[bytes, list[int]]:
     return b"".join(kept), damaged
 
 
-class TensorBoard:
-    """Scalars for TensorBoard, or nothing when switched off. When its files can no longer be written `say` tells so, once."""
-
-    def __init__(self, folder: Path, enabled: bool, resume_step: int, say: Callable[[str], None] = print) -> None:
-        self.writer, self.say = None, say
-        if enabled:
-            from torch.utils.tensorboard import SummaryWriter
-
-            others = set(threading.enumerate())
-            try:
-                self.writer = SummaryWriter(str(folder), purge_step=resume_step or None)
-            except OSError as e:
-                self._give_up(e)
-            _silence(set(threading.enumerate()) - others)
-
-    def write(self, step: int, record: dict[str, Any]) -> None:
-        if self.writer is None:
-            return
-        try:
-            for name, value in record.items():
-                if isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
-                    self.writer.add_scalar(name, value, step)
-        except OSError as e:  # of an earlier line: a thread writes them
-            self._give_up(e)
-
-    def _give_up(self, error: OSError) -> None:
-        self.say(f"no more TensorBoard files (log.tensorboard): {error.strerror or error}")
-        self.writer = None
-
-    def close(self) -> None:
-        if self.writer is not None:
-            try:
-                self.writer.close()
-            except OSError as e:
-                self._give_up(e)
-
-
-def _silence(threads: set[threading.Thread]) -> None:
-    """An OSError that ends one of these prints no traceback: their owner raises it again where it can be told in a sentence."""
-    shown = threading.excepthook
-
-    def hook(args: Any) -> None:
-        if args.thread not in threads or not isinstance(args.exc_value, OSError):
-            shown(args)
-
-    threading.excepthook = hook
-
-
 class RunFiles:
     """The files of a run that grow while it goes, from `open` to `close`."""
 
@@ -175,13 +126,16 @@ class RunFiles:
     evals: Any
     samples: Any
     eval_samples: Any
-    tensorboard: Any
     progress: Any
 
-    def __init__(self, folder: Path, cfg: Config, total: int, listeners: Sequence[Any] = ()) -> None:
+    def __init__(self, folder: Path, cfg: Config, total: int) -> None:
         self.folder, self.checkpoints = folder, folder / "checkpoints"
-        self.cfg, self.total, self.listeners = cfg, total, Listeners(listeners)
+        self.cfg, self.total, self.listeners = cfg, total, Listeners(())
         self.closing = ExitStack()
+
+    def listen(self, listeners: Sequence[Any]) -> None:
+        """From now on these are told what is written, in their order."""
+        self.listeners = Listeners(listeners)
 
     def open(self, step: int, evaluated: int = -1) -> None:
         """Takes the files up at a step, of a run that was last evaluated at the step `evaluated` (-1: never): what was written
@@ -196,7 +150,6 @@ class RunFiles:
         self.evals = make(self._told("evals", evaluated, "on_eval"))
         self.samples = make(self._told("samples", step, "on_sample"))
         self.eval_samples = make(JsonLines(self.folder / "eval_samples.jsonl", evaluated, self.say))
-        self.tensorboard = make(TensorBoard(self.folder / "tb", log.tensorboard, step, self.say))
 
     def _closed_at_the_end(self, part: Any) -> Any:
         self.closing.callback(part.close)
@@ -227,7 +180,7 @@ class NoFiles(RunFiles):
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.checkpoints = folder, folder / "checkpoints"
-        self.metrics = self.evals = self.samples = self.eval_samples = self.tensorboard = self.progress = self
+        self.metrics = self.evals = self.samples = self.eval_samples = self.progress = self
 
     def open(self, step: int, evaluated: int = -1) -> None: ...
     def sync(self) -> None: ...
