@@ -55,7 +55,7 @@ def take_folder(cfg: Config, resume: bool) -> list[str]:
         for name in ("checkpoints", "tb", "model"):
             aside = folder / f".deleted-{name}"
             shutil.rmtree(aside, ignore_errors=True)  # of such a kill
-            if not resume and (folder / name).exists():
+            if not resume and (folder / name).is_dir():
                 os.replace(folder / name, aside)
                 shutil.rmtree(aside, ignore_errors=True)
         replace_text(folder / "config.toml", to_toml(cfg))
