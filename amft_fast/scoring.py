@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from amft_fast import objective
+from amft_fast import losses, objective
 from amft_fast.config import Config
 from amft_fast.data.batch import Batch, TokenSequence, micro_batches, scatter
 from amft_fast.engine.parts import Tensors
@@ -56,21 +56,36 @@ class Scorer:
         if not rl:
             return rl
         gae = cfg.advantage.kind == "gae"
-        # One update per rollout is on-policy by construction: the ratio is 1 and old log-probs would be a wasted pass.
-        off_policy = cfg.train.minibatches_per_rollout > 1 or cfg.rollout.async_steps > 0
-        if off_policy or gae:
+        # One update per rollout is on-policy by construction: the ratio is 1 and old log-probs would be a wasted pass,
+        # but where another engine than the trainer's has sampled and the loss looks at what lies between the two.
+        foreign = cfg.rollout.engine != "transformers" and losses.reads_logprobs(cfg.objective)
+        if cfg.off_policy or foreign or gae:
             scores = self.forward_only(rl)
-            if off_policy:
+            if cfg.off_policy or foreign:
                 scatter(rl, scores, [s.logprobs for s in scores], "old_logprobs")
             if gae:
                 scatter(rl, scores, [s.values for s in scores], "values")
         if cfg.objective.kl_coef > 0:
             scores = self.forward_only(rl, self.reference)
             scatter(rl, scores, [s.logprobs for s in scores], "ref_logprobs")
-        objective.set_advantages(rl, samples, cfg.advantage)
+        kl = (cfg.objective.kl_coef, cfg.objective.kl_kind) if cfg.objective.kl_in == "reward" else (0.0, "k1")
+        objective.set_advantages(rl, samples, cfg.advantage, cfg.rollout.max_new_tokens, kl)
         for sample, sequence in zip(samples, rl):
             sample.advantage = float(sequence.fields["advantages"][sequence.trained].mean())
+        if cfg.advantage.truncated == "masked":
+            for sample, sequence in zip(samples, rl):
+                sequence.trained &= sample.finish_reason != "length"
         return rl
+
+    def fold(self, rl: list[TokenSequence], moved: bool, seed: tuple[object, ...]) -> list[TokenSequence]:
+        """The rollouts of one update as the loss head takes them: what hangs on whole sequences or the batch is in their
+        advantages (losses.py). `moved`: whether an update came since the old log-probs were taken."""
+        o = self.cfg.objective
+        if losses.reads_entropy(o) or (moved and losses.reads_logprobs(o)):
+            scores = self.forward_only(rl)
+            scatter(rl, scores, [s.logprobs for s in scores], "present_logprobs")
+            scatter(rl, scores, [s.entropy for s in scores], "present_entropy")
+        return losses.fold(rl, o, seed)
 
     def entropy(self, sequences: list[TokenSequence], temperature: float | None = None) -> float:
         """Mean over tokens, in nats; at the temperature that the sequences were drawn at, or at another one."""

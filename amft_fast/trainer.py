@@ -29,6 +29,7 @@ from amft_fast.engine.parts import Part, Tensors
 from amft_fast.engine.phases import Phases
 from amft_fast.errors import RolloutFailure, UserError
 from amft_fast.interfaces import Item, RolloutEngine, Sample, Task, UpdateEngine
+from amft_fast.losses import EntropyBonus
 from amft_fast.meta_gradient import Utility, UtilityGradient
 from amft_fast.model.figures import Update, read_updates
 from amft_fast.model.policy import MAXES, SUMS, Policy
@@ -81,6 +82,7 @@ class Trainer:
         self.utility_gradient = self._make_utility(parts.task) if self.controller.learned else None
         self.step = 0
         self.entropy_target: float | None = None  # H*
+        self.entropy_bonus = EntropyBonus(cfg.objective)  # c_H
         self.tokens = self.warmup_tokens = 0
         self.mus: list[float] = []  # the first and the last
 
@@ -157,7 +159,8 @@ class Trainer:
         for k in range(m):
             probe = u if k == 0 and self.controller.probes(t) else None
             with self.phases("update"):
-                updates.append(self.update(_share(sft, k, m), _share(rl, k, m), mu, probe))
+                share = self.scorer.fold(_share(rl, k, m), k > 0, (self.cfg.run.seed, self.step, k))
+                updates.append(self.update(_share(sft, k, m), share, mu, probe))
         self.step += 1
         with self.phases("sync"):
             failure = self.rollouts.sync(self.engine.named_full_params(), self.step)
@@ -170,6 +173,9 @@ class Trainer:
             dots, clip = measured.probe or (None, 1.0)  # ⟨u, g_SFT⟩, ⟨u, g_RL⟩ and the norms, of the first update
             figures |= self.controller.observe(t, dots, clip, lr, figures.get("entropy"), self.entropy_target)
             self.mus = [*(self.mus[:1] or [mu]), mu]
+            if self.cfg.objective.entropy_target is not None:
+                figures["entropy_coef"] = self.entropy_bonus.coef
+            self.entropy_bonus.observe(figures.get("entropy"))
         if fresh:
             figures |= {f"controller/{name}": value for name, value in u.figures.items()}
         counts = self.count_tokens(sft, rl, drawn)
@@ -203,7 +209,8 @@ class Trainer:
         value_coef = self.cfg.advantage.value_coef if self.policy.value_head is not None else 0.0
         counts = objective.count_tokens(sft, rl)
         sft = objective.weigh_sft(sft, mu, counts.sft)
-        rl = objective.weigh_rl(rl, mu, counts.rl, self.cfg.objective, value_coef)
+        longest, bonus = self.cfg.rollout.max_new_tokens, self.entropy_bonus.coef
+        rl = objective.weigh_rl(rl, mu, counts, self.cfg.objective, value_coef, longest, bonus)
         if u is None:
             return Update(*self.sweep(sft + rl), self.engine.step(), None)
         sft_sums, sft_maxes = self.sweep(sft)
@@ -278,6 +285,7 @@ class Trainer:
             "controller": self.controller.state_dict(),
             **utility,
             "entropy_target": self.entropy_target,
+            "entropy_coef": self.entropy_bonus.coef,
             "warmup_tokens": self.warmup_tokens,
             "mus": self.mus,
             "tokens": self.tokens,
@@ -304,6 +312,7 @@ class Trainer:
             self.utility_gradient.load_state_dict(state)
             self.utility_gradient.load_tensors(tensors)
         self.step, self.entropy_target = state["step"], state["entropy_target"]
+        self.entropy_bonus.coef = state.get("entropy_coef", self.entropy_bonus.coef)
         self.warmup_tokens, self.tokens, self.mus = state["warmup_tokens"], state["tokens"], state["mus"]
         self.rollouts.engine.sync(self.engine.named_full_params(), self.step)
 
