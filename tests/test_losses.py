@@ -94,8 +94,10 @@ def held_against(model, wanted, o, sequences, value=True, **options):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("denominator", ["token", "sequence", "constant"])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    ("name", "denominator"),
+    [*((name, "token") for name in LOSSES), ("sapo", "sequence"), ("gspo", "sequence"), ("grpo", "constant")],
+)
 def test_loss_against_autograd_on_plain_logits(model, name, denominator):
     settings, formula = LOSSES[name]
     o = ObjectiveConfig(loss=name, denominator=denominator, **settings)
@@ -128,7 +130,7 @@ def test_no_loss_depends_on_micro_batches_or_packing(model, name):
     )
     sequences = rollouts(model, seed=3)
     _, whole = gradients(model, o, sequences)
-    for max_tokens, packed in ((1, False), (24, True)):
+    for max_tokens, packed in ((12, False), (24, True)):
         _, others = gradients(model, o, sequences, max_tokens, packed)
         largest = max(g.abs().max().item() for g in whole)
         for a, b in zip(others, whole):  # transformers' norms round to fp32
