@@ -438,7 +438,8 @@ class TrainConfig(Section):
     """The method and the size of a step."""
 
     method: Literal[tuple(METHODS)] = "amft"
-    """amft learns mu; fixed, linear and cosine are schedules of mu; sft, rl and sft_then_rl are what they say."""
+    """amft learns mu; fixed, linear, cosine and chord_mu are schedules of mu; sft, rl and sft_then_rl are what they
+    say; the rest mixes in ways of its own: docs/methods.md."""
     steps: int = Field(200, ge=1, le=10**9)
     """Steps after the warm-up. A step draws rollouts once and makes `minibatches_per_rollout` updates."""
     token_budget: int | None = Field(None, ge=1)
@@ -644,6 +645,52 @@ class AdvantageConfig(Section):
             raise ValueError(f"level turn is there for kind {', '.join(by_turn[:-1])}, got {self.kind!r}")
         if self.rewards and (self.kind == "gae" or self.level == "turn"):
             raise ValueError("rewards are normalised by sample: kind must not be gae, nor level turn")
+        return self
+
+
+class MixtureConfig(Section):
+    """Constants of the methods that mix imitation and exploration in ways of their own; see mixtures/ and docs/methods.md."""
+
+    demo_reward: float = 1.0
+    """What a demonstration in its prompt's group counts as having earned (luffy, srft)."""
+    luffy_gamma: float = Field(0.1, gt=0)
+    """gamma of the weight p / (p + gamma) of a demonstration's tokens (luffy, srft)."""
+    srft_demo: float = Field(0.5, ge=0)
+    """Weight of a demonstration, times exp(-entropy) (srft)."""
+    srft_rollout: float = Field(0.1, ge=0)
+    """Weight of a right rollout, times exp(entropy) (srft)."""
+    chord_mu: Pair = (0.9, 0.05)
+    """First and last mu of chord_mu."""
+    chord_steps: int = Field(200, ge=1)
+    """Steps over which chord_mu falls; then it is held."""
+    chord_phi_mu: float = Field(0.1, gt=0, lt=1)
+    """mu of chord_phi."""
+    hpt_gate: int = Field(0, ge=0)
+    """Right answers up to which a prompt is imitated and not explored (hpt; 2 for Llama in the paper)."""
+    hpt_demo_weight: float = Field(1.0, gt=0)
+    """Weight of imitation there (hpt; 0.3 for a model of 1.5 B in the paper)."""
+    relift_buffer: int = Field(128, ge=1)
+    """Unsolved prompts that make an update on their demonstrations (relift)."""
+    relift_entropy: float = Field(0.001, ge=0)
+    """Weight of the entropy bonus in that update (relift)."""
+    uft_pieces: int = Field(5, ge=1, le=1000)
+    """Pieces of a demonstration, the first of which are the hint (uft)."""
+    uft_probability: Pair = (0.95, 0.05)
+    """Chance of each piece, at the start and when hints end (uft)."""
+    uft_share: float = Field(0.6, gt=0, le=1)
+    """Share of the run with hints (uft)."""
+    uft_hint_weight: float = Field(0.001, ge=0)
+    """Weight of the hint's likelihood (uft)."""
+    prefix_share: Pair = (0.95, 0.05)
+    """Share of the demonstration that is the prefix, at the start and the end (prefix_rft)."""
+    prefix_entropy_share: float = Field(0.2, gt=0, le=1)
+    """Share of a prefix's tokens, those of highest entropy, that are trained on (prefix_rft)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MixtureConfig:
+        for name in ("chord_mu", "uft_probability", "prefix_share"):
+            if not all(0 <= x <= 1 for x in getattr(self, name)):
+                raise ValueError(f"{name} must lie in [0, 1], got {list(getattr(self, name))}")
         return self
 
 
@@ -915,6 +962,7 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)
+    mixture: MixtureConfig = Field(default_factory=MixtureConfig)
     controller: ControllerConfig = Field(default_factory=ControllerConfig)
     meta: MetaConfig = Field(default_factory=MetaConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
@@ -938,6 +986,7 @@ class Config(Section):
                 f"the rest of the group, got {self.rollout.num_generations}; reinforce++ and gae work with 1"
             )
         self._check_loss()
+        self._check_mixture()
         if self.rollout.engine == "vllm" and self.objective.tis_cap is None and ":" not in self.objective.loss:
             self.objective = self.objective.model_copy(update={"tis_cap": 2.0})
         if self.model.lora.rank and self.engine.kind == "deepspeed":
@@ -980,4 +1029,19 @@ class Config(Section):
         if (o.whole or ":" in o.loss) and o.ratio_penalty:
             raise ValueError(
                 f"objective.ratio_penalty goes with {', '.join(TOKEN_LOSSES)}, got objective.loss {o.loss!r}"
+            )
+
+    def _check_mixture(self) -> None:
+        method = METHODS[self.train.method]
+        if not method.mixture:
+            return
+        if self.advantage.kind == "gae":
+            raise ValueError(
+                f"train.method {method.name!r} compares answers to one prompt: advantage.kind must not be gae"
+            )
+        if method.mixture in ("luffy", "srft") and self.rollout.num_generations < 2:
+            raise ValueError(
+                f"rollout.num_generations must be at least 2 for train.method {method.name!r}, whose group is all but "
+                "one rollouts "
+                f"and a demonstration, got {self.rollout.num_generations}"
             )

@@ -236,5 +236,7 @@ def make(cfg: Config) -> Schedule | MetaController:
     method = METHODS[t.method]
     if method.shape is None:
         return MetaController(cfg, meta=method.learns_from_utility, entropy=method.learns_from_entropy)
-    knobs = Knobs(c.mu_init, c.schedule_start, c.schedule_end, t.sft_share)
+    m = cfg.mixture
+    falls = m.chord_steps / max(t.steps - 1, 1)
+    knobs = Knobs(c.mu_init, c.schedule_start, c.schedule_end, t.sft_share, m.chord_mu, falls, m.chord_phi_mu)
     return Schedule(partial(method.shape, k=knobs), t.steps)

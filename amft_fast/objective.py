@@ -160,7 +160,8 @@ def _set_turn_advantages(
 def weigh_sft(sequences: list[TokenSequence], mu: float, count: int) -> list[TokenSequence]:
     """SFT sequences with s_i = μ w_i / N_sft, w_i a field `token_weight` where a method set one, else 1.
 
-    A field `shape_weight` v_i adds μ v_i / N_sft as the weight of the shaped loss S(p) (`LossForm`).
+    A field `shape_weight` v_i adds μ v_i / N_sft as the weight of the shaped loss S(p) (`LossForm`), a field
+    `entropy_bonus` that of the entropy.
     """
     return [s.with_fields(**_imitated(s, mu / max(count, 1))) for s in sequences]
 
@@ -169,23 +170,30 @@ def _imitated(s: TokenSequence, unit: float) -> dict[str, np.ndarray | float]:
     weights = {"nll_weight": unit * s.fields.get("token_weight", 1.0)}
     if "shape_weight" in s.fields:
         weights["shaped_weight"] = unit * s.fields["shape_weight"]
+    if "entropy_bonus" in s.fields:
+        weights["entropy_weight"] = unit * s.fields["entropy_bonus"]
     return weights
+
+
+def is_demo(s: TokenSequence) -> bool:
+    """Whether a sequence among the rollouts is a demonstration."""
+    return "token_weight" in s.fields or "shape_weight" in s.fields
 
 
 def weigh_rl(
     sequences: list[TokenSequence],
-    mu: float,
+    weight: float,
     counts: Counts | int,
     objective: ObjectiveConfig,
     value_coef: float = 0.0,
     max_new_tokens: int = 1,
     entropy_coef: float | None = None,
 ) -> list[TokenSequence]:
-    """RL sequences with r_i = (1−μ) / N_rl (or another denominator's), e_i = c_H r_i and, for gae, the value loss's weight.
+    """RL sequences with r_i = weight / N_rl (or another denominator's), e_i = c_H r_i and, for gae, the value loss's weight.
 
-    `counts` may be N_rl alone, with the denominator `token`. A sequence with a field `token_weight` or `shape_weight` is a
-    demonstration among the rollouts: it enters as `weigh_sft` has it, by the same denominator. `entropy_coef`: in place of the
-    objective's.
+    `weight` is 1 − μ, of L_RL as a whole. `counts` may be N_rl alone, with the denominator `token`. A sequence with a
+    field `token_weight` or `shape_weight` is a demonstration among the rollouts: it enters as `weigh_sft` has it, by
+    the same denominator. `entropy_coef`: in place of the objective's.
     """
     counts = counts if isinstance(counts, Counts) else Counts(0, counts, len(sequences))
     coef = objective.entropy_coef if entropy_coef is None else entropy_coef
@@ -195,8 +203,8 @@ def weigh_rl(
             size = counts.rl
         else:
             size = counts.rl_sequences * (s.trained.sum() if objective.denominator == "sequence" else max_new_tokens)
-        r = (1 - mu) / max(size, 1)
-        if "token_weight" in s.fields or "shape_weight" in s.fields:
+        r = weight / max(size, 1)
+        if is_demo(s):
             out.append(s.with_fields(**_imitated(s, r)))
             continue
         weights = {"pg_weight": r, "entropy_weight": r * coef}

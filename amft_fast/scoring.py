@@ -8,6 +8,7 @@ H*        mean entropy of the warmed-up policy on its own rollouts at temperatur
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -49,9 +50,13 @@ class Scorer:
         scores = [Scores(b.members, b.counts, o.logprobs, o.entropy, o.values) for b, o in zip(batches, outs)]
         return world.gather([s.cpu() for s in scores if s.members]) if world.size > 1 else scores
 
-    def judge(self, samples: list[Sample]) -> list[TokenSequence]:
-        """Rollouts as sequences with all that the loss reads: advantages, and old and reference log-probs where needed."""
+    def judge(self, samples: list[Sample], kind: str | None = None) -> list[TokenSequence]:
+        """Rollouts as sequences with all that the loss reads: advantages, and old and reference log-probs where needed.
+
+        `kind`: of advantage, in place of the setting.
+        """
         cfg = self.cfg
+        advantage = cfg.advantage.model_copy(update={"kind": kind}) if kind else cfg.advantage
         rl = [objective.rollout_sequence(s, cfg.rollout.temperature) for s in samples]
         if not rl:
             return rl
@@ -69,7 +74,7 @@ class Scorer:
             scores = self.forward_only(rl, self.reference)
             scatter(rl, scores, [s.logprobs for s in scores], "ref_logprobs")
         kl = (cfg.objective.kl_coef, cfg.objective.kl_kind) if cfg.objective.kl_in == "reward" else (0.0, "k1")
-        objective.set_advantages(rl, samples, cfg.advantage, cfg.rollout.max_new_tokens, kl)
+        objective.set_advantages(rl, samples, advantage, cfg.rollout.max_new_tokens, kl)
         for sample, sequence in zip(samples, rl):
             sample.advantage = float(sequence.fields["advantages"][sequence.trained].mean())
         if cfg.advantage.truncated == "masked":
@@ -81,11 +86,20 @@ class Scorer:
         """The rollouts of one update as the loss head takes them: what hangs on whole sequences or the batch is in their
         advantages (losses.py). `moved`: whether an update came since the old log-probs were taken."""
         o = self.cfg.objective
+        demos, rl = [s for s in rl if objective.is_demo(s)], [s for s in rl if not objective.is_demo(s)]
         if losses.reads_entropy(o) or (moved and losses.reads_logprobs(o)):
             scores = self.forward_only(rl)
             scatter(rl, scores, [s.logprobs for s in scores], "present_logprobs")
             scatter(rl, scores, [s.entropy for s in scores], "present_entropy")
-        return losses.fold(rl, o, seed)
+        return losses.fold(rl, o, seed) + demos
+
+    def tokens(self, sequences: list[TokenSequence]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Log-probs and entropies of the trained tokens of each sequence, at the present weights."""
+        copies = [s.with_fields(present_logprobs=0.0, present_entropy=0.0) for s in sequences]
+        scores = self.forward_only(copies)
+        scatter(copies, scores, [s.logprobs for s in scores], "present_logprobs")
+        scatter(copies, scores, [s.entropy for s in scores], "present_entropy")
+        return [(c.fields["present_logprobs"][c.trained], c.fields["present_entropy"][c.trained]) for c in copies]
 
     def entropy(self, sequences: list[TokenSequence], temperature: float | None = None) -> float:
         """Mean over tokens, in nats; at the temperature that the sequences were drawn at, or at another one."""

@@ -16,11 +16,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from amft_fast import controller, objective
+from amft_fast import controller, mixtures, objective
 from amft_fast.config import Config
 from amft_fast.data.batch import TokenSequence
 from amft_fast.data.loader import Loader
@@ -28,14 +29,18 @@ from amft_fast.data.stream import Stream, choose
 from amft_fast.engine.parts import Part, Tensors
 from amft_fast.engine.phases import Phases
 from amft_fast.errors import RolloutFailure, UserError
-from amft_fast.interfaces import Item, RolloutEngine, Sample, Task, UpdateEngine
+from amft_fast.interfaces import Demo, Item, RolloutEngine, Sample, Task, UpdateEngine
 from amft_fast.losses import EntropyBonus
 from amft_fast.meta_gradient import Utility, UtilityGradient
+from amft_fast.mixtures.base import Mix, groups_of
+from amft_fast.mixtures.demos import DemoOfPrompt
 from amft_fast.model.figures import Update, read_updates
 from amft_fast.model.policy import MAXES, SUMS, Policy
 from amft_fast.rollout.encoder import Encoder
 from amft_fast.rollout.rollouts import Drawn, Rollouts
 from amft_fast.scoring import Scorer
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -77,8 +82,11 @@ class Trainer:
         self.demonstrations = parts.task.demos("train")
         order = Stream(max(len(self.demonstrations), 1), cfg.run.seed, "demos")
         self.demos = Loader(order, self._demo, cfg.train.data_workers)
+        tools = mixtures.Tools(DemoOfPrompt(parts.task, self._encoded), self.scorer.tokens)
+        self.plain, self.mixture = mixtures.Mixture(cfg, tools), mixtures.make(cfg, tools)
         self._check_needs(parts.task)
         self.rollouts = Rollouts(cfg, parts.rollout_engine, parts.task, parts.encoder, parts.engine.world, parts.phases)
+        self.rollouts.generations, self.rollouts.hint = self.mixture.generations, self.mixture.hint
         self.utility_gradient = self._make_utility(parts.task) if self.controller.learned else None
         self.step = 0
         self.entropy_target: float | None = None  # H*
@@ -89,7 +97,9 @@ class Trainer:
     def _check_needs(self, task: Task) -> None:
         """What the method needs must be there, before any time is spent."""
         cfg = self.cfg.train
-        imitates = cfg.warmup_steps > 0 or any(self.controller.mu(t) > 0 for t in range(cfg.steps))
+        imitates = (
+            cfg.warmup_steps > 0 or not self.mixture.streams or any(self.controller.mu(t) > 0 for t in range(cfg.steps))
+        )
         if imitates and not self.demonstrations:
             raise UserError(f"train.method {cfg.method!r} (or its warm-up) needs demonstrations and the task has none")
         draws = any(self.controller.mu(t) < 1 for t in range(cfg.steps))
@@ -112,7 +122,10 @@ class Trainer:
         return UtilityGradient(cfg.meta, items, demos, self.encoder, self.engine, self.scorer.batches, temperature)
 
     def _demo(self, i: int) -> TokenSequence:
-        return objective.demo_sequence(*self.encoder.demo(self.demonstrations[i]))
+        return self._encoded(self.demonstrations[i])
+
+    def _encoded(self, demo: Demo) -> TokenSequence:
+        return objective.demo_sequence(*self.encoder.demo(demo))
 
     # ------------------------------------------------------------------------------------------------------ the clock
 
@@ -144,23 +157,28 @@ class Trainer:
         t = self.step - cfg.warmup_steps  # negative in the warm-up
         mu = 1.0 if t < 0 else self.controller.mu(self.clock)
         lr = self.learning_rate(t, mu)
+        mixture = self.plain if t < 0 else self.mixture
+        mixture.progress = max(self.clock, 0) / cfg.steps
         with self.rollouts.undone_on_failure():
             drawn = self.rollouts.draw(self.step) if mu < 1 else Drawn([], {})
             fresh = self.controller.starts_window(t)
             u = self.draw_utility() if fresh else self.utility
         self.rollouts.draw_ahead(self.next_step(mu))
-        sft = self.demos.take(cfg.demos_per_step) if mu > 0 else []
+        sft = self.demos.take(cfg.demos_per_step) if mu > 0 and mixture.streams else []
         with self.phases("advantage"):
-            rl = self.scorer.judge(drawn.samples)
-            scored = self.scorer.figures(sft, rl)
+            groups = groups_of(drawn.samples, self.scorer.judge(drawn.samples, mixture.kind))
+            m = cfg.minibatches_per_rollout
+            mixes = [mixture.mix(_share(sft, k, m), _share(groups, k, m), mu) for k in range(m)] + mixture.extra()
+            sft, rl = ([s for mix in mixes for s in mix[part]] for part in (0, 1))
+            scored = self.scorer.figures(sft, [s for group in groups for s in group.rollouts])
 
         self.engine.set_lr(lr)
-        updates, m = [], cfg.minibatches_per_rollout
-        for k in range(m):
+        updates = []
+        for k, mix in enumerate(mixes):
             probe = u if k == 0 and self.controller.probes(t) else None
             with self.phases("update"):
-                share = self.scorer.fold(_share(rl, k, m), k > 0, (self.cfg.run.seed, self.step, k))
-                updates.append(self.update(_share(sft, k, m), share, mu, probe))
+                updates.append(self.update(mix, probe, k))
+        mu = fmean(mix.mu for mix in mixes)
         self.step += 1
         with self.phases("sync"):
             failure = self.rollouts.sync(self.engine.named_full_params(), self.step)
@@ -200,17 +218,19 @@ class Trainer:
         """The u of the present window."""
         return self.utility_gradient.current if self.utility_gradient is not None else None
 
-    def update(self, sft: list[TokenSequence], rl: list[TokenSequence], mu: float, u: Utility | None = None) -> Update:
-        """One optimizer update on L = μ L_SFT + (1−μ) L_RL.
+    def update(self, mix: Mix, u: Utility | None = None, k: int = 0) -> Update:
+        """One optimizer update on L = μ L_SFT + (1−μ) L_RL, the k-th since the rollouts were drawn.
 
         Plain: SFT and RL rows ride in the same calls of the head. With `u`: two sweeps, one for each gradient, and the probe's
         dot-products of both with u.
         """
-        value_coef = self.cfg.advantage.value_coef if self.policy.value_head is not None else 0.0
-        counts = objective.count_tokens(sft, rl)
-        sft = objective.weigh_sft(sft, mu, counts.sft)
-        longest, bonus = self.cfg.rollout.max_new_tokens, self.entropy_bonus.coef
-        rl = objective.weigh_rl(rl, mu, counts, self.cfg.objective, value_coef, longest, bonus)
+        cfg = self.cfg
+        value_coef = cfg.advantage.value_coef if self.policy.value_head is not None else 0.0
+        rl = self.scorer.fold(mix.rl, k > 0, (cfg.run.seed, self.step, k))
+        counts = objective.count_tokens(mix.sft, rl)
+        sft = objective.weigh_sft(mix.sft, mix.sft_weight, counts.sft)
+        longest, bonus = cfg.rollout.max_new_tokens, self.entropy_bonus.coef
+        rl = objective.weigh_rl(rl, mix.rl_weight, counts, cfg.objective, value_coef, longest, bonus)
         if u is None:
             return Update(*self.sweep(sft + rl), self.engine.step(), None)
         sft_sums, sft_maxes = self.sweep(sft)
@@ -286,6 +306,7 @@ class Trainer:
             **utility,
             "entropy_target": self.entropy_target,
             "entropy_coef": self.entropy_bonus.coef,
+            "mixture": self.mixture.state_dict(),
             "warmup_tokens": self.warmup_tokens,
             "mus": self.mus,
             "tokens": self.tokens,
@@ -313,11 +334,12 @@ class Trainer:
             self.utility_gradient.load_tensors(tensors)
         self.step, self.entropy_target = state["step"], state["entropy_target"]
         self.entropy_bonus.coef = state.get("entropy_coef", self.entropy_bonus.coef)
+        self.mixture.load_state_dict(state.get("mixture"))
         self.warmup_tokens, self.tokens, self.mus = state["warmup_tokens"], state["tokens"], state["mus"]
         self.rollouts.engine.sync(self.engine.named_full_params(), self.step)
 
 
-def _share(sequences: list[TokenSequence], k: int, m: int) -> list[TokenSequence]:
+def _share(things: list[T], k: int, m: int) -> list[T]:
     """The k-th of m equal runs of the list."""
-    n = len(sequences)
-    return sequences[k * n // m : (k + 1) * n // m]
+    n = len(things)
+    return things[k * n // m : (k + 1) * n // m]

@@ -72,7 +72,7 @@ def gradients(model, o, sequences, max_tokens=10**6, packed=False, longest=8, ow
         scatter(sequences, batches, [x.logprobs for x in outs], "present_logprobs")
         scatter(sequences, batches, [x.entropy for x in outs], "present_entropy")
     folded = losses.fold(sequences, o, (0, 1, 2))
-    weighed = objective.weigh_rl(folded, 0.0, objective.count_tokens([], folded), o, max_new_tokens=longest)
+    weighed = objective.weigh_rl(folded, 1.0, objective.count_tokens([], folded), o, max_new_tokens=longest)
     sums = 0
     for batch in micro_batches(weighed, max_tokens, packed, torch.float64):
         out = policy(batch)

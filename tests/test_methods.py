@@ -11,7 +11,7 @@ KNOBS = Knobs(mu=0.5, start=0.9, end=0.1, sft_share=0.3)
 def test_has_sft_and_has_rl_are_what_the_schedule_does(method):
     mus = [method.shape(k / 100, KNOBS) for k in range(101)]
     assert all(0 <= mu <= 1 for mu in mus)
-    assert method.has_sft == (max(mus) > 0)
+    assert method.has_sft == (max(mus) > 0 or bool(method.mixture))
     assert method.has_rl == (min(mus) < 1)
     assert method.staged == ({0.0, 1.0} == set(mus))
     assert not (method.learns_from_utility or method.learns_from_entropy)
