@@ -457,6 +457,15 @@ class TrainConfig(Section):
     """Steps over which the learning rate rises from 0."""
     sft_share: float = Field(0.3, gt=0, lt=1)
     """Share of the steps that sft_then_rl spends on demonstrations."""
+    sft_stop: Literal["share", "saturation"] = "share"
+    """When sft_then_rl turns to RL. share: after sft_share; saturation: once the loss of held-out demonstrations has stopped
+    falling, at the latest after sft_share."""
+    sft_check_every: int = Field(10, ge=1)
+    """Steps between looks at that loss, on at most meta.prompts demonstrations of the split val."""
+    sft_patience: int = Field(3, ge=1)
+    """Looks in a row without gain after which it has stopped."""
+    sft_tolerance: float = Field(0.005, ge=0, lt=1)
+    """Share of the best loss so far by which a look must be under it to be a gain."""
     prompts_per_step: Rows = 64
     """Prompts per rollout; each is answered rollout.num_generations times."""
     demos_per_step: Rows = 64
@@ -685,6 +694,12 @@ class MixtureConfig(Section):
     """Share of the demonstration that is the prefix, at the start and the end (prefix_rft)."""
     prefix_entropy_share: float = Field(0.2, gt=0, le=1)
     """Share of a prefix's tokens, those of highest entropy, that are trained on (prefix_rft)."""
+    gac_every: int = Field(5, ge=1)
+    """Steps between measurements of the gradients' noise (gac): each costs the backward pass of a step."""
+    gac_memory: float = Field(0.8, ge=0, lt=1)
+    """Decay per measurement of what was measured before (gac)."""
+    gac_max_step: float = Field(0.1, gt=0, le=1)
+    """Bound on mu's move at a measurement (gac)."""
 
     @model_validator(mode="after")
     def _check(self) -> MixtureConfig:

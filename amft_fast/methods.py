@@ -87,6 +87,7 @@ _ROWS = (
     Method("fixed", "SFT + RL with a fixed μ", shape=lambda x, k: k.mu),
     Method("linear", "SFT + RL with μ falling linearly", shape=_linear),
     Method("cosine", "SFT + RL with μ falling along a cosine", shape=_cosine),
+    Method("gac", "SFT + RL with the μ of least noise", learns_from_noise=True),
     Method("chord_mu", "CHORD-μ, μ falling along a cosine and then held", shape=_chord),
     Method("chord_phi", "CHORD-φ, tokens weighed by p(1 − p)", shape=_chord_phi, mixture="chord_phi", shaping="phi"),
     Method("luffy", "LUFFY, the demonstration in the group", shape=_none, mixture="luffy"),

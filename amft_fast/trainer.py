@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from amft_fast import controller, mixtures, objective
+from amft_fast import controller, gradient_noise, mixtures, objective
 from amft_fast.config import Config
 from amft_fast.data.batch import TokenSequence
 from amft_fast.data.loader import Loader
@@ -32,7 +32,7 @@ from amft_fast.errors import RolloutFailure, UserError
 from amft_fast.interfaces import Demo, Item, RolloutEngine, Sample, Task, UpdateEngine
 from amft_fast.losses import EntropyBonus
 from amft_fast.meta_gradient import Utility, UtilityGradient
-from amft_fast.mixtures.base import Mix, groups_of
+from amft_fast.mixtures.base import Group, Mix, groups_of
 from amft_fast.mixtures.demos import DemoOfPrompt
 from amft_fast.model.figures import Update, read_updates
 from amft_fast.model.policy import MAXES, SUMS, Policy
@@ -71,6 +71,13 @@ class Step(NamedTuple):
     failure: RolloutFailure | None  # the rollout engine did not take the new weights; the step itself is done
 
 
+class Looked(NamedTuple):
+    """What a controller was told before an update: figures of it, and the tokens it took."""
+
+    figures: dict[str, float]
+    tokens: int
+
+
 class Trainer:
     """The method: its parts, its state, its step."""
 
@@ -88,6 +95,7 @@ class Trainer:
         self.rollouts = Rollouts(cfg, parts.rollout_engine, parts.task, parts.encoder, parts.engine.world, parts.phases)
         self.rollouts.generations, self.rollouts.hint = self.mixture.generations, self.mixture.hint
         self.utility_gradient = self._make_utility(parts.task) if self.controller.learned else None
+        self.validation = self._validation(parts.task) if isinstance(self.controller, controller.Switch) else []
         self.step = 0
         self.entropy_target: float | None = None  # H*
         self.entropy_bonus = EntropyBonus(cfg.objective)  # c_H
@@ -108,6 +116,13 @@ class Trainer:
                 f"train.method {cfg.method!r} draws answers to judge, and the task has no training prompts (of mathematics: no "
                 "problem with a gold answer); method sft needs demonstrations alone"
             )
+
+    def _validation(self, task: Task) -> list[TokenSequence]:
+        """Held-out demonstrations whose loss says when imitation has had its effect."""
+        demos = choose(task.demos("val"), self.cfg.meta.prompts)
+        if not demos:
+            raise UserError("train.sft_stop saturation looks at demonstrations of the split val, and the task has none")
+        return [self._encoded(d) for d in demos]
 
     def _make_utility(self, task: Task) -> UtilityGradient:
         """The held-out prompts that μ is learned on, with their demonstrations."""
@@ -155,6 +170,7 @@ class Trainer:
         """Rollouts, advantages, `minibatches_per_rollout` updates, new weights to the rollout engine, μ's move."""
         cfg, begin = self.cfg.train, time.perf_counter()
         t = self.step - cfg.warmup_steps  # negative in the warm-up
+        looked = self.look_at_validation() if self.controller.wants_validation(t) else Looked({}, 0)
         mu = 1.0 if t < 0 else self.controller.mu(self.clock)
         lr = self.learning_rate(t, mu)
         mixture = self.plain if t < 0 else self.mixture
@@ -172,6 +188,9 @@ class Trainer:
             sft, rl = ([s for mix in mixes for s in mix[part]] for part in (0, 1))
             scored = self.scorer.figures(sft, [s for group in groups for s in group.rollouts])
 
+        if self.controller.wants_noise(t):
+            looked = self.look_at_noise(sft, groups)
+
         self.engine.set_lr(lr)
         updates = []
         for k, mix in enumerate(mixes):
@@ -186,7 +205,7 @@ class Trainer:
         measured = read_updates(
             updates, self.engine, self.cfg.objective.kl_coef > 0, self.policy.value_head is not None
         )
-        figures = measured.record | scored
+        figures = measured.record | scored | looked.figures
         if t >= 0:
             dots, clip = measured.probe or (None, 1.0)  # ⟨u, g_SFT⟩, ⟨u, g_RL⟩ and the norms, of the first update
             figures |= self.controller.observe(t, dots, clip, lr, figures.get("entropy"), self.entropy_target)
@@ -198,7 +217,7 @@ class Trainer:
             figures |= {f"controller/{name}": value for name, value in u.figures.items()}
         counts = self.count_tokens(sft, rl, drawn)
         figures |= counts
-        tokens = sum(counts.values()) + int(u.figures.get("tokens", 0) if fresh else 0)
+        tokens = sum(counts.values()) + looked.tokens + int(u.figures.get("tokens", 0) if fresh else 0)
         self.tokens += tokens
         seconds, number = time.perf_counter() - begin, self.step - 1
         return Step(number, t < 0, mu, lr, drawn, figures, measured.bad_in_row, tokens, seconds, failure)
@@ -213,6 +232,21 @@ class Trainer:
         with self.phases("utility"):
             return self.utility_gradient.compute(self.step, draw)
 
+    def look_at_validation(self) -> Looked:
+        """The controller is told how likely held-out demonstrations are now."""
+        nll, tokens = self.scorer.nll(self.validation), sum(len(s.ids) for s in self.validation)
+        return Looked(self.controller.validated(nll), tokens)
+
+    def look_at_noise(self, sft: list[TokenSequence], groups: list[Group]) -> Looked:
+        """The controller is told how noisy the two gradients of this step are, from halves of its demonstrations and
+        prompts."""
+        halves = []
+        for half in (0, 1):
+            rl = [s for group in groups[half::2] for s in group.rollouts]
+            halves.append(self.weigh(Mix(sft[half::2], rl, 0.5, 1.0, 1.0), 0))
+        noise = gradient_noise.measure(halves, self.sweep, self.engine)
+        return Looked(self.controller.noise(*noise), sum(len(s.ids) for half in halves for part in half for s in part))
+
     @property
     def utility(self) -> Utility | None:
         """The u of the present window."""
@@ -224,13 +258,7 @@ class Trainer:
         Plain: SFT and RL rows ride in the same calls of the head. With `u`: two sweeps, one for each gradient, and the probe's
         dot-products of both with u.
         """
-        cfg = self.cfg
-        value_coef = cfg.advantage.value_coef if self.policy.value_head is not None else 0.0
-        rl = self.scorer.fold(mix.rl, k > 0, (cfg.run.seed, self.step, k))
-        counts = objective.count_tokens(mix.sft, rl)
-        sft = objective.weigh_sft(mix.sft, mix.sft_weight, counts.sft)
-        longest, bonus = cfg.rollout.max_new_tokens, self.entropy_bonus.coef
-        rl = objective.weigh_rl(rl, mix.rl_weight, counts, cfg.objective, value_coef, longest, bonus)
+        sft, rl = self.weigh(mix, k)
         if u is None:
             return Update(*self.sweep(sft + rl), self.engine.step(), None)
         sft_sums, sft_maxes = self.sweep(sft)
@@ -239,6 +267,17 @@ class Trainer:
         self.engine.end_sweep("rl")
         probe = self.engine.probe(u.halves)
         return Update(sft_sums + rl_sums, torch.maximum(sft_maxes, rl_maxes), self.engine.step(), probe)
+
+    def weigh(self, mix: Mix, k: int) -> tuple[list[TokenSequence], list[TokenSequence]]:
+        """The sequences of L_SFT and L_RL with the weights of each token, as the k-th update takes them."""
+        cfg = self.cfg
+        value_coef = cfg.advantage.value_coef if self.policy.value_head is not None else 0.0
+        rl = self.scorer.fold(mix.rl, k > 0, (cfg.run.seed, self.step, k))
+        counts = objective.count_tokens(mix.sft, rl)
+        sft = objective.weigh_sft(mix.sft, mix.sft_weight, counts.sft)
+        longest, bonus = cfg.rollout.max_new_tokens, self.entropy_bonus.coef
+        rl = objective.weigh_rl(rl, mix.rl_weight, counts, cfg.objective, value_coef, longest, bonus)
+        return sft, rl
 
     def sweep(self, sequences: list[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:
         """Backward over all micro-batches of these sequences; statistics as device sums and maxima."""

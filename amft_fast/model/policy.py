@@ -156,7 +156,10 @@ class Policy(nn.Module):
             hidden_NH = self.hidden_rows(batch)
         o = objective or self.objective
         form = self.form(o)
-        old, behavior, ref = (batch.get(f"{name}_logprobs") for name in ("old", "behavior", "ref"))
+        read = ("advantages", "old_logprobs", "behavior_logprobs", "ref_logprobs")
+        # A rollout may be imitated like a demonstration: nothing of it is read then but its tokens.
+        given = [batch.get(name) if batch.get("pg_weight") is not None else None for name in read]
+        advantages, old, behavior, ref = given
         if o.whole and o.loss != "clip_cov" and old is not None:  # the ratios are in the advantages (losses.py)
             old = behavior = None
         corrected = form.own is not None or (o.corrects and o.correction_level == "token")
@@ -169,7 +172,7 @@ class Policy(nn.Module):
             shaped_weight=batch.get("shaped_weight"),
             pg_weight=batch.get("pg_weight"),
             entropy_weight=batch.get("entropy_weight"),
-            advantages=batch.get("advantages"),
+            advantages=advantages,
             old_logprobs=old,
             behavior_logprobs=behavior if corrected else None,
             tis_cap=(o.tis_cap or None) if o.correction == "tis" else None,
