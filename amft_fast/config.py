@@ -616,10 +616,15 @@ GROUP_KINDS = ("grpo", "dr_grpo", "rloo", "opo", "gpg", "reinforce++_baseline", 
 class AdvantageConfig(Section):
     """How rewards become advantages; see advantages.py."""
 
-    kind: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "opo", "gpg", "reinforce++_baseline", "maxrl", "gae"] = (
-        "grpo"
-    )
-    """The estimator."""
+    kind: Literal[
+        "grpo", "dr_grpo", "rloo", "reinforce++", "opo", "gpg", "reinforce++_baseline", "maxrl", "gae", "distill"
+    ] = "grpo"
+    """The estimator; distill: none, a token's advantage is the teacher's alone."""
+    teacher: File = ""
+    """A transformers model, folder or hub name, with the policy's tokenizer, for on-policy distillation: its log-prob less the
+    policy's is added to each token's advantage."""
+    teacher_coef: float = Field(1.0, gt=0)
+    """Weight of what the teacher adds."""
     rewards: dict[str, float] = {}
     """Rewards that are normalised one by one (by kind, in their group) and added up with these weights, then brought to the
     batch's spread (GDPO): names of what a task reports of a sample. Default: the one reward of the task."""
@@ -652,6 +657,10 @@ class AdvantageConfig(Section):
         by_turn = ("grpo", "dr_grpo", "rloo", "reinforce++", "gae")
         if self.level == "turn" and self.kind not in by_turn:
             raise ValueError(f"level turn is there for kind {', '.join(by_turn[:-1])}, got {self.kind!r}")
+        if self.kind == "distill" and not self.teacher:
+            raise ValueError("kind distill needs a teacher, got none")
+        if self.kind == "gae" and self.teacher:
+            raise ValueError("teacher adds to advantages by answer: kind must not be gae")
         if self.rewards and (self.kind == "gae" or self.level == "turn"):
             raise ValueError("rewards are normalised by sample: kind must not be gae, nor level turn")
         return self

@@ -100,7 +100,9 @@ def set_advantages(
         return
     groups = np.array([s.group_id for s in samples])
     lengths = np.array([sum(s.loss_mask) for s in samples])
-    if cfg.rewards:
+    if cfg.kind == "distill":
+        values = np.zeros(len(samples))
+    elif cfg.rewards:
         rewards = {name: np.array([_named(s, name) for s in samples]) + off for name in cfg.rewards}
         values = adv.several(rewards, cfg.rewards, groups, cfg.kind, lengths)
     else:
@@ -108,6 +110,16 @@ def set_advantages(
         values = adv.group_advantages(rewards, groups, cfg.kind, lengths)
     for seq, a in zip(sequences, values):
         seq.fields["advantages"] = np.full(len(seq.ids), a)
+
+
+def add_teacher(sequences: list[TokenSequence], coef: float) -> None:
+    """On-policy distillation: the advantage of each token gains coef · (log π_T − log π), the gradient of the reverse KL to the
+    teacher. From the field `teacher_logprobs`, and the log-probs that the tokens were drawn with."""
+    for s in sequences:
+        drawn = "old_logprobs" if "old_logprobs" in s.fields else "behavior_logprobs"
+        s.fields["advantages"] = (
+            s.fields["advantages"] + coef * (s.fields["teacher_logprobs"] - s.fields[drawn]) * s.trained
+        )
 
 
 def _named(sample: Sample, name: str) -> float:

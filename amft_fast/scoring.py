@@ -24,8 +24,8 @@ from amft_fast.model.policy import Policy, Scores, fill
 class Scorer:
     """Scores sequences with the policy or its reference, in the micro-batches that updates use too."""
 
-    def __init__(self, cfg: Config, engine: UpdateEngine, policy: Policy) -> None:
-        self.cfg, self.engine, self.policy = cfg, engine, policy
+    def __init__(self, cfg: Config, engine: UpdateEngine, policy: Policy, teacher: nn.Module | None = None) -> None:
+        self.cfg, self.engine, self.policy, self.teacher = cfg, engine, policy, teacher
         self.reference: nn.Module | None = None  # the policy after the warm-up, frozen, where something needs it
 
     @property
@@ -75,6 +75,10 @@ class Scorer:
             scatter(rl, scores, [s.logprobs for s in scores], "ref_logprobs")
         kl = (cfg.objective.kl_coef, cfg.objective.kl_kind) if cfg.objective.kl_in == "reward" else (0.0, "k1")
         objective.set_advantages(rl, samples, advantage, cfg.rollout.max_new_tokens, kl)
+        if self.teacher is not None:
+            scores = self.forward_only(rl, self.teacher)
+            scatter(rl, scores, [s.logprobs for s in scores], "teacher_logprobs")
+            objective.add_teacher(rl, cfg.advantage.teacher_coef)
         for sample, sequence in zip(samples, rl):
             sample.advantage = float(sequence.fields["advantages"][sequence.trained].mean())
         if cfg.advantage.truncated == "masked":

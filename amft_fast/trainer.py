@@ -20,6 +20,7 @@ from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import nn
 
 from amft_fast import controller, gradient_noise, mixtures, objective
 from amft_fast.config import Config
@@ -54,6 +55,7 @@ class Parts:
     rollout_engine: RolloutEngine
     phases: Phases
     should_stop: Callable[[], bool]
+    teacher: nn.Module | None = None  # of on-policy distillation, frozen
 
 
 class Step(NamedTuple):
@@ -85,7 +87,7 @@ class Trainer:
         self.cfg, self.phases = cfg, parts.phases
         self.engine, self.policy, self.encoder = parts.engine, parts.policy, parts.encoder
         self.controller = controller.make(cfg)
-        self.scorer = Scorer(cfg, parts.engine, parts.policy)
+        self.scorer = Scorer(cfg, parts.engine, parts.policy, parts.teacher)
         self.demonstrations = parts.task.demos("train")
         order = Stream(max(len(self.demonstrations), 1), cfg.run.seed, "demos")
         self.demos = Loader(order, self._demo, cfg.train.data_workers)

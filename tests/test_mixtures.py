@@ -13,7 +13,7 @@ from runs import lines, train, without_times
 from transformers import AutoModelForCausalLM
 
 from amft_fast import config_file, mixtures, objective
-from amft_fast.config import Config
+from amft_fast.config import Config, MixtureConfig
 from amft_fast.data.batch import micro_batches
 from amft_fast.errors import UserError
 from amft_fast.interfaces import Item, Sample, Sampling, Turn
@@ -381,9 +381,25 @@ def test_what_does_not_go_together_is_refused(flags, sentence):
 
 
 def test_constants_are_the_papers():
-    c = Config().mixture
-    assert (c.demo_reward, c.luffy_gamma, c.srft_demo, c.srft_rollout) == (1.0, 0.1, 0.5, 0.1)
-    assert (c.chord_mu, c.chord_steps, c.chord_phi_mu) == ((0.9, 0.05), 200, 0.1)
-    assert (c.hpt_gate, c.hpt_demo_weight, c.relift_buffer, c.relift_entropy) == (0, 1.0, 128, 0.001)
-    assert (c.uft_pieces, c.uft_probability, c.uft_share, c.uft_hint_weight) == (5, (0.95, 0.05), 0.6, 0.001)
-    assert (c.prefix_share, c.prefix_entropy_share) == ((0.95, 0.05), 0.2)
+    assert MixtureConfig().model_dump() == {
+        "demo_reward": 1.0,
+        "luffy_gamma": 0.1,
+        "srft_demo": 0.5,
+        "srft_rollout": 0.1,
+        "chord_mu": (0.9, 0.05),
+        "chord_steps": 200,
+        "chord_phi_mu": 0.1,
+        "hpt_gate": 0,
+        "hpt_demo_weight": 1.0,
+        "relift_buffer": 128,
+        "relift_entropy": 0.001,
+        "uft_pieces": 5,
+        "uft_probability": (0.95, 0.05),
+        "uft_share": 0.6,
+        "uft_hint_weight": 0.001,
+        "prefix_share": (0.95, 0.05),
+        "prefix_entropy_share": 0.2,
+        "gac_every": 5,  # this and what follows is ours
+        "gac_memory": 0.8,
+        "gac_max_step": 0.1,
+    }

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from amft_fast import own_loss
-from amft_fast.config import Config, TaskConfig
+from amft_fast.config import Config, LoraConfig, TaskConfig
 from amft_fast.engine.deepspeed import DeepSpeedEngine, cut_while_loading
 from amft_fast.engine.local import LocalEngine
 from amft_fast.engine.phases import Phases
@@ -17,7 +17,7 @@ from amft_fast.engine.world import ALONE, World, join, launched_size
 from amft_fast.errors import UserError
 from amft_fast.interfaces import RolloutEngine, Task, UpdateEngine
 from amft_fast.model import layers
-from amft_fast.model.policy import Policy, load_model, pick_dtype
+from amft_fast.model.policy import Policy, load_model, load_tokenizer, pick_dtype
 from amft_fast.ops import OwnLoss
 from amft_fast.rollout.buckets import Bucketed
 from amft_fast.rollout.context import check_prompts, check_setting
@@ -82,7 +82,21 @@ def build(cfg: Config, should_stop: Callable[[], bool], task: Task | None = None
     with phase("starting the engines", shown=world.main, bars=cfg.log.progress):
         engine = make_engine(cfg, policy, world, device)
         rollout_engine = make_rollouts(cfg, policy.model, engine, encoder, should_stop)
-    return Parts(task, encoder, policy, engine, rollout_engine, Phases(device), should_stop)
+    teacher = load_teacher(cfg, encoder, device) if cfg.advantage.teacher else None
+    return Parts(task, encoder, policy, engine, rollout_engine, Phases(device), should_stop, teacher)
+
+
+def load_teacher(cfg: Config, encoder: Encoder, device: torch.device) -> torch.nn.Module:
+    """The frozen model that advantage.teacher names, whole on every rank. Raises UserError where it does not read the policy's
+    tokens."""
+    settings = cfg.model.model_copy(update={"path": cfg.advantage.teacher, "lora": LoraConfig()})
+    if load_tokenizer(settings).get_vocab() != encoder.tokenizer.get_vocab():
+        raise UserError(
+            f"advantage.teacher: {cfg.advantage.teacher!r} has another tokenizer than {cfg.model.path!r}; its log-probs "
+            "are of other "
+            "tokens: take a teacher of the same family"
+        )
+    return load_model(settings, device).requires_grad_(False).eval()
 
 
 def make_rollouts(
