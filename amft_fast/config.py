@@ -605,6 +605,17 @@ class ObjectiveConfig(Section):
         return self.loss in WHOLE_LOSSES
 
     @property
+    def reads_entropy(self) -> bool:
+        """Whether the loss asks for the entropy of each token, at the present weights."""
+        return self.entropy_share < 1
+
+    @property
+    def reads_logprobs(self) -> bool:
+        """Whether the loss asks for the present log-probs of whole sequences."""
+        masks = self.sequence_ratio_bounds is not None or self.sequence_kl_max is not None
+        return self.whole or masks or (self.corrects and self.correction_level == "sequence")
+
+    @property
     def corrects(self) -> bool:
         """Whether what the rollout engine drew is corrected for."""
         return bool(self.tis_cap) or self.correction == "icepop"

@@ -30,17 +30,6 @@ from amft_fast.data.stream import sample_seed
 LIMIT = 20.0  # of log-ratios, as in the loss head
 
 
-def reads_entropy(o: ObjectiveConfig) -> bool:
-    """Whether the loss asks for the entropy of each token, at the present weights."""
-    return o.entropy_share < 1
-
-
-def reads_logprobs(o: ObjectiveConfig) -> bool:
-    """Whether the loss asks for the present log-probs of whole sequences."""
-    masks = o.sequence_ratio_bounds is not None or o.sequence_kl_max is not None
-    return o.whole or masks or (o.corrects and o.correction_level == "sequence")
-
-
 def fold(sequences: list[TokenSequence], o: ObjectiveConfig, seed: tuple[object, ...] = ()) -> list[TokenSequence]:
     """The sequences with `advantages` that stand for all of the above.
 
@@ -48,7 +37,7 @@ def fold(sequences: list[TokenSequence], o: ObjectiveConfig, seed: tuple[object,
     old_logprobs where the policy has moved since. All sequences of the update, of all ranks: batches have statistics.
     `seed` decides the lots. Sequences without a trained token go.
     """
-    if not (reads_entropy(o) or reads_logprobs(o)):
+    if not (o.reads_entropy or o.reads_logprobs):
         return sequences
     sequences = [s for s in sequences if s.trained.any()]
     if not sequences:
@@ -62,7 +51,7 @@ def fold(sequences: list[TokenSequence], o: ObjectiveConfig, seed: tuple[object,
     if o.loss == "clip_cov":
         left_out = _by_lot(_covariances(tokens), o.clip_cov_bounds, o.cov_share or 2e-4, seed)
         coefficients = [c * ~k for c, k in zip(coefficients, left_out)]
-    if reads_entropy(o):
+    if o.reads_entropy:
         chosen = highest([s.fields["present_entropy"][s.trained] for s in sequences], o.entropy_share)
         coefficients = [c * k for c, k in zip(coefficients, chosen)]
     return [_with_advantages(s, c * w) for s, c, w in zip(sequences, coefficients, weights)]

@@ -63,7 +63,7 @@ class Scorer:
         gae = cfg.advantage.kind == "gae"
         # One update per rollout is on-policy by construction: the ratio is 1 and old log-probs would be a wasted pass,
         # but where another engine than the trainer's has sampled and the loss looks at what lies between the two.
-        foreign = cfg.rollout.engine != "transformers" and losses.reads_logprobs(cfg.objective)
+        foreign = cfg.rollout.engine != "transformers" and cfg.objective.reads_logprobs
         if cfg.off_policy or foreign or gae:
             scores = self.forward_only(rl)
             if cfg.off_policy or foreign:
@@ -91,7 +91,7 @@ class Scorer:
         advantages (losses.py). `moved`: whether an update came since the old log-probs were taken."""
         o = self.cfg.objective
         demos, rl = [s for s in rl if objective.is_demo(s)], [s for s in rl if not objective.is_demo(s)]
-        if losses.reads_entropy(o) or (moved and losses.reads_logprobs(o)):
+        if o.reads_entropy or (moved and o.reads_logprobs):
             scores = self.forward_only(rl)
             scatter(rl, scores, [s.logprobs for s in scores], "present_logprobs")
             scatter(rl, scores, [s.entropy for s in scores], "present_entropy")

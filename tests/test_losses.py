@@ -59,22 +59,26 @@ def rollouts(model, seed=0, n=9, moved=0.3):
     return out
 
 
-def gradients(model, o, sequences, max_tokens=10**6, packed=False, longest=8, own=None):
-    """Loss and gradients by our way: a pass where the loss asks for one, the fold, the weights, micro-batches."""
+def gradients(model, o, sequences, max_tokens=10**6, packed=False, longest=8, own=None, ranks=1):
+    """Loss and gradients by our way: a pass where the loss asks for one, the fold, the weights, micro-batches of all ranks."""
+
+    def batches(given):
+        return [b for r in range(ranks) for b in micro_batches(given, max_tokens, packed, torch.float64, r, ranks)]
+
     policy = Policy(model, o, own_loss=own)
     policy.zero_grad()
     sequences = [s.with_fields() for s in sequences]
     for s in sequences:
         s.fields = dict(s.fields)
-    if losses.reads_logprobs(o) or losses.reads_entropy(o):
-        batches = micro_batches(sequences, max_tokens, packed, torch.float64)
-        outs = [policy.logprobs(b) for b in batches]
-        scatter(sequences, batches, [x.logprobs for x in outs], "present_logprobs")
-        scatter(sequences, batches, [x.entropy for x in outs], "present_entropy")
+    if o.reads_logprobs or o.reads_entropy:
+        whole = [b for b in batches(sequences) if b.members]
+        outs = [policy.logprobs(b) for b in whole]
+        scatter(sequences, whole, [x.logprobs for x in outs], "present_logprobs")
+        scatter(sequences, whole, [x.entropy for x in outs], "present_entropy")
     folded = losses.fold(sequences, o, (0, 1, 2))
     weighed = objective.weigh_rl(folded, 1.0, objective.count_tokens([], folded), o, max_new_tokens=longest)
     sums = 0
-    for batch in micro_batches(weighed, max_tokens, packed, torch.float64):
+    for batch in batches(weighed):
         out = policy(batch)
         out.loss.backward()
         sums = sums + out.sums
@@ -123,15 +127,15 @@ def test_the_constants_above_act(model, name):
 
 
 @pytest.mark.parametrize("name", [*LOSSES, "clip_cov", "kl_cov"])
-def test_no_loss_depends_on_micro_batches_or_packing(model, name):
+def test_no_loss_depends_on_micro_batches_packing_or_ranks(model, name):
     extra = {"cov_share": 0.2, "clip_cov_bounds": (-0.5, 3.0)} if "cov" in name else {}
     o = ObjectiveConfig(
         loss=name, denominator="sequence", entropy_share=0.6, **LOSSES.get(name, ({}, None))[0], **extra
     )
     sequences = rollouts(model, seed=3)
     _, whole = gradients(model, o, sequences)
-    for max_tokens, packed in ((12, False), (24, True)):
-        _, others = gradients(model, o, sequences, max_tokens, packed)
+    for max_tokens, packed, ranks in ((12, False, 1), (24, True, 3)):
+        _, others = gradients(model, o, sequences, max_tokens, packed, ranks=ranks)
         largest = max(g.abs().max().item() for g in whole)
         for a, b in zip(others, whole):  # transformers' norms round to fp32
             torch.testing.assert_close(a, b, rtol=0, atol=2e-6 * largest)

@@ -138,7 +138,7 @@ def ours(model, sequences, o):
     policy = Policy(model, o)
     policy.zero_grad()
     sequences = [s.with_fields() for s in sequences]
-    if losses.reads_logprobs(o):
+    if o.reads_logprobs:
         batches = micro_batches(sequences, 40, False)
         scatter(sequences, batches, [policy.logprobs(b).logprobs for b in batches], "present_logprobs")
     folded = losses.fold(sequences, o)
