@@ -1074,6 +1074,12 @@ class Config(Section):
             raise ValueError(
                 f"train.method {method.name!r} compares answers to one prompt: advantage.kind must not be gae"
             )
+        if self.rollout.dynamic_sampling and method.mixture in ("luffy", "srft", "hpt", "superrl", "relift"):
+            raise ValueError(
+                "rollout.dynamic_sampling replaces the prompts that no answer solves, from which train.method "
+                f"{method.name!r} learns by "
+                "imitation: leave it off"
+            )
         if method.mixture in ("luffy", "srft") and self.rollout.num_generations < 2:
             raise ValueError(
                 f"rollout.num_generations must be at least 2 for train.method {method.name!r}, whose group is all but "

@@ -374,12 +374,21 @@ def test_a_run_resumes_where_it_was(tmp_path, checkpoint_folder, method):
             "at least 2",
         ),
         (["--train.method", "hpt", "--advantage.kind", "gae"], "must not be gae"),
+        (["--train.method", "hpt", "--rollout.dynamic_sampling", "true"], "dynamic_sampling replaces the prompts"),
         (["--mixture.prefix_share", "[1.5, 0]"], r"prefix_share must lie in \[0, 1\]"),
     ],
 )
 def test_what_does_not_go_together_is_refused(flags, sentence):
     with pytest.raises(UserError, match=sentence):
         config_file.load(None, flags)
+
+
+@pytest.mark.parametrize("method", ["hpt", "uft"])
+def test_a_task_without_demonstrations_is_refused(tmp_path, checkpoint_folder, method):
+    task = CopyTask()
+    task.demos = lambda split: []
+    with pytest.raises(UserError, match=f"train.method '{method}' .* needs demonstrations and the task has none"):
+        train(copy_run(tmp_path, checkpoint_folder, *RUN, "--train.method", method), task=task)
 
 
 def test_constants_are_the_papers():

@@ -66,6 +66,26 @@ def test_each_method_runs_and_leaves_what_it_should(tmp_path, checkpoint_folder,
         assert torch.equal(p, tensors[f"param.{name}"]), name
 
 
+def test_imitation_ends_when_it_has_had_its_effect(tmp_path, checkpoint_folder):
+    """No loss is under a hundredth of the first: two looks, and RL begins. A resumed run knows it."""
+    flags = (
+        "--train.method", "sft_then_rl", "--train.sft_stop", "saturation", "--train.sft_share", "0.9",
+        "--train.sft_check_every", "1", "--train.sft_patience", "1", "--train.sft_tolerance", "0.99",
+        "--checkpoint.keep_last", "4",
+    )  # fmt: skip
+    assert train(cfg_for(tmp_path, checkpoint_folder, *flags)) == 0
+    whole = lines(tmp_path)
+    assert [r["mu"] for r in whole[2:]] == [1, 0, 0, 0]
+    assert [r.get("controller/looks_without_gain") for r in whole[2:]] == [0, 1, None, None]
+    (tmp_path / "checkpoints" / "step-000006" / "state.json").write_text("damaged")
+    assert train(cfg_for(tmp_path, checkpoint_folder, *flags), resume=True) == 0
+    assert without_times(lines(tmp_path)) == without_times(whole)
+    bare = CopyTask()
+    bare.demos = lambda split: CopyTask.demos(bare, split) if split == "train" else []
+    with pytest.raises(UserError, match="looks at demonstrations of the split val, and the task has none"):
+        train(cfg_for(tmp_path / "bare", checkpoint_folder, *flags), task=bare)
+
+
 @pytest.mark.parametrize("kind", ["dr_grpo", "rloo", "reinforce++", "gae"])
 def test_each_advantage_runs_with_two_minibatches(tmp_path, checkpoint_folder, kind):
     cfg = cfg_for(

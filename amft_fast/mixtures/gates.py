@@ -13,13 +13,13 @@ from amft_fast.data.batch import TokenSequence
 from amft_fast.mixtures.base import Group, Mix, Mixture
 
 
-class Gated(Mixture):
+class SuperRl(Mixture):
     streams = False
 
     @property
     def gate(self) -> tuple[int, float]:
         """γ and c."""
-        raise NotImplementedError
+        return 0, 1.0
 
     def mix(self, sft: list[TokenSequence], groups: list[Group], mu: float) -> Mix:
         (most, weight), demos, rl = self.gate, [], []
@@ -33,13 +33,9 @@ class Gated(Mixture):
         return Mix(demos, rl, share, weight * share, 1 - share)
 
 
-class Hpt(Gated):
+class Hpt(SuperRl):
     kind = "dr_grpo"
 
     @property
     def gate(self) -> tuple[int, float]:
         return self.c.hpt_gate, self.c.hpt_demo_weight
-
-
-class SuperRl(Gated):
-    gate = (0, 1.0)
