@@ -3,6 +3,7 @@
 warm up on demos; H* ← entropy of the warmed-up policy on its own rollouts
 for each step:
     rollouts ← engine.generate(prompts, G per prompt);  A ← advantages(rewards)
+    which demonstrations and rollouts enter, with which weights (mixtures/; all, by μ, unless a method says else)
     at the start of a window:  u ← ∇(−U) on held-out prompts, in two independent halves
     backward SFT micro-batches · μ      probe: ⟨u, g_SFT⟩
     backward RL micro-batches · (1−μ)   probe: ⟨u, g_RL⟩
@@ -189,7 +190,6 @@ class Trainer:
             mixes = [mixture.mix(_share(sft, k, m), _share(groups, k, m), mu) for k in range(m)] + mixture.extra()
             sft, rl = ([s for mix in mixes for s in mix[part]] for part in (0, 1))
             scored = self.scorer.figures(sft, [s for group in groups for s in group.rollouts])
-
         if self.controller.wants_noise(t):
             looked = self.look_at_noise(sft, groups)
 
@@ -236,17 +236,19 @@ class Trainer:
 
     def look_at_validation(self) -> Looked:
         """The controller is told how likely held-out demonstrations are now."""
-        nll, tokens = self.scorer.nll(self.validation), sum(len(s.ids) for s in self.validation)
+        with self.phases("utility"):
+            nll, tokens = self.scorer.nll(self.validation), sum(len(s.ids) for s in self.validation)
         return Looked(self.controller.validated(nll), tokens)
 
     def look_at_noise(self, sft: list[TokenSequence], groups: list[Group]) -> Looked:
         """The controller is told how noisy the two gradients of this step are, from halves of its demonstrations and
         prompts."""
         halves = []
-        for half in (0, 1):
-            rl = [s for group in groups[half::2] for s in group.rollouts]
-            halves.append(self.weigh(Mix(sft[half::2], rl, 0.5, 1.0, 1.0), 0))
-        noise = gradient_noise.measure(halves, self.sweep, self.engine)
+        with self.phases("utility"):
+            for half in (0, 1):
+                rl = [s for group in groups[half::2] for s in group.rollouts]
+                halves.append(self.weigh(Mix(sft[half::2], rl, 0.5, 1.0, 1.0), 0))
+            noise = gradient_noise.measure(halves, self.sweep, self.engine)
         return Looked(self.controller.noise(*noise), sum(len(s.ids) for half in halves for part in half for s in part))
 
     @property
