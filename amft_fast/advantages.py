@@ -4,43 +4,77 @@
     dr_grpo      A = r − mean_g                       (Liu et al., arXiv 2503.20783; denominators stay global here)
     rloo         A = r − mean of the others in the group = (r − mean_g) · G/(G−1)     (Ahmadian et al., arXiv 2402.14740)
     reinforce++  A = (r − mean_batch) / (std_batch + ε)                               (Hu et al., arXiv 2501.03262)
+    opo          A = r − Σ length · r / Σ length, over the group                       (Hao et al., arXiv 2505.23585)
+    gpg          A = α (r − mean_g), α = groups / groups with a spread                 (Chu et al., arXiv 2504.02546)
+    reinforce++_baseline   A = (r − mean_g) / (std_batch of that + ε)                  (Hu et al., as above)
+    maxrl        A = (r − mean_g) / mean_g, 0 where nothing was earned                 (Tajwar et al., arXiv 2602.02710)
     gae          A_t = Σ_l (γλ)^l δ_{t+l},  δ_t = r_t + γ V_{t+1} − V_t               (Schulman et al., arXiv 1506.02438)
 
-The first four give one number per sample, that all its tokens share, or one per turn (`turn_advantages`); gae gives one per
-token.
+All but gae give one number per sample, that all its tokens share, and the first four one per turn (`turn_advantages`) where it
+is asked for; gae gives one per token. Several rewards can be normalised one by one (`several`). What is done to rewards before
+is in `reward_terms.py`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from amft_fast.config import GROUP_KINDS
+
 EPS = 1e-6
 
 
-def group_advantages(rewards: np.ndarray, groups: np.ndarray, kind: str) -> np.ndarray:
+def group_advantages(
+    rewards: np.ndarray, groups: np.ndarray, kind: str, lengths: np.ndarray | None = None
+) -> np.ndarray:
     """Advantages [S] of samples with `rewards` [S]; samples with the same number in `groups` [S] share a prompt.
 
-    The standard deviation is the population's (divided by the size). A group without spread gets zeros.
+    The standard deviation is the population's (divided by the size). A group without spread gets zeros. `lengths` [S]:
+    tokens of each sample, which opo weighs by.
     Raises ValueError for a group of one where the rest of the group is the baseline, and for an unknown `kind`.
     """
     rewards = np.asarray(rewards, np.float64)
     if kind == "reinforce++":
-        centred = rewards - rewards.mean() if len(rewards) else rewards
-        return centred / (rewards.std() + EPS) if len(rewards) else rewards
-    if kind not in ("grpo", "dr_grpo", "rloo"):
-        raise ValueError(f"kind must be grpo, dr_grpo, rloo or reinforce++, got {kind!r}")
+        return _normalised(rewards)
+    if kind not in GROUP_KINDS:
+        raise ValueError(f"kind must be {', '.join(GROUP_KINDS)} or reinforce++, got {kind!r}")
     _, index, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     if len(sizes) and sizes.min() < 2:
         raise ValueError(f"{kind} needs at least 2 samples in every group, got a group of 1")
     mean = np.bincount(index, rewards) / sizes
+    if kind == "opo":
+        lengths = np.maximum(np.asarray(lengths, np.float64), 1)
+        return rewards - (np.bincount(index, lengths * rewards) / np.bincount(index, lengths))[index]
     centred = rewards - mean[index]
-    if kind == "dr_grpo":
-        return centred
+    std = np.sqrt(np.bincount(index, centred**2) / sizes)
+    # Rounding leaves a spread near 1e-17 in groups of equal rewards; dividing it must not make noise of it.
+    spread = std > 1e-9
     if kind == "rloo":
         return centred * (sizes / (sizes - 1))[index]
-    std = np.sqrt(np.bincount(index, centred**2) / sizes)
-    # Rounding leaves a spread near 1e-17 in groups of equal rewards; dividing it by ε must not make noise of it.
-    return np.where(std[index] > 1e-9, centred / (std[index] + EPS), 0.0)
+    if kind == "gpg":
+        return centred * (len(sizes) / max(spread.sum(), 1)) * spread[index]
+    if kind == "reinforce++_baseline":
+        return _normalised(centred * spread[index])
+    if kind == "maxrl":
+        earned = spread & (mean > EPS)
+        return np.where(earned[index], centred / np.where(earned, mean, 1.0)[index], 0.0)
+    if kind == "dr_grpo":
+        return centred
+    return np.where(spread[index], centred / (std[index] + EPS), 0.0)
+
+
+def several(
+    rewards: dict[str, np.ndarray], weights: dict[str, float], groups: np.ndarray, kind: str, lengths: np.ndarray
+) -> np.ndarray:
+    """Advantages [S] of several rewards, each [S], normalised one by one by `kind`, added up with `weights`, and brought to the
+    batch's spread (GDPO, arXiv 2601.05242): of two rewards neither is lost in the other's spread."""
+    total = sum(w * group_advantages(rewards[name], groups, kind, lengths) for name, w in weights.items())
+    return _normalised(np.asarray(total))
+
+
+def _normalised(values: np.ndarray) -> np.ndarray:
+    """Brought to mean 0 and standard deviation 1 over the batch."""
+    return (values - values.mean()) / (values.std() + EPS) if len(values) else values
 
 
 def turn_advantages(

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from amft_fast.config import Config
+from amft_fast.config import MAX_FLOAT, Config, TrainConfig
 from amft_fast.data.stream import sample_seed
 from amft_fast.methods import METHODS, Knobs
 from amft_fast.multi_tensor import mixing_slope, named_sums
@@ -58,6 +58,14 @@ class Schedule:
     def probes(self, step: int) -> bool:
         return False
 
+    def wants_validation(self, step: int) -> bool:
+        """Whether `validated` is to be told the loss of held-out demonstrations before this step."""
+        return False
+
+    def wants_noise(self, step: int) -> bool:
+        """Whether `noise` is to be told of this step's gradients."""
+        return False
+
     def observe(self, *measured: Any) -> dict[str, float]:
         return {}
 
@@ -66,6 +74,82 @@ class Schedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """A schedule depends on the step alone."""
+
+
+class Switch(Schedule):
+    """Imitation until the loss of held-out demonstrations has stopped falling, then RL (arXiv 2512.11470).
+
+    It has stopped when it was not under (1 − tolerance) times its best for `sft_patience` looks in a row; at the latest the
+    schedule's own share is the end of it.
+    """
+
+    def __init__(self, shape: Callable[[float], float], cfg: TrainConfig) -> None:
+        super().__init__(shape, cfg.steps)
+        self.cfg, self.best, self.looks, self.switched = cfg, math.inf, 0, False
+
+    def mu(self, clock: float) -> float:
+        return 0.0 if self.switched else super().mu(clock)
+
+    def wants_validation(self, step: int) -> bool:
+        return step >= 0 and step % self.cfg.sft_check_every == 0 and self.mu(step) > 0
+
+    def validated(self, nll: float) -> dict[str, float]:
+        """The loss of held-out demonstrations before a step; the figures of it."""
+        if nll < self.best * (1 - self.cfg.sft_tolerance):
+            self.best, self.looks = nll, 0
+        else:
+            self.looks += 1
+        self.switched = self.looks >= self.cfg.sft_patience
+        return {"controller/val_nll": nll, "controller/looks_without_gain": float(self.looks)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": min(self.best, MAX_FLOAT), "looks": self.looks, "switched": self.switched}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.looks, self.switched = state["best"], state["looks"], state["switched"]
+
+
+class NoiseOptimal(Schedule):
+    """GAC: the μ whose mixed gradient lies nearest to the RL gradient's expectation.
+
+    With g_S and g_R the gradients of one step, of variances σ_S² and σ_R², and Δ = E g_S − E g_R how far they are apart,
+
+        E |μ g_S + (1 − μ) g_R − E g_R|² = μ² (σ_S² + |Δ|²) + (1 − μ)² σ_R²,     least at   μ* = σ_R² / (σ_R² + σ_S² + |Δ|²)
+
+    Every `gac_every` steps each gradient is taken in two halves: |g₁ − g₂|²/4 is the variance of their mean, and
+    ⟨s₁ − r₁, s₂ − r₂⟩ is |Δ|² without bias. All three are averaged over time, and μ moves to μ* by at most `gac_max_step`.
+    (arXiv 2605.26184 says as much and no formula; this one is ours. A step whose answers all earned the same has no
+    g_R, and says nothing.)
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        self.c, self.mixture = cfg.controller, cfg.mixture
+        self.value, self.means, self.weight = self.c.mu_init, [0.0, 0.0, 0.0], 0.0
+
+    def mu(self, clock: float) -> float:
+        return self.value
+
+    def wants_noise(self, step: int) -> bool:
+        return step >= 0 and step % self.mixture.gac_every == 0
+
+    def noise(self, sft: float, rl: float, apart: float) -> dict[str, float]:
+        """|s₁ − s₂|², |r₁ − r₂|² and ⟨s₁ − r₁, s₂ − r₂⟩ of a step; the figures of μ's move."""
+        if rl > 0 and all(map(math.isfinite, (sft, rl, apart))):
+            memory = self.mixture.gac_memory
+            self.means = [memory * m + (1 - memory) * x for m, x in zip(self.means, (sft / 4, rl / 4, apart))]
+            self.weight = memory * self.weight + 1 - memory
+            var_sft, var_rl, delta = (m / self.weight for m in self.means)
+            best = _ratio(var_rl, var_rl + var_sft + max(delta, 0.0))
+            step = min(max(best - self.value, -self.mixture.gac_max_step), self.mixture.gac_max_step)
+            self.value = min(max(self.value + step, self.c.mu_min), self.c.mu_max)
+        figures = {"var_sft": sft / 4, "var_rl": rl / 4, "apart": apart, "mu_next": self.value}
+        return {f"controller/{k}": v for k, v in figures.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "means": self.means, "weight": self.weight}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value, self.means, self.weight = state["value"], state["means"], state["weight"]
 
 
 class MetaController:
@@ -90,6 +174,12 @@ class MetaController:
 
     def mu(self, clock: float) -> float:
         return self.value
+
+    def wants_validation(self, step: int) -> bool:
+        return False
+
+    def wants_noise(self, step: int) -> bool:
+        return False
 
     def starts_window(self, step: int) -> bool:
         """Whether a fresh utility gradient is due before this step."""
@@ -234,7 +324,12 @@ def make(cfg: Config) -> Schedule | MetaController:
     """The controller that `train.method` names."""
     c, t = cfg.controller, cfg.train
     method = METHODS[t.method]
+    if method.learns_from_noise:
+        return NoiseOptimal(cfg)
     if method.shape is None:
         return MetaController(cfg, meta=method.learns_from_utility, entropy=method.learns_from_entropy)
-    knobs = Knobs(c.mu_init, c.schedule_start, c.schedule_end, t.sft_share)
-    return Schedule(partial(method.shape, k=knobs), t.steps)
+    m = cfg.mixture
+    falls = m.chord_steps / max(t.steps - 1, 1)
+    knobs = Knobs(c.mu_init, c.schedule_start, c.schedule_end, t.sft_share, m.chord_mu, falls, m.chord_phi_mu)
+    shape = partial(method.shape, k=knobs)
+    return Switch(shape, t) if method.staged and t.sft_stop == "saturation" else Schedule(shape, t.steps)

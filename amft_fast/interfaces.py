@@ -105,6 +105,8 @@ class TaskHooks(Protocol):
     prepare       reads data, before all else, for the policy's encoder (rollout.encoder.Encoder) and answers of so many tokens;
                   returns lines that say what became of it
     step_all      with one turn, where answers are dear to judge: the results of `step` for many episodes at once
+    demo          the demonstration of one of the training prompts, None where it has none; without it, methods that ask for the
+                  demonstration of a prompt look for its id among `demos("train")`
     gold          the right answer to a problem (or one of them) as text, for people to compare with
     picture       draws an episode for the report: a PIL image, or SVG as text
     warn_of_base  a sentence when the model at this path spoils the task (it has seen what is held out)
@@ -113,6 +115,7 @@ class TaskHooks(Protocol):
 
     def prepare(self, encoder: Any, max_new_tokens: int) -> list[str]: ...
     def step_all(self, episodes: Sequence[Episode], texts: Sequence[str]) -> list[StepResult]: ...
+    def demo(self, item: Item) -> Demo | None: ...
     def gold(self, item: Item) -> str: ...
     def picture(self, item: Item, sample: Sample) -> Any: ...
     def warn_of_base(self, path: str) -> str | None: ...
@@ -161,6 +164,7 @@ class Sample:
     group_id: int
     turns: list[Turn] = field(default_factory=list)
     images: tuple[Any, ...] = ()
+    hint: int = 0  # first tokens of `response_ids` that were given, not sampled (their mask is 0)
     reward: float = 0.0
     advantage: float | None = None  # mean over the policy's tokens, once the step has judged it
     entropy: float | None = 0.0

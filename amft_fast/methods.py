@@ -2,6 +2,10 @@
 
 A method is what μ does over a run, L = μ · L_SFT + (1 − μ) · L_RL. Either a schedule fixes it, a function of the progress
 through the run (`shape`), or the controller learns it. A new schedule is one more row here, and nothing else.
+
+What else a method may be is which demonstrations and rollouts enter an update, with which weights: `mixture` names a class in
+amft_fast/mixtures/. There μ of the row is 0: all prompts are explored, and what is imitated is the mixture's to say.
+docs/methods.md has a table of all.
 """
 
 from __future__ import annotations
@@ -18,6 +22,9 @@ class Knobs(NamedTuple):
     start: float  # controller.schedule_start
     end: float  # controller.schedule_end
     sft_share: float  # train.sft_share
+    chord_mu: tuple[float, float] = (0.9, 0.05)  # mixture.chord_mu
+    chord_share: float = 0.4  # of the run, over which chord_mu falls
+    chord_phi_mu: float = 0.1  # mixture.chord_phi_mu
 
 
 class Method(NamedTuple):
@@ -31,6 +38,9 @@ class Method(NamedTuple):
     staged: bool = False  # one after the other: no step has both
     learns_from_utility: bool = False  # whether the controller takes the utility gradient
     learns_from_entropy: bool = False  # whether the controller holds the entropy at H*
+    learns_from_noise: bool = False  # whether it weighs the noise of the two gradients against how far they are apart
+    mixture: str = ""  # in mixtures.MIXTURES; "": the plain one
+    shaping: str = "ratio"  # how a demonstration's token enters by its own probability (amft_kernels.loss_forms)
 
     @property
     def learned(self) -> bool:
@@ -42,12 +52,29 @@ def _sft_then_rl(x: float, k: Knobs) -> float:
     return 1.0 if x < k.sft_share else 0.0
 
 
+def cosine(x: float, start: float, end: float) -> float:
+    """From `start` at x = 0 to `end` at x = 1, along half a period; `end` beyond."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(x, 1.0)))
+
+
+def _none(x: float, k: Knobs) -> float:
+    return 0.0
+
+
 def _linear(x: float, k: Knobs) -> float:
     return k.start + (k.end - k.start) * x
 
 
 def _cosine(x: float, k: Knobs) -> float:
-    return k.end + (k.start - k.end) * 0.5 * (1 + math.cos(math.pi * x))
+    return cosine(x, k.start, k.end)
+
+
+def _chord(x: float, k: Knobs) -> float:
+    return cosine(x / k.chord_share, *k.chord_mu)
+
+
+def _chord_phi(x: float, k: Knobs) -> float:
+    return k.chord_phi_mu
 
 
 _ROWS = (
@@ -60,5 +87,15 @@ _ROWS = (
     Method("fixed", "SFT + RL with a fixed μ", shape=lambda x, k: k.mu),
     Method("linear", "SFT + RL with μ falling linearly", shape=_linear),
     Method("cosine", "SFT + RL with μ falling along a cosine", shape=_cosine),
+    Method("gac", "SFT + RL with the μ of least noise", learns_from_noise=True),
+    Method("chord_mu", "CHORD-μ, μ falling along a cosine and then held", shape=_chord),
+    Method("chord_phi", "CHORD-φ, tokens weighed by p(1 − p)", shape=_chord_phi, mixture="chord_phi", shaping="phi"),
+    Method("luffy", "LUFFY, the demonstration in the group", shape=_none, mixture="luffy"),
+    Method("srft", "SRFT, weighed by entropy", shape=_none, mixture="srft"),
+    Method("hpt", "HPT, imitation where the policy fails", shape=_none, mixture="hpt"),
+    Method("superrl", "SuperRL, imitation where no answer is right", shape=_none, mixture="superrl"),
+    Method("relift", "ReLIFT, RL and a buffer of unsolved prompts", shape=_none, mixture="relift"),
+    Method("uft", "UFT, RL from hints that shorten", shape=_none, mixture="uft"),
+    Method("prefix_rft", "Prefix-RFT, one answer from a prefix", shape=_none, mixture="prefix_rft"),
 )
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}

@@ -8,6 +8,9 @@
 one sum over tokens: the weights s_i = μ w_i / N_sft, r_i = (1−μ) / N_rl and e_i = (1−μ) c_H / N_rl are all known before the
 forward pass, so SFT and RL rows ride in one call of the fused loss head. N_sft and N_rl are global counts of one update (all
 micro-batches, all ranks): the loss does not depend on how the tokens are cut into micro-batches.
+
+PG is one of several (`objective.loss`: amft_kernels.loss_forms, losses.py), and L_RL a mean over tokens as above, over
+sequences, each the mean of its tokens, or over sequences times a constant (`objective.denominator`).
 """
 
 from __future__ import annotations
@@ -18,17 +21,20 @@ from typing import Any
 import numpy as np
 
 from amft_fast import advantages as adv
+from amft_fast import reward_terms
 from amft_fast.config import AdvantageConfig, ObjectiveConfig
 from amft_fast.data.batch import TokenSequence
+from amft_fast.errors import UserError
 from amft_fast.interfaces import Sample
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Global token counts of one update: the denominators of the two components."""
+    """Global counts of one update: the denominators of the two components."""
 
-    sft: int
+    sft: int  # tokens
     rl: int
+    rl_sequences: int = 0
 
 
 def demo_sequence(
@@ -58,8 +64,9 @@ def rollout_sequence(sample: Sample, temperature: float) -> TokenSequence:
 
 
 def count_tokens(sft: list[TokenSequence], rl: list[TokenSequence]) -> Counts:
-    """Trained tokens of each component on this rank; sum over ranks before use."""
-    return Counts(int(sum(s.trained.sum() for s in sft)), int(sum(s.trained.sum() for s in rl)))
+    """Trained tokens, and sequences that have one, of each component; of all ranks where the lists are."""
+    trained = [int(s.trained.sum()) for s in rl]
+    return Counts(int(sum(s.trained.sum() for s in sft)), sum(trained), sum(n > 0 for n in trained))
 
 
 def token_rewards(sample: Sample) -> np.ndarray:
@@ -70,25 +77,74 @@ def token_rewards(sample: Sample) -> np.ndarray:
     return rewards
 
 
-def set_advantages(sequences: list[TokenSequence], samples: list[Sample], cfg: AdvantageConfig) -> None:
+def set_advantages(
+    sequences: list[TokenSequence],
+    samples: list[Sample],
+    cfg: AdvantageConfig,
+    max_new_tokens: int = 1,
+    kl: tuple[float, str] = (0.0, "k1"),
+) -> None:
     """Gives every rollout its `advantages` field (and `returns` for gae, from the `values` that the value head left there).
 
-    Needs whole groups: under several ranks it is called on all samples of the step.
+    Needs whole groups: under several ranks it is called on all samples of the step. `max_new_tokens` is what penalties
+    of length are measured by; `kl` (coefficient, estimate) is taken off the reward, from the field `ref_logprobs`.
     """
-    if cfg.kind != "gae" and cfg.level == "turn":
-        _set_turn_advantages(sequences, samples, cfg)
+    off = reward_terms.penalties(samples, cfg, max_new_tokens)
+    divergences = [kl[0] * reward_terms.divergence(s, kl[1]) if kl[0] else np.zeros(s.trained.sum()) for s in sequences]
+    if cfg.kind == "gae":
+        _set_gae(sequences, samples, cfg, off, divergences)
         return
-    if cfg.kind != "gae":
-        rewards = np.array([s.reward for s in samples])
-        groups = np.array([s.group_id for s in samples])
-        for seq, a in zip(sequences, adv.group_advantages(rewards, groups, cfg.kind)):
-            seq.fields["advantages"] = np.full(len(seq.ids), a)
+    off = off - [d.sum() for d in divergences]
+    if cfg.level == "turn":
+        _set_turn_advantages(sequences, samples, cfg, off)
         return
+    groups = np.array([s.group_id for s in samples])
+    lengths = np.array([sum(s.loss_mask) for s in samples])
+    if cfg.kind == "distill":
+        values = np.zeros(len(samples))
+    elif cfg.rewards:
+        rewards = {name: np.array([_named(s, name) for s in samples]) + off for name in cfg.rewards}
+        values = adv.several(rewards, cfg.rewards, groups, cfg.kind, lengths)
+    else:
+        rewards = np.array([s.reward for s in samples]) + off
+        values = adv.group_advantages(rewards, groups, cfg.kind, lengths)
+    for seq, a in zip(sequences, values):
+        seq.fields["advantages"] = np.full(len(seq.ids), a)
+
+
+def add_teacher(sequences: list[TokenSequence], coef: float) -> None:
+    """On-policy distillation: the advantage of each token gains coef · (log π_T − log π), the gradient of the reverse KL to the
+    teacher. From the field `teacher_logprobs`, and the log-probs that the tokens were drawn with."""
+    for s in sequences:
+        drawn = "old_logprobs" if "old_logprobs" in s.fields else "behavior_logprobs"
+        s.fields["advantages"] = (
+            s.fields["advantages"] + coef * (s.fields["teacher_logprobs"] - s.fields[drawn]) * s.trained
+        )
+
+
+def _named(sample: Sample, name: str) -> float:
+    """What the task reports of a sample under this name; a reward that does not apply to it earns nothing."""
+    value = sample.info.get(name, 0.0)
+    if not isinstance(value, int | float):
+        raise UserError(f"advantage.rewards: the task reports {name!r} as {type(value).__name__}, not as a number")
+    return float(value)
+
+
+def _set_gae(
+    sequences: list[TokenSequence],
+    samples: list[Sample],
+    cfg: AdvantageConfig,
+    off: np.ndarray,
+    divergences: list[np.ndarray],
+) -> None:
     all_advantages, all_returns = [], []
-    for seq, sample in zip(sequences, samples):
+    for seq, sample, penalty, kl in zip(sequences, samples, off, divergences):
         own = seq.trained[len(sample.prompt_ids) :]
         values = seq.fields.pop("values")[seq.trained]
-        a, r = adv.gae(token_rewards(sample)[own], values, cfg.gamma, cfg.lam)
+        rewards = token_rewards(sample)[own] - kl
+        if len(rewards):
+            rewards[-1] += penalty
+        a, r = adv.gae(rewards, values, cfg.gamma, cfg.lam)
         all_advantages.append(a)
         all_returns.append(r)
     for seq, a, r in zip(sequences, adv.normalise(all_advantages), all_returns):
@@ -97,9 +153,13 @@ def set_advantages(sequences: list[TokenSequence], samples: list[Sample], cfg: A
             seq.fields[name][seq.trained] = value
 
 
-def _set_turn_advantages(sequences: list[TokenSequence], samples: list[Sample], cfg: AdvantageConfig) -> None:
-    """Every turn's advantage on the policy's tokens of it."""
+def _set_turn_advantages(
+    sequences: list[TokenSequence], samples: list[Sample], cfg: AdvantageConfig, off: np.ndarray
+) -> None:
+    """Every turn's advantage on the policy's tokens of it; penalties are the last turn's."""
     rewards = [np.array([t.reward for t in s.turns]) for s in samples]
+    for turns, penalty in zip(rewards, off):
+        turns[-1] += penalty
     states = [[t.state for t in s.turns] for s in samples]
     groups = np.array([s.group_id for s in samples])
     per_turn = adv.turn_advantages(rewards, states, groups, cfg.kind, cfg.turn_gamma)
@@ -110,16 +170,57 @@ def _set_turn_advantages(sequences: list[TokenSequence], samples: list[Sample], 
 
 
 def weigh_sft(sequences: list[TokenSequence], mu: float, count: int) -> list[TokenSequence]:
-    """SFT sequences with s_i = μ w_i / N_sft; a field `token_weight` w_i is used where a method set one."""
-    return [s.with_fields(nll_weight=mu / max(count, 1) * s.fields.get("token_weight", 1.0)) for s in sequences]
+    """SFT sequences with s_i = μ w_i / N_sft, w_i a field `token_weight` where a method set one, else 1.
+
+    A field `shape_weight` v_i adds μ v_i / N_sft as the weight of the shaped loss S(p) (`LossForm`), a field
+    `entropy_bonus` that of the entropy.
+    """
+    return [s.with_fields(**_imitated(s, mu / max(count, 1))) for s in sequences]
+
+
+def _imitated(s: TokenSequence, unit: float) -> dict[str, np.ndarray | float]:
+    weights = {"nll_weight": unit * s.fields.get("token_weight", 1.0)}
+    if "shape_weight" in s.fields:
+        weights["shaped_weight"] = unit * s.fields["shape_weight"]
+    if "entropy_bonus" in s.fields:
+        weights["entropy_weight"] = unit * s.fields["entropy_bonus"]
+    return weights
+
+
+def is_demo(s: TokenSequence) -> bool:
+    """Whether a sequence among the rollouts is a demonstration."""
+    return "token_weight" in s.fields or "shape_weight" in s.fields
 
 
 def weigh_rl(
-    sequences: list[TokenSequence], mu: float, count: int, objective: ObjectiveConfig, value_coef: float = 0.0
+    sequences: list[TokenSequence],
+    weight: float,
+    counts: Counts | int,
+    objective: ObjectiveConfig,
+    value_coef: float = 0.0,
+    max_new_tokens: int = 1,
+    entropy_coef: float | None = None,
 ) -> list[TokenSequence]:
-    """RL sequences with r_i = (1−μ) / N_rl, e_i = c_H r_i and, for gae, the value loss's weight."""
-    r = (1 - mu) / max(count, 1)
-    weights = {"pg_weight": r, "entropy_weight": r * objective.entropy_coef}
-    if value_coef:
-        weights["value_weight"] = r * value_coef
-    return [s.with_fields(**weights) for s in sequences]
+    """RL sequences with r_i = weight / N_rl (or another denominator's), e_i = c_H r_i and, for gae, the value loss's weight.
+
+    `weight` is 1 − μ, of L_RL as a whole. `counts` may be N_rl alone, with the denominator `token`. A sequence with a
+    field `token_weight` or `shape_weight` is a demonstration among the rollouts: it enters as `weigh_sft` has it, by
+    the same denominator. `entropy_coef`: in place of the objective's.
+    """
+    counts = counts if isinstance(counts, Counts) else Counts(0, counts, len(sequences))
+    coef = objective.entropy_coef if entropy_coef is None else entropy_coef
+    out = []
+    for s in sequences:
+        if objective.denominator == "token":
+            size = counts.rl
+        else:
+            size = counts.rl_sequences * (s.trained.sum() if objective.denominator == "sequence" else max_new_tokens)
+        r = weight / max(size, 1)
+        if is_demo(s):
+            out.append(s.with_fields(**_imitated(s, r)))
+            continue
+        weights = {"pg_weight": r, "entropy_weight": r * coef}
+        if value_coef:
+            weights["value_weight"] = r * value_coef
+        out.append(s.with_fields(**weights))
+    return out

@@ -7,12 +7,15 @@ from amft_kernels.backends import triton_obstacle
 from amft_kernels.chunks import default_chunk_bytes
 from amft_kernels.linear_logprob import linear_logprob
 from amft_kernels.linear_policy_loss import PolicyLoss, linear_policy_loss
+from amft_kernels.loss_forms import LossForm, OwnLoss, value_and_slope
 from amft_kernels.matmul import compute_dtype, cpu_scratch_bytes, logits_into
 
 from amft_fast.multi_tensor import AdamState, backends, multi_tensor_dot
 
 __all__ = [
     "AdamState",
+    "LossForm",
+    "OwnLoss",
     "PolicyLoss",
     "chunk_bytes",
     "compute_dtype",
@@ -24,6 +27,7 @@ __all__ = [
     "logits_into",
     "multi_tensor_dot",
     "triton_obstacle",
+    "value_and_slope",
 ]
 
 

@@ -8,10 +8,11 @@ H*        mean entropy of the warmed-up policy on its own rollouts at temperatur
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
-from amft_fast import objective
+from amft_fast import losses, objective
 from amft_fast.config import Config
 from amft_fast.data.batch import Batch, TokenSequence, micro_batches, scatter
 from amft_fast.engine.parts import Tensors
@@ -23,8 +24,8 @@ from amft_fast.model.policy import Policy, Scores, fill
 class Scorer:
     """Scores sequences with the policy or its reference, in the micro-batches that updates use too."""
 
-    def __init__(self, cfg: Config, engine: UpdateEngine, policy: Policy) -> None:
-        self.cfg, self.engine, self.policy = cfg, engine, policy
+    def __init__(self, cfg: Config, engine: UpdateEngine, policy: Policy, teacher: nn.Module | None = None) -> None:
+        self.cfg, self.engine, self.policy, self.teacher = cfg, engine, policy, teacher
         self.reference: nn.Module | None = None  # the policy after the warm-up, frozen, where something needs it
 
     @property
@@ -49,33 +50,69 @@ class Scorer:
         scores = [Scores(b.members, b.counts, o.logprobs, o.entropy, o.values) for b, o in zip(batches, outs)]
         return world.gather([s.cpu() for s in scores if s.members]) if world.size > 1 else scores
 
-    def judge(self, samples: list[Sample]) -> list[TokenSequence]:
-        """Rollouts as sequences with all that the loss reads: advantages, and old and reference log-probs where needed."""
+    def judge(self, samples: list[Sample], kind: str | None = None) -> list[TokenSequence]:
+        """Rollouts as sequences with all that the loss reads: advantages, and old and reference log-probs where needed.
+
+        `kind`: of advantage, in place of the setting.
+        """
         cfg = self.cfg
+        advantage = cfg.advantage.model_copy(update={"kind": kind}) if kind else cfg.advantage
         rl = [objective.rollout_sequence(s, cfg.rollout.temperature) for s in samples]
         if not rl:
             return rl
         gae = cfg.advantage.kind == "gae"
-        # One update per rollout is on-policy by construction: the ratio is 1 and old log-probs would be a wasted pass.
-        off_policy = cfg.train.minibatches_per_rollout > 1 or cfg.rollout.async_steps > 0
-        if off_policy or gae:
+        # One update per rollout is on-policy by construction: the ratio is 1 and old log-probs would be a wasted pass,
+        # but where another engine than the trainer's has sampled and the loss looks at what lies between the two.
+        foreign = cfg.rollout.engine != "transformers" and cfg.objective.reads_logprobs
+        if cfg.off_policy or foreign or gae:
             scores = self.forward_only(rl)
-            if off_policy:
+            if cfg.off_policy or foreign:
                 scatter(rl, scores, [s.logprobs for s in scores], "old_logprobs")
             if gae:
                 scatter(rl, scores, [s.values for s in scores], "values")
         if cfg.objective.kl_coef > 0:
             scores = self.forward_only(rl, self.reference)
             scatter(rl, scores, [s.logprobs for s in scores], "ref_logprobs")
-        objective.set_advantages(rl, samples, cfg.advantage)
+        kl = (cfg.objective.kl_coef, cfg.objective.kl_kind) if cfg.objective.kl_in == "reward" else (0.0, "k1")
+        objective.set_advantages(rl, samples, advantage, cfg.rollout.max_new_tokens, kl)
+        if self.teacher is not None:
+            scores = self.forward_only(rl, self.teacher)
+            scatter(rl, scores, [s.logprobs for s in scores], "teacher_logprobs")
+            objective.add_teacher(rl, cfg.advantage.teacher_coef)
         for sample, sequence in zip(samples, rl):
             sample.advantage = float(sequence.fields["advantages"][sequence.trained].mean())
+        if cfg.advantage.truncated == "masked":
+            for sample, sequence in zip(samples, rl):
+                sequence.trained &= sample.finish_reason != "length"
         return rl
+
+    def fold(self, rl: list[TokenSequence], moved: bool, seed: tuple[object, ...]) -> list[TokenSequence]:
+        """The rollouts of one update as the loss head takes them: what hangs on whole sequences or the batch is in their
+        advantages (losses.py). `moved`: whether an update came since the old log-probs were taken."""
+        o = self.cfg.objective
+        demos, rl = [s for s in rl if objective.is_demo(s)], [s for s in rl if not objective.is_demo(s)]
+        if o.reads_entropy or (moved and o.reads_logprobs):
+            scores = self.forward_only(rl)
+            scatter(rl, scores, [s.logprobs for s in scores], "present_logprobs")
+            scatter(rl, scores, [s.entropy for s in scores], "present_entropy")
+        return losses.fold(rl, o, seed) + demos
+
+    def tokens(self, sequences: list[TokenSequence]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Log-probs and entropies of the trained tokens of each sequence, at the present weights."""
+        copies = [s.with_fields(present_logprobs=0.0, present_entropy=0.0) for s in sequences]
+        scores = self.forward_only(copies)
+        scatter(copies, scores, [s.logprobs for s in scores], "present_logprobs")
+        scatter(copies, scores, [s.entropy for s in scores], "present_entropy")
+        return [(c.fields["present_logprobs"][c.trained], c.fields["present_entropy"][c.trained]) for c in copies]
 
     def entropy(self, sequences: list[TokenSequence], temperature: float | None = None) -> float:
         """Mean over tokens, in nats; at the temperature that the sequences were drawn at, or at another one."""
         outs = [s.entropy for s in self.forward_only(sequences, temperature=temperature)]
         return torch.cat(outs).double().mean().item()
+
+    def nll(self, sequences: list[TokenSequence]) -> float:
+        """Mean over the trained tokens, in nats."""
+        return -torch.cat([s.logprobs for s in self.forward_only(sequences)]).double().mean().item()
 
     def figures(self, sft: list[TokenSequence], rl: list[TokenSequence]) -> dict[str, float]:
         """What only a pass of its own can tell of a step.

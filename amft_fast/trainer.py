@@ -3,6 +3,7 @@
 warm up on demos; H* ← entropy of the warmed-up policy on its own rollouts
 for each step:
     rollouts ← engine.generate(prompts, G per prompt);  A ← advantages(rewards)
+    which demonstrations and rollouts enter, with which weights (mixtures/; all, by μ, unless a method says else)
     at the start of a window:  u ← ∇(−U) on held-out prompts, in two independent halves
     backward SFT micro-batches · μ      probe: ⟨u, g_SFT⟩
     backward RL micro-batches · (1−μ)   probe: ⟨u, g_RL⟩
@@ -16,11 +17,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import nn
 
-from amft_fast import controller, objective
+from amft_fast import controller, gradient_noise, mixtures, objective
 from amft_fast.config import Config
 from amft_fast.data.batch import TokenSequence
 from amft_fast.data.loader import Loader
@@ -28,13 +31,18 @@ from amft_fast.data.stream import Stream, choose
 from amft_fast.engine.parts import Part, Tensors
 from amft_fast.engine.phases import Phases
 from amft_fast.errors import RolloutFailure, UserError
-from amft_fast.interfaces import Item, RolloutEngine, Sample, Task, UpdateEngine
+from amft_fast.interfaces import Demo, Item, RolloutEngine, Sample, Task, UpdateEngine
+from amft_fast.losses import EntropyBonus
 from amft_fast.meta_gradient import Utility, UtilityGradient
+from amft_fast.mixtures.base import Group, Mix, groups_of
+from amft_fast.mixtures.demos import DemoOfPrompt
 from amft_fast.model.figures import Update, read_updates
 from amft_fast.model.policy import MAXES, SUMS, Policy
 from amft_fast.rollout.encoder import Encoder
 from amft_fast.rollout.rollouts import Drawn, Rollouts
 from amft_fast.scoring import Scorer
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -48,6 +56,7 @@ class Parts:
     rollout_engine: RolloutEngine
     phases: Phases
     should_stop: Callable[[], bool]
+    teacher: nn.Module | None = None  # of on-policy distillation, frozen
 
 
 class Step(NamedTuple):
@@ -65,6 +74,13 @@ class Step(NamedTuple):
     failure: RolloutFailure | None  # the rollout engine did not take the new weights; the step itself is done
 
 
+class Looked(NamedTuple):
+    """What a controller was told before an update: figures of it, and the tokens it took."""
+
+    figures: dict[str, float]
+    tokens: int
+
+
 class Trainer:
     """The method: its parts, its state, its step."""
 
@@ -72,22 +88,29 @@ class Trainer:
         self.cfg, self.phases = cfg, parts.phases
         self.engine, self.policy, self.encoder = parts.engine, parts.policy, parts.encoder
         self.controller = controller.make(cfg)
-        self.scorer = Scorer(cfg, parts.engine, parts.policy)
+        self.scorer = Scorer(cfg, parts.engine, parts.policy, parts.teacher)
         self.demonstrations = parts.task.demos("train")
         order = Stream(max(len(self.demonstrations), 1), cfg.run.seed, "demos")
         self.demos = Loader(order, self._demo, cfg.train.data_workers)
+        tools = mixtures.Tools(DemoOfPrompt(parts.task, self._encoded), self.scorer.tokens)
+        self.plain, self.mixture = mixtures.Mixture(cfg, tools), mixtures.make(cfg, tools)
         self._check_needs(parts.task)
         self.rollouts = Rollouts(cfg, parts.rollout_engine, parts.task, parts.encoder, parts.engine.world, parts.phases)
+        self.rollouts.generations, self.rollouts.hint = self.mixture.generations, self.mixture.hint
         self.utility_gradient = self._make_utility(parts.task) if self.controller.learned else None
+        self.validation = self._validation(parts.task) if isinstance(self.controller, controller.Switch) else []
         self.step = 0
         self.entropy_target: float | None = None  # H*
+        self.entropy_bonus = EntropyBonus(cfg.objective)  # c_H
         self.tokens = self.warmup_tokens = 0
         self.mus: list[float] = []  # the first and the last
 
     def _check_needs(self, task: Task) -> None:
         """What the method needs must be there, before any time is spent."""
         cfg = self.cfg.train
-        imitates = cfg.warmup_steps > 0 or any(self.controller.mu(t) > 0 for t in range(cfg.steps))
+        imitates = (
+            cfg.warmup_steps > 0 or not self.mixture.streams or any(self.controller.mu(t) > 0 for t in range(cfg.steps))
+        )
         if imitates and not self.demonstrations:
             raise UserError(f"train.method {cfg.method!r} (or its warm-up) needs demonstrations and the task has none")
         draws = any(self.controller.mu(t) < 1 for t in range(cfg.steps))
@@ -96,6 +119,13 @@ class Trainer:
                 f"train.method {cfg.method!r} draws answers to judge, and the task has no training prompts (of mathematics: no "
                 "problem with a gold answer); method sft needs demonstrations alone"
             )
+
+    def _validation(self, task: Task) -> list[TokenSequence]:
+        """Held-out demonstrations whose loss says when imitation has had its effect."""
+        demos = choose(task.demos("val"), self.cfg.meta.prompts)
+        if not demos:
+            raise UserError("train.sft_stop saturation looks at demonstrations of the split val, and the task has none")
+        return [self._encoded(d) for d in demos]
 
     def _make_utility(self, task: Task) -> UtilityGradient:
         """The held-out prompts that μ is learned on, with their demonstrations."""
@@ -110,7 +140,10 @@ class Trainer:
         return UtilityGradient(cfg.meta, items, demos, self.encoder, self.engine, self.scorer.batches, temperature)
 
     def _demo(self, i: int) -> TokenSequence:
-        return objective.demo_sequence(*self.encoder.demo(self.demonstrations[i]))
+        return self._encoded(self.demonstrations[i])
+
+    def _encoded(self, demo: Demo) -> TokenSequence:
+        return objective.demo_sequence(*self.encoder.demo(demo))
 
     # ------------------------------------------------------------------------------------------------------ the clock
 
@@ -140,24 +173,33 @@ class Trainer:
         """Rollouts, advantages, `minibatches_per_rollout` updates, new weights to the rollout engine, μ's move."""
         cfg, begin = self.cfg.train, time.perf_counter()
         t = self.step - cfg.warmup_steps  # negative in the warm-up
+        looked = self.look_at_validation() if self.controller.wants_validation(t) else Looked({}, 0)
         mu = 1.0 if t < 0 else self.controller.mu(self.clock)
         lr = self.learning_rate(t, mu)
+        mixture = self.plain if t < 0 else self.mixture
+        mixture.progress = max(self.clock, 0) / cfg.steps
         with self.rollouts.undone_on_failure():
             drawn = self.rollouts.draw(self.step) if mu < 1 else Drawn([], {})
             fresh = self.controller.starts_window(t)
             u = self.draw_utility() if fresh else self.utility
         self.rollouts.draw_ahead(self.next_step(mu))
-        sft = self.demos.take(cfg.demos_per_step) if mu > 0 else []
+        sft = self.demos.take(cfg.demos_per_step) if mu > 0 and mixture.streams else []
         with self.phases("advantage"):
-            rl = self.scorer.judge(drawn.samples)
-            scored = self.scorer.figures(sft, rl)
+            groups = groups_of(drawn.samples, self.scorer.judge(drawn.samples, mixture.kind))
+            m = cfg.minibatches_per_rollout
+            mixes = [mixture.mix(_share(sft, k, m), _share(groups, k, m), mu) for k in range(m)] + mixture.extra()
+            sft, rl = ([s for mix in mixes for s in mix[part]] for part in (0, 1))
+            scored = self.scorer.figures(sft, [s for group in groups for s in group.rollouts])
+        if self.controller.wants_noise(t):
+            looked = self.look_at_noise(sft, groups)
 
         self.engine.set_lr(lr)
-        updates, m = [], cfg.minibatches_per_rollout
-        for k in range(m):
+        updates = []
+        for k, mix in enumerate(mixes):
             probe = u if k == 0 and self.controller.probes(t) else None
             with self.phases("update"):
-                updates.append(self.update(_share(sft, k, m), _share(rl, k, m), mu, probe))
+                updates.append(self.update(mix, probe, k))
+        mu = fmean(mix.mu for mix in mixes)
         self.step += 1
         with self.phases("sync"):
             failure = self.rollouts.sync(self.engine.named_full_params(), self.step)
@@ -165,16 +207,19 @@ class Trainer:
         measured = read_updates(
             updates, self.engine, self.cfg.objective.kl_coef > 0, self.policy.value_head is not None
         )
-        figures = measured.record | scored
+        figures = measured.record | scored | looked.figures
         if t >= 0:
             dots, clip = measured.probe or (None, 1.0)  # ⟨u, g_SFT⟩, ⟨u, g_RL⟩ and the norms, of the first update
             figures |= self.controller.observe(t, dots, clip, lr, figures.get("entropy"), self.entropy_target)
             self.mus = [*(self.mus[:1] or [mu]), mu]
+            if self.cfg.objective.entropy_target is not None:
+                figures["entropy_coef"] = self.entropy_bonus.coef
+            self.entropy_bonus.observe(figures.get("entropy"))
         if fresh:
             figures |= {f"controller/{name}": value for name, value in u.figures.items()}
         counts = self.count_tokens(sft, rl, drawn)
         figures |= counts
-        tokens = sum(counts.values()) + int(u.figures.get("tokens", 0) if fresh else 0)
+        tokens = sum(counts.values()) + looked.tokens + int(u.figures.get("tokens", 0) if fresh else 0)
         self.tokens += tokens
         seconds, number = time.perf_counter() - begin, self.step - 1
         return Step(number, t < 0, mu, lr, drawn, figures, measured.bad_in_row, tokens, seconds, failure)
@@ -189,21 +234,35 @@ class Trainer:
         with self.phases("utility"):
             return self.utility_gradient.compute(self.step, draw)
 
+    def look_at_validation(self) -> Looked:
+        """The controller is told how likely held-out demonstrations are now."""
+        with self.phases("utility"):
+            nll, tokens = self.scorer.nll(self.validation), sum(len(s.ids) for s in self.validation)
+        return Looked(self.controller.validated(nll), tokens)
+
+    def look_at_noise(self, sft: list[TokenSequence], groups: list[Group]) -> Looked:
+        """The controller is told how noisy the two gradients of this step are, from halves of its demonstrations and
+        prompts."""
+        halves = []
+        with self.phases("utility"):
+            for half in (0, 1):
+                rl = [s for group in groups[half::2] for s in group.rollouts]
+                halves.append(self.weigh(Mix(sft[half::2], rl, 0.5, 1.0, 1.0), 0))
+            noise = gradient_noise.measure(halves, self.sweep, self.engine)
+        return Looked(self.controller.noise(*noise), sum(len(s.ids) for half in halves for part in half for s in part))
+
     @property
     def utility(self) -> Utility | None:
         """The u of the present window."""
         return self.utility_gradient.current if self.utility_gradient is not None else None
 
-    def update(self, sft: list[TokenSequence], rl: list[TokenSequence], mu: float, u: Utility | None = None) -> Update:
-        """One optimizer update on L = μ L_SFT + (1−μ) L_RL.
+    def update(self, mix: Mix, u: Utility | None = None, k: int = 0) -> Update:
+        """One optimizer update on L = μ L_SFT + (1−μ) L_RL, the k-th since the rollouts were drawn.
 
         Plain: SFT and RL rows ride in the same calls of the head. With `u`: two sweeps, one for each gradient, and the probe's
         dot-products of both with u.
         """
-        value_coef = self.cfg.advantage.value_coef if self.policy.value_head is not None else 0.0
-        counts = objective.count_tokens(sft, rl)
-        sft = objective.weigh_sft(sft, mu, counts.sft)
-        rl = objective.weigh_rl(rl, mu, counts.rl, self.cfg.objective, value_coef)
+        sft, rl = self.weigh(mix, k)
         if u is None:
             return Update(*self.sweep(sft + rl), self.engine.step(), None)
         sft_sums, sft_maxes = self.sweep(sft)
@@ -212,6 +271,17 @@ class Trainer:
         self.engine.end_sweep("rl")
         probe = self.engine.probe(u.halves)
         return Update(sft_sums + rl_sums, torch.maximum(sft_maxes, rl_maxes), self.engine.step(), probe)
+
+    def weigh(self, mix: Mix, k: int) -> tuple[list[TokenSequence], list[TokenSequence]]:
+        """The sequences of L_SFT and L_RL with the weights of each token, as the k-th update takes them."""
+        cfg = self.cfg
+        value_coef = cfg.advantage.value_coef if self.policy.value_head is not None else 0.0
+        rl = self.scorer.fold(mix.rl, k > 0, (cfg.run.seed, self.step, k))
+        counts = objective.count_tokens(mix.sft, rl)
+        sft = objective.weigh_sft(mix.sft, mix.sft_weight, counts.sft)
+        longest, bonus = cfg.rollout.max_new_tokens, self.entropy_bonus.coef
+        rl = objective.weigh_rl(rl, mix.rl_weight, counts, cfg.objective, value_coef, longest, bonus)
+        return sft, rl
 
     def sweep(self, sequences: list[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:
         """Backward over all micro-batches of these sequences; statistics as device sums and maxima."""
@@ -278,6 +348,8 @@ class Trainer:
             "controller": self.controller.state_dict(),
             **utility,
             "entropy_target": self.entropy_target,
+            "entropy_coef": self.entropy_bonus.coef,
+            "mixture": self.mixture.state_dict(),
             "warmup_tokens": self.warmup_tokens,
             "mus": self.mus,
             "tokens": self.tokens,
@@ -304,11 +376,13 @@ class Trainer:
             self.utility_gradient.load_state_dict(state)
             self.utility_gradient.load_tensors(tensors)
         self.step, self.entropy_target = state["step"], state["entropy_target"]
+        self.entropy_bonus.coef = state.get("entropy_coef", self.entropy_bonus.coef)
+        self.mixture.load_state_dict(state.get("mixture"))
         self.warmup_tokens, self.tokens, self.mus = state["warmup_tokens"], state["tokens"], state["mus"]
         self.rollouts.engine.sync(self.engine.named_full_params(), self.step)
 
 
-def _share(sequences: list[TokenSequence], k: int, m: int) -> list[TokenSequence]:
+def _share(things: list[T], k: int, m: int) -> list[T]:
     """The k-th of m equal runs of the list."""
-    n = len(sequences)
-    return sequences[k * n // m : (k + 1) * n // m]
+    n = len(things)
+    return things[k * n // m : (k + 1) * n // m]

@@ -32,7 +32,18 @@ _INTEGERS = {
     *("row_stride", "grad_stride", "hidden_stride", "weight_stride"),
 }
 _OPTIONAL = {
-    *("bias_ptr", "temperature_ptr", "softcap", "pg_weight_ptr", "entropy_weight_ptr", "advantages_ptr", "old_ptr"),
+    *(
+        "bias_ptr",
+        "temperature_ptr",
+        "softcap",
+        "shaped_weight_ptr",
+        "is_low",
+        "is_high",
+        "pg_weight_ptr",
+        "entropy_weight_ptr",
+        "advantages_ptr",
+        "old_ptr",
+    ),
     *("behavior_ptr", "ref_ptr", "dual_clip", "tis_cap", "entropy_grad_ptr"),
 }
 # What the launches keep at multiples of 16; per-token vectors are never specialised.
@@ -40,6 +51,8 @@ _ALIGNED = (
     *("logits_ptr", "grad_ptr", "row_stride", "grad_stride"),
     *("hidden_ptr", "weight_ptr", "hidden_stride", "weight_stride", "split_columns", "H"),
 )
+
+PLAIN = (("FORM", 0), ("KL", 2), ("SHAPE", 0))  # grpo, k3, LUFFY's shaping
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,7 @@ class Report:
 def cases(everything: bool) -> Iterator[Case]:
     """The launch rules, spelled out."""
     from amft_kernels.fused_logprob_triton import fused_config
+    from amft_kernels.loss_forms import FORMS, KL_KINDS, SHAPES
     from amft_kernels.rows_launch import parts_config, row_config
 
     dtypes = ("bf16", "fp16", "fp32") if everything else ("bf16", "fp32")
@@ -79,13 +93,27 @@ def cases(everything: bool) -> Iterator[Case]:
             config = row_config(block)
             assert config["BLOCK"] == block
             constants = (("BLOCK", block),)
-            for kernel, dtype in itertools.product(("policy_rows_kernel", "slab_grad_kernel"), dtypes):
-                yield Case(kernel, constants, config["num_warps"], 3, dtype, options, aligned, cc)
+            for dtype in dtypes:
+                yield Case("slab_grad_kernel", constants, config["num_warps"], 3, dtype, options, aligned, cc)
+                yield Case(
+                    "policy_rows_kernel", (*constants, *PLAIN), config["num_warps"], 3, dtype, options, aligned, cc
+                )
             yield Case("logprob_rows_kernel", constants, config["num_warps"], 3, "bf16", options, aligned, cc)
         for vocab, dtype in itertools.product((8192, 151_936), dtypes):
             config = parts_config(vocab)
             warps = config.pop("num_warps")
-            yield Case("policy_parts_kernel", tuple(config.items()), warps, 3, dtype, options, aligned, cc)
+            yield Case("policy_parts_kernel", (*config.items(), *PLAIN), warps, 3, dtype, options, aligned, cc)
+        # What a row does with its one log-prob is the same at any length: the other forms at one.
+        variants = itertools.product(range(len(FORMS) - 1), range(len(KL_KINDS)), range(len(SHAPES)))
+        for variant in variants if everything else zip(range(1, 5), (0, 1, 2, 1), (1, 0, 1, 0)):
+            form = tuple(zip(("FORM", "KL", "SHAPE"), variant))
+            for kernel, config in (
+                ("policy_rows_kernel", row_config(BLOCKS[-1])),
+                ("policy_parts_kernel", parts_config(151_936)),
+            ):
+                warps = config.pop("num_warps")
+                if options == "all":
+                    yield Case(kernel, (*config.items(), *form), warps, 3, "bf16", options, aligned, cc)
         config = fused_config(cc)
         warps, stages = config.pop("num_warps"), config.pop("num_stages")
         for dtype in dtypes[:-1]:  # the fused kernel is for 16-bit operands

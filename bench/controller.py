@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from amft_fast import config_file
+from amft_fast.mixtures.base import Mix
 from amft_fast.run.build import build
 from amft_fast.trainer import Trainer
 from bench.results import RESULTS, environment, markdown_table, write_json
@@ -73,13 +74,15 @@ def probed_and_plain(trainer: Trainer, repeats: int) -> tuple[list[float], list[
     """Seconds of updates with and without the probe, in turn, on one batch and with a learning rate of 0."""
     rl = trainer.scorer.judge(trainer.rollouts.draw(trainer.step).samples)
     sft = trainer.demos.take(trainer.cfg.train.demos_per_step)
+    mu = trainer.cfg.controller.mu_init
+    mix = Mix(sft, rl, mu, mu, 1 - mu)
     trainer.draw_utility()
     trainer.engine.set_lr(0.0)
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
         for probed, into in zip((True, False), seconds):
             begin = clock(trainer)
-            trainer.update(sft, rl, trainer.cfg.controller.mu_init, trainer.utility if probed else None)
+            trainer.update(mix, trainer.utility if probed else None)
             into.append(clock(trainer) - begin)
     return seconds
 

@@ -104,7 +104,7 @@ class Ours:
             model.set_attn_implementation(attention.NAMES["auto"])
         cfg = ObjectiveConfig(clip_low=CLIP, clip_high=CLIP, entropy_coef=0.0)
         self.engine = LocalEngine(Policy(model, cfg), TrainConfig(lr=LR))
-        self.rl = objective.weigh_rl(self._sequences(), 0.0, work.trained, cfg)
+        self.rl = objective.weigh_rl(self._sequences(), 1.0, work.trained, cfg)
 
     def _sequences(self) -> list[TokenSequence]:
         made = [objective.rollout_sequence(s, 1.0) for s in self.work.samples]

@@ -3,9 +3,9 @@
     x_i = W h_i + b                 z_i = c · tanh(x_i / c) / T_i       (softcap c; without it z_i = x_i / T_i)
     lse_i = log Σ_j exp z_ij        logp_i = z_{i,t_i} − lse_i
     p_ij = exp(z_ij − lse_i)        H_i = −Σ_j p_ij log p_ij
-    L = Σ_i [ s_i · (−logp_i) + r_i · (PG_i + β · KL_i) − e_i · H_i ]
+    L = Σ_i [ s_i · (−logp_i) + u_i · S(p_i) + r_i · (PG_i + β · KL_i) − e_i · H_i ]
 
-PG and KL are in `policy_terms.py`; s, r, e are the per-token weights (μ and the denominators folded in), so that
+PG, KL and S are in `loss_forms.py`; s, u, r, e are the per-token weights (μ and the denominators folded in), so that
 demonstration rows and rollout rows ride in one call. With a_i = ∂L/∂logp_i and ∂L/∂H_i = −e_i,
 
     ∂L/∂z_ij = a_i (δ_{j,t_i} − p_ij) + e_i p_ij (log p_ij + H_i)
@@ -27,6 +27,7 @@ from amft_kernels.checks import check_chunk_bytes, check_head, check_number, che
 from amft_kernels.chunks import RowPlan, plan_rows
 from amft_kernels.gradients import GradientBuffers, attach
 from amft_kernels.linear_logprob import linear_logprob_reference
+from amft_kernels.loss_forms import LossForm, value_and_slope
 from amft_kernels.matmul import compute_dtype, logits_into, narrowed, widened
 from amft_kernels.policy_terms import LOG_RATIO_LIMIT, PolicyLoss, PolicyOptions, Rows, logprob_grad, loss_and_sums
 from amft_kernels.row_math import (
@@ -41,7 +42,10 @@ from amft_kernels.row_math import (
 )
 from amft_kernels.targets import Targets, prepare_targets
 
-__all__ = ["PolicyLoss", "linear_policy_loss", "linear_policy_loss_reference"]
+__all__ = ["LossForm", "PolicyLoss", "linear_policy_loss", "linear_policy_loss_reference"]
+
+_PLAIN = LossForm()
+WEIGHTS = ("nll_weight", "shaped_weight", "pg_weight", "entropy_weight")
 
 
 def linear_policy_loss_reference(
@@ -50,6 +54,7 @@ def linear_policy_loss_reference(
     targets: torch.Tensor,
     *,
     nll_weight: torch.Tensor | None = None,
+    shaped_weight: torch.Tensor | None = None,
     pg_weight: torch.Tensor | None = None,
     entropy_weight: torch.Tensor | None = None,
     advantages: torch.Tensor | None = None,
@@ -61,6 +66,7 @@ def linear_policy_loss_reference(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    form: LossForm = _PLAIN,
     temperature: float | torch.Tensor = 1.0,
     logit_softcap: float | None = None,
     bias: torch.Tensor | None = None,
@@ -72,15 +78,18 @@ def linear_policy_loss_reference(
     options |= {"vocab_size": vocab_size, "ignore_index": ignore_index}
     valid = targets != ignore_index
     # Rows without weight may hold NaN, which a factor of 0 would not stop: the loss is one of the other rows alone.
-    weights = [w for w in (nll_weight, pg_weight, entropy_weight) if w is not None]
+    weights = [w for w in (nll_weight, shaped_weight, pg_weight, entropy_weight) if w is not None]
     live = valid & torch.stack([w != 0 for w in weights]).any(0)
     logp, entropy = linear_logprob_reference(hidden, weight, targets.where(live, ignore_index), **options)
 
     zero = logp.new_zeros(())
-    nll = pg = kl = entropy_sum = pg_tokens = clipped = approx_kl = ratio_sum = ratio_max = zero
+    nll = shaped = pg = kl = entropy_sum = pg_tokens = clipped = approx_kl = ratio_sum = ratio_max = zero
     if nll_weight is not None:
         on = valid & (nll_weight != 0)
         nll = (nll_weight[on] * -logp[on]).sum()
+    if shaped_weight is not None:
+        on = valid & (shaped_weight != 0)
+        shaped = (shaped_weight[on] * shaped_reference(logp[on], form)).sum()
     if entropy_weight is not None:
         on = valid & (entropy_weight != 0)
         entropy_sum = (entropy_weight[on] * entropy[on]).sum()
@@ -90,24 +99,69 @@ def linear_policy_loss_reference(
         old = lp.detach() if old_logprobs is None else old_logprobs[on]
         log_ratio = (lp - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         ratio = log_ratio.exp()
-        surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
-        if dual_clip is not None:
-            surrogate = torch.where(A < 0, torch.maximum(surrogate, dual_clip * A), surrogate)
-        clipped = (surrogate != ratio * A).sum()
-        if behavior_logprobs is not None:
-            importance = (old - behavior_logprobs[on]).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-            surrogate = surrogate * importance.clamp(max=tis_cap if tis_cap is not None else float("inf"))
-        pg = (r * -surrogate).sum()
+        behavior = old if behavior_logprobs is None else behavior_logprobs[on]
+        if form.name == "own":
+            value, slope = value_and_slope(form.own, lp, old, behavior, A)
+            pg = (r * (value + slope * (lp - lp.detach()))).sum()
+            clipped = ((slope == 0) & (A != 0)).sum()
+        else:
+            value, clipped_on = form_reference(lp, old, log_ratio, A, form, clip_low, clip_high, dual_clip)
+            if behavior_logprobs is not None:
+                importance = (old - behavior).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+                kept = (importance >= (form.is_low or 0.0)) & (importance <= _or_infinity(form.is_high))
+                value = value * importance.clamp(max=_or_infinity(tis_cap)) * kept
+            pg, clipped = (r * value).sum(), clipped_on.sum()
+        if form.ratio_penalty:
+            pg = pg + (r * 0.5 * form.ratio_penalty * log_ratio.square()).sum()
         if ref_logprobs is not None:
             d = (ref_logprobs[on] - lp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-            kl = (r * (d.exp() - d - 1)).sum()
+            kl = (r * {"k1": -d, "k2": d.square() / 2, "k3": d.exp() - d - 1}[form.kl]).sum()
         pg_tokens, approx_kl, ratio_sum = on.sum(), (ratio - 1 - log_ratio).sum(), ratio.sum()
         ratio_max = ratio.max() if len(ratio) else zero
-    loss = nll + pg + kl_coef * kl - entropy_sum
+    loss = nll + shaped + pg + kl_coef * kl - entropy_sum
     with torch.no_grad():
         logp, entropy = linear_logprob_reference(hidden, weight, targets, **options)
-    rest = (logp, entropy, nll, pg, kl, entropy_sum, pg_tokens, clipped, approx_kl, ratio_sum, ratio_max)
+    rest = (logp, entropy, nll, shaped, pg, kl, entropy_sum, pg_tokens, clipped, approx_kl, ratio_sum, ratio_max)
     return PolicyLoss(loss, *(value.detach().to(logp.dtype) for value in rest))
+
+
+def form_reference(
+    lp: torch.Tensor,
+    old: torch.Tensor,
+    log_ratio: torch.Tensor,
+    A: torch.Tensor,
+    form: LossForm,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The form's loss per token with a graph, before IS and the penalty, and which tokens it clipped, capped or left out."""
+    ratio = log_ratio.exp()
+    if form.name == "cispo":
+        return -(ratio.clamp(max=form.ratio_cap).detach() * A * lp), ratio > form.ratio_cap
+    if form.name == "sapo":
+        tau = torch.where(A > 0, form.tau_positive, form.tau_negative)
+        return -A * 4 / tau * torch.sigmoid(tau * (ratio - 1)), log_ratio.abs() >= LOG_RATIO_LIMIT
+    if form.name == "dppo":
+        moved = (lp.exp() - old.exp()).detach()
+        keep = torch.where(A > 0, moved <= form.tv_bound, moved >= -form.tv_bound)
+        return -(ratio.clamp(max=form.ratio_cap).detach() * keep * A * lp), ~keep
+    if form.name == "dro":
+        return -A * lp, torch.zeros_like(A, dtype=torch.bool)
+    surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
+    if dual_clip is not None:
+        surrogate = torch.where(A < 0, torch.maximum(surrogate, dual_clip * A), surrogate)
+    return -surrogate, surrogate != ratio * A
+
+
+def shaped_reference(lp: torch.Tensor, form: LossForm) -> torch.Tensor:
+    """S per token, with a graph."""
+    p = lp.exp()
+    return -p / (p + form.shape_gamma) if form.shape == "ratio" else -(p * (1 - p)).detach() * lp
+
+
+def _or_infinity(bound: float | None) -> float:
+    return float("inf") if bound is None else bound
 
 
 def _rows_torch(
@@ -196,6 +250,7 @@ def linear_policy_loss(
     targets: torch.Tensor,
     *,
     nll_weight: torch.Tensor | None = None,
+    shaped_weight: torch.Tensor | None = None,
     pg_weight: torch.Tensor | None = None,
     entropy_weight: torch.Tensor | None = None,
     advantages: torch.Tensor | None = None,
@@ -207,6 +262,7 @@ def linear_policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    form: LossForm = _PLAIN,
     temperature: float | torch.Tensor = 1.0,
     logit_softcap: float | None = None,
     bias: torch.Tensor | None = None,
@@ -218,14 +274,15 @@ def linear_policy_loss(
 ) -> PolicyLoss:
     """The loss above with its gradients for `hidden`, `weight` and `bias`; see `PolicyLoss` for what comes back.
 
-    hidden [N, H] and weight [V, H] in one dtype; targets [N] int. The weights s, r, e, `advantages` (A) and the three
+    hidden [N, H] and weight [V, H] in one dtype; targets [N] int. The weights s, u, r, e, `advantages` (A) and the three
     kinds of log-probs are [N] floats, taken as constants; a missing weight is 0 everywhere. Rows whose target is
     `ignore_index` take no part, whatever their hidden states and other inputs hold (NaN included); a row whose weights are
     all 0 has its log-prob and entropy, and reaches no gradient and no sum; the policy inputs of rows with pg_weight 0 are
     not looked at.
 
     old_logprobs: None means on-policy, ratio 1 with gradient. behavior_logprobs: of the engine that sampled, for
-    truncated importance sampling with `tis_cap` (which has no effect without them). temperature: a number or [N].
+    importance sampling with `tis_cap` and the form's bounds (which have no effect without them). form: the policy gradient's
+    form and its constants; with a function of one's own the torch backend serves, on any device. temperature: a number or [N].
     vocab_size: columns from here on are padding. weight_grad: fp32 [V, H] buffer that the forward adds dW into; the
     weight then gets no autograd gradient and the loss must be back-propagated with gradient 1. chunk_bytes: workspace,
     any value that holds a row of logits. backend: "triton", "torch" (chunked), or "auto".
@@ -236,6 +293,7 @@ def linear_policy_loss(
     vocab = check_head(hidden, weight, targets, bias, vocab_size, ignore_index, temperature, logit_softcap)
     per_token = {
         "nll_weight": nll_weight,
+        "shaped_weight": shaped_weight,
         "pg_weight": pg_weight,
         "entropy_weight": entropy_weight,
         "advantages": advantages,
@@ -243,11 +301,13 @@ def linear_policy_loss(
         "behavior_logprobs": behavior_logprobs,
         "ref_logprobs": ref_logprobs,
     }
-    options = PolicyOptions(kl_coef, clip_low, clip_high, dual_clip, tis_cap)
+    options = PolicyOptions(kl_coef, clip_low, clip_high, dual_clip, tis_cap, form)
     _check_policy(hidden, per_token, options)
     check_chunk_bytes(chunk_bytes, vocab)
     check_weight_grad(weight_grad, weight)
-    backend = choose_backend(backend, hidden)
+    if form.own is not None and backend not in ("auto", "torch"):
+        raise ValueError(f"form.own takes backend 'torch', which evaluates it row by row, got {backend!r}")
+    backend = choose_backend(backend if form.own is None else "torch", hidden)
 
     grads = GradientBuffers(hidden, weight, bias, weight_grad, vocab)
     with plain_arithmetic(hidden):
@@ -257,7 +317,7 @@ def linear_policy_loss(
         dtype = compute_dtype(hidden.dtype)
         kept = hidden.dtype if grads.wanted else None
         plan = plan_rows(target.valid_N, vocab, dtype, chunk_bytes, backend, kept)
-        weights = (rows.nll_weight, rows.pg_weight, rows.entropy_weight)
+        weights = (rows.nll_weight, rows.shaped_weight, rows.pg_weight, rows.entropy_weight)
         rows = rows._replace(dead=dead_rows(weights, plan.active))
         grads.zero_rows(plan.active, chunks=plan.count > 0)
         forward = _forward_triton if backend == "triton" else _forward_torch
@@ -273,7 +333,7 @@ def _rows(hidden: torch.Tensor, target: Targets, per_token: dict[str, torch.Tens
     columns = {
         name: None if value is None else value.detach().to(dtype).contiguous() for name, value in per_token.items()
     }
-    for name in ("nll_weight", "pg_weight", "entropy_weight"):
+    for name in WEIGHTS:
         columns[name] = target.weighted(columns[name])
     return Rows(targets=target.index_N, **columns)
 
@@ -283,8 +343,8 @@ def _check_policy(hidden: torch.Tensor, per_token: dict[str, torch.Tensor | None
         if value is not None:
             check_per_token(name, value, hidden)
     given = {name for name, value in per_token.items() if value is not None}
-    if not given & {"nll_weight", "pg_weight", "entropy_weight"}:
-        raise ValueError("nll_weight, pg_weight or entropy_weight must be given, got none of them")
+    if not given & set(WEIGHTS):
+        raise ValueError("nll_weight, shaped_weight, pg_weight or entropy_weight must be given, got none of them")
     if ("pg_weight" in given) != ("advantages" in given):
         raise ValueError(
             f"pg_weight and advantages go together, got {'advantages' if 'advantages' in given else 'pg_weight'} alone"
@@ -301,3 +361,4 @@ def _check_policy(hidden: torch.Tensor, per_token: dict[str, torch.Tensor | None
         check_number("dual_clip", options.dual_clip, above=1.0)
     if options.tis_cap is not None:
         check_number("tis_cap", options.tis_cap, above=0.0)
+    options.form.check()

@@ -1,15 +1,12 @@
-"""The policy-gradient part of the loss: a function of one token's log-prob, with its derivative.
+"""The loss of one token's log-prob, with its derivative: imitation, policy gradient and KL to a reference.
 
-    ρ   = exp(logp − old)            old = None: ρ is 1 and passes its gradient
-    IS  = min(exp(old − behavior), tis_cap), a constant (with old = None, the current logp stands for old)
-    PG  = −IS · min(ρA, clip(ρ, 1 − clip_low, 1 + clip_high) A); for A < 0 the min is raised to dual_clip · A at least
-    KL  = exp(ref − logp) − (ref − logp) − 1                                                        (k3, ≥ 0)
+    L_i = s · (−logp) + u · S(p) + r · (PG + β · KL)
 
-For A ≥ 0 the surrogate is A · min(ρ, 1 + clip_high), for A < 0 it is A · min(max(ρ, 1 − clip_low), dual_clip). All
-log-ratios are clamped to ±20, with no gradient outside: exp(20) = 4.9e8 is finite in every sum, and no honest ratio
-gets there.
+PG, KL and S are those of `loss_forms.py`; s, u, r are weights. A missing old log-prob stands for the current one, held
+constant. All log-ratios are clamped to ±20, with no gradient outside: exp(20) = 4.9e8 is finite in every sum, and no
+honest ratio gets there.
 
-Sources: PPO (arXiv 1707.06347), dual clip (arXiv 1912.09729), k3 (joschu.net/blog/kl-approx.html), clip-higher
+Sources: PPO (arXiv 1707.06347), dual clip (arXiv 1912.09729), k1 to k3 (joschu.net/blog/kl-approx.html), clip-higher
 (arXiv 2503.14476).
 
 Legend: N rows (tokens).
@@ -20,6 +17,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from amft_kernels import loss_forms
+from amft_kernels.loss_forms import LossForm, Ratio, Term
 
 LOG_RATIO_LIMIT = 20.0
 
@@ -30,15 +29,16 @@ class PolicyLoss(NamedTuple):
     Sums add up over micro-batches; counts and the three ratio statistics are over the rows whose pg_weight is not 0.
     """
 
-    loss: torch.Tensor  # nll_sum + pg_sum + kl_coef · kl_sum − entropy_sum
+    loss: torch.Tensor  # nll_sum + shaped_sum + pg_sum + kl_coef · kl_sum − entropy_sum
     logprobs: torch.Tensor  # [N], 0 on ignored rows
     entropy: torch.Tensor  # [N] in nats, 0 on ignored rows
     nll_sum: torch.Tensor  # Σ nll_weight · (−logp)
+    shaped_sum: torch.Tensor  # Σ shaped_weight · S(p)
     pg_sum: torch.Tensor  # Σ pg_weight · PG
     kl_sum: torch.Tensor  # Σ pg_weight · KL, before kl_coef
     entropy_sum: torch.Tensor  # Σ entropy_weight · H
     pg_tokens: torch.Tensor  # rows with pg_weight ≠ 0
-    clipped_tokens: torch.Tensor  # of those, how many the clip or the dual clip left without a gradient
+    clipped_tokens: torch.Tensor  # of those, how many the form clipped, capped or left out
     approx_kl_sum: torch.Tensor  # Σ ρ − 1 − log ρ: the k3 estimate of KL(old ‖ current), 0 on-policy
     ratio_sum: torch.Tensor  # Σ ρ
     ratio_max: torch.Tensor  # max ρ, 0 without such rows
@@ -50,6 +50,7 @@ class Rows(NamedTuple):
 
     targets: torch.Tensor
     nll_weight: torch.Tensor | None = None
+    shaped_weight: torch.Tensor | None = None
     pg_weight: torch.Tensor | None = None
     entropy_weight: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
@@ -71,6 +72,7 @@ class PolicyOptions(NamedTuple):
     clip_high: float = 0.2
     dual_clip: float | None = None
     tis_cap: float | None = None
+    form: LossForm = LossForm()
 
 
 class Surrogate(NamedTuple):
@@ -84,45 +86,90 @@ class Surrogate(NamedTuple):
 
 
 def surrogate(rows: Rows, logprobs_N: torch.Tensor, options: PolicyOptions) -> Surrogate:
-    """The clipped policy gradient with its analytic derivative."""
-    gain_N = -rows.advantages
-    if rows.behavior_logprobs is not None:
-        trainer_N = logprobs_N if rows.old_logprobs is None else rows.old_logprobs
-        importance_N = _bounded(trainer_N - rows.behavior_logprobs).exp_()
-        if options.tis_cap is not None:
-            importance_N.clamp_(max=options.tis_cap)
-        gain_N = gain_N * importance_N
+    """The policy gradient's form with its analytic derivative."""
+    form = options.form
     if rows.old_logprobs is None:
         zero_N = torch.zeros_like(logprobs_N)
-        return Surrogate(gain_N, gain_N, zero_N, torch.ones_like(logprobs_N), zero_N.bool())
+        ratio = Ratio(logprobs_N, zero_N, torch.ones_like(logprobs_N), torch.ones_like(logprobs_N, dtype=torch.bool))
+    else:
+        raw_N = logprobs_N - rows.old_logprobs
+        log_ratio_N = _bounded(raw_N)
+        ratio = Ratio(logprobs_N, log_ratio_N, log_ratio_N.exp(), raw_N == log_ratio_N)
+    term = _form(rows, ratio, options)
+    if form.ratio_penalty:
+        penalty_N = 0.5 * form.ratio_penalty * ratio.log_N.square()
+        slope_N = form.ratio_penalty * ratio.log_N * ratio.passes_N
+        term = term._replace(value_N=term.value_N + penalty_N, slope_N=term.slope_N + slope_N)
+    return Surrogate(term.value_N, term.slope_N, ratio.log_N, ratio.value_N, term.clipped_N)
 
-    raw_N = logprobs_N - rows.old_logprobs
-    log_ratio_N = _bounded(raw_N)
-    ratio_N = log_ratio_N.exp()
+
+def _form(rows: Rows, ratio: Ratio, options: PolicyOptions) -> Term:
+    form = options.form
+    old_N = ratio.logp_N if rows.old_logprobs is None else rows.old_logprobs
+    if form.own is not None:
+        behavior_N = old_N if rows.behavior_logprobs is None else rows.behavior_logprobs
+        return loss_forms.own(form.own, ratio.logp_N, old_N, behavior_N, rows.advantages, rows.pg_weight != 0)
+    gain_N = -rows.advantages
+    if rows.behavior_logprobs is not None:
+        gain_N = gain_N * _importance(old_N - rows.behavior_logprobs, options)
+    if form.name == "cispo":
+        return loss_forms.cispo(gain_N, ratio, form)
+    if form.name == "sapo":
+        return loss_forms.sapo(gain_N, ratio, rows.advantages, form)
+    if form.name == "dppo":
+        return loss_forms.dppo(gain_N, ratio, rows.advantages, old_N, form)
+    if form.name == "dro":
+        return loss_forms.dro(gain_N, ratio)
+    return _clipped(gain_N, ratio, rows, options)
+
+
+def _importance(log_ratio_N: torch.Tensor, options: PolicyOptions) -> torch.Tensor:
+    """IS from old − behavior: truncated, and 0 outside the bounds."""
+    importance_N = _bounded(log_ratio_N).exp_()
+    low, high = options.form.is_low, options.form.is_high
+    outside_N = torch.zeros_like(importance_N, dtype=torch.bool)
+    if low is not None:
+        outside_N |= importance_N < low
+    if high is not None:
+        outside_N |= importance_N > high
+    if options.tis_cap is not None:
+        importance_N = importance_N.clamp(max=options.tis_cap)
+    return importance_N.masked_fill(outside_N, 0.0)
+
+
+def _clipped(gain_N: torch.Tensor, ratio: Ratio, rows: Rows, options: PolicyOptions) -> Term:
+    """For A ≥ 0 the surrogate is A · min(ρ, 1 + clip_high), for A < 0 it is A · min(max(ρ, 1 − clip_low), dual_clip)."""
+    if rows.old_logprobs is None:
+        return Term(gain_N, gain_N, ~ratio.passes_N)
     low, high = 1 - options.clip_low, 1 + options.clip_high
-    up_N = rows.advantages >= 0
-    ratio_used_N = torch.where(up_N, ratio_N.clamp(max=high), ratio_N.clamp(min=low, max=options.dual_clip))
+    up_N, ratio_N = rows.advantages >= 0, ratio.value_N
+    used_N = torch.where(up_N, ratio_N.clamp(max=high), ratio_N.clamp(min=low, max=options.dual_clip))
     # Where the clip changed nothing the gradient passes, also at the edge itself (as in autograd's clamp).
-    clipped_N = (ratio_used_N != ratio_N) & (rows.advantages != 0)
-    passes_N = ~clipped_N & (raw_N == log_ratio_N)
-    pg_grad_N = gain_N * ratio_N * passes_N
-    return Surrogate(gain_N * ratio_used_N, pg_grad_N, log_ratio_N, ratio_N, clipped_N)
+    clipped_N = (used_N != ratio_N) & (rows.advantages != 0)
+    return Term(gain_N * used_N, gain_N * ratio_N * (~clipped_N & ratio.passes_N), clipped_N)
 
 
 def logprob_grad(rows: Rows, logprobs_N: torch.Tensor, options: PolicyOptions) -> torch.Tensor:
-    """a_N = ∂L/∂logp = −s + r · (∂PG/∂logp + β ∂KL/∂logp)."""
+    """a_N = ∂L/∂logp = −s + u · ∂S/∂logp + r · (∂PG/∂logp + β ∂KL/∂logp)."""
     grad_N = torch.zeros_like(logprobs_N)
     if rows.nll_weight is not None:
         grad_N = grad_N - rows.nll_weight
+    if rows.shaped_weight is not None:
+        slope_N = loss_forms.shaped(logprobs_N, options.form)[1]
+        grad_N = grad_N + torch.where(rows.shaped_weight != 0, rows.shaped_weight * slope_N, 0.0)
     if rows.pg_weight is not None:
         slope_N = surrogate(rows, logprobs_N, options).pg_grad_N
         if rows.ref_logprobs is not None and options.kl_coef:
-            raw_N = rows.ref_logprobs - logprobs_N
-            log_ratio_N = _bounded(raw_N)
-            slope_N = slope_N - options.kl_coef * torch.expm1(log_ratio_N) * (raw_N == log_ratio_N)
+            slope_N = slope_N + options.kl_coef * _kl(rows, logprobs_N, options)[1]
         # NaN in the advantages or log-probs of a row without weight must not spread: 0 · NaN is NaN, so choose instead.
         grad_N = grad_N + torch.where(rows.pg_weight != 0, rows.pg_weight * slope_N, 0.0)
     return grad_N
+
+
+def _kl(rows: Rows, logprobs_N: torch.Tensor, options: PolicyOptions) -> tuple[torch.Tensor, torch.Tensor]:
+    raw_N = rows.ref_logprobs - logprobs_N
+    d_N = _bounded(raw_N)
+    return loss_forms.kl(options.form.kl, d_N, raw_N == d_N)
 
 
 def loss_and_sums(
@@ -134,11 +181,15 @@ def loss_and_sums(
     if rows.nll_weight is not None:
         # A target at a −inf column has logp = −inf: no weight, no loss.
         sums["nll_sum"] = torch.where(rows.nll_weight != 0, -rows.nll_weight * logprobs_N, 0.0).sum()
+    if rows.shaped_weight is not None:
+        shaped_N = loss_forms.shaped(logprobs_N, options.form)[0]
+        sums["shaped_sum"] = torch.where(rows.shaped_weight != 0, rows.shaped_weight * shaped_N, 0.0).sum()
     if rows.entropy_weight is not None:
         sums["entropy_sum"] = torch.where(rows.entropy_weight != 0, rows.entropy_weight * entropy_N, 0.0).sum()
     if rows.pg_weight is not None:
         sums |= _policy_sums(rows, logprobs_N, options)
-    sums["loss"] = sums["nll_sum"] + sums["pg_sum"] + options.kl_coef * sums["kl_sum"] - sums["entropy_sum"]
+    sums["loss"] = sums["nll_sum"] + sums["shaped_sum"] + sums["pg_sum"] + options.kl_coef * sums["kl_sum"]
+    sums["loss"] = sums["loss"] - sums["entropy_sum"]
     return sums
 
 
@@ -159,8 +210,7 @@ def _policy_sums(rows: Rows, logprobs_N: torch.Tensor, options: PolicyOptions) -
         "ratio_max": ratio_N.max() if ratio_N.numel() else ratio_N.new_zeros(()),
     }
     if rows.ref_logprobs is not None:
-        log_ratio_N = _bounded(rows.ref_logprobs - logprobs_N)
-        sums["kl_sum"] = total(rows.pg_weight * (torch.expm1(log_ratio_N) - log_ratio_N))
+        sums["kl_sum"] = total(rows.pg_weight * _kl(rows, logprobs_N, options)[0])
     return sums
 
 

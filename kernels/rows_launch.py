@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import triton
+from amft_kernels.loss_forms import FORMS, KL_KINDS, SHAPES, LossForm
 from amft_kernels.policy_terms import PolicyOptions, Rows
 from amft_kernels.row_math import Head
 from amft_kernels.rows_triton import (
@@ -89,6 +90,7 @@ def policy_rows(
         grad_ptr=grad_nV,
         targets_ptr=rows.targets,
         nll_weight_ptr=rows.nll_weight,
+        shaped_weight_ptr=rows.shaped_weight,
         pg_weight_ptr=rows.pg_weight,
         entropy_weight_ptr=rows.entropy_weight,
         advantages_ptr=rows.advantages,
@@ -106,6 +108,7 @@ def policy_rows(
         clip_high=float(options.clip_high),
         dual_clip=_float(options.dual_clip),
         tis_cap=_float(options.tis_cap),
+        **form_arguments(options.form),
         **head_arguments(head),
         **shared,
         **config,
@@ -173,6 +176,23 @@ def head_arguments(head: Head) -> dict:
         "temperature_ptr": head.temperature if per_row else None,
         "temperature": 1.0 if per_row else float(head.temperature),
         "softcap": _float(head.softcap),
+    }
+
+
+def form_arguments(form: LossForm) -> dict:
+    """The form's constants; what decides which code runs is compiled in."""
+    return {
+        "ratio_cap": float(form.ratio_cap),
+        "tau_positive": float(form.tau_positive),
+        "tau_negative": float(form.tau_negative),
+        "tv_bound": float(form.tv_bound),
+        "ratio_penalty": float(form.ratio_penalty),
+        "is_low": _float(form.is_low),
+        "is_high": _float(form.is_high),
+        "shape_gamma": float(form.shape_gamma),
+        "FORM": FORMS.index(form.name),
+        "KL": KL_KINDS.index(form.kl),
+        "SHAPE": SHAPES.index(form.shape),
     }
 
 

@@ -1,6 +1,6 @@
 """The row mathematics in Triton: one program per row of logits, everything in fp32.
 
-The formulas are those of `row_math.py` and `policy_terms.py`. Four kernels are made of the same parts:
+The formulas are those of `row_math.py`, `policy_terms.py` and `loss_forms.py`. Four kernels are made of the same parts:
 
     policy_rows_kernel     statistics, coefficients from the per-token inputs, ∂L/∂x      (linear_policy_loss)
     policy_parts_kernel    the same by several programs a row, which read it once         (linear_policy_loss, on a GPU)
@@ -41,6 +41,7 @@ _PER_TOKEN = (
     "targets_ptr",
     "temperature_ptr",
     "nll_weight_ptr",
+    "shaped_weight_ptr",
     "pg_weight_ptr",
     "entropy_weight_ptr",
     "advantages_ptr",
@@ -160,10 +161,52 @@ def _bounded(log_ratio):
 
 
 @triton.jit
+def _form_slope(
+    logp,
+    old,
+    log_ratio,
+    ratio,
+    passes,
+    advantage,
+    clip_low,
+    clip_high,
+    dual_clip,
+    ratio_cap,
+    tau_positive,
+    tau_negative,
+    tv_bound,
+    FORM: tl.constexpr,
+):
+    """∂f/∂logp over −A, as `loss_forms`; FORM is a place in `loss_forms.FORMS`."""
+    if FORM == 1:  # cispo
+        slope = tl.minimum(ratio, ratio_cap)
+    elif FORM == 2:  # sapo
+        tau = tl.where(advantage > 0, tau_positive, tau_negative)
+        # σ(x) from one exp of a negative number: ρ up to 5e8 must not overflow.
+        x = tau * (ratio - 1.0)
+        decay = tl.exp(-tl.abs(x))
+        slope = tl.where(passes, 4.0 * decay / ((1.0 + decay) * (1.0 + decay)) * ratio, 0.0)
+    elif FORM == 3:  # dppo
+        moved = tl.exp(logp) - tl.exp(old)
+        keep = tl.where(advantage > 0, moved, -moved) <= tv_bound
+        slope = tl.where(keep, tl.minimum(ratio, ratio_cap), 0.0)
+    elif FORM == 4:  # dro
+        slope = 1.0 + 0.0 * ratio
+    else:
+        used_down = tl.maximum(ratio, 1.0 - clip_low)
+        if dual_clip is not None:
+            used_down = tl.minimum(used_down, dual_clip)
+        used = tl.where(advantage >= 0, tl.minimum(ratio, 1.0 + clip_high), used_down)
+        slope = tl.where((used == ratio) & passes, ratio, 0.0)
+    return slope
+
+
+@triton.jit
 def _logprob_grad(
     logp,
     row,
     nll_weight_ptr,
+    shaped_weight_ptr,
     pg_weight_ptr,
     advantages_ptr,
     old_ptr,
@@ -174,11 +217,30 @@ def _logprob_grad(
     clip_high,
     dual_clip,
     tis_cap,
+    ratio_cap,
+    tau_positive,
+    tau_negative,
+    tv_bound,
+    ratio_penalty,
+    is_low,
+    is_high,
+    shape_gamma,
+    FORM: tl.constexpr,
+    KL: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
-    """a = ∂L/∂logp, as `policy_terms.logprob_grad`."""
+    """a = ∂L/∂logp, as `policy_terms.logprob_grad`; KL and SHAPE are places in `loss_forms.KL_KINDS` and `SHAPES`."""
     a = tl.zeros((), tl.float32)
     if nll_weight_ptr is not None:
         a -= tl.load(nll_weight_ptr + row)
+    if shaped_weight_ptr is not None:
+        u = tl.load(shaped_weight_ptr + row)
+        p = tl.exp(logp)
+        if SHAPE == 0:
+            shape = shape_gamma * p / ((p + shape_gamma) * (p + shape_gamma))
+        else:
+            shape = p * (1.0 - p)
+        a -= tl.where(u != 0.0, u * shape, 0.0)
     if pg_weight_ptr is not None:
         r = tl.load(pg_weight_ptr + row)
         advantage = tl.load(advantages_ptr + row)
@@ -187,23 +249,47 @@ def _logprob_grad(
             trainer = logp
             if old_ptr is not None:
                 trainer = tl.load(old_ptr + row)
-            importance = tl.exp(_bounded(trainer - tl.load(behavior_ptr + row)))
+            whole = tl.exp(_bounded(trainer - tl.load(behavior_ptr + row)))
+            importance = whole
             if tis_cap is not None:
                 importance = tl.minimum(importance, tis_cap)
+            if is_low is not None:
+                importance = tl.where(whole < is_low, 0.0, importance)
+            if is_high is not None:
+                importance = tl.where(whole > is_high, 0.0, importance)
             slope *= importance
         if old_ptr is not None:
-            raw = logp - tl.load(old_ptr + row)
+            old = tl.load(old_ptr + row)
+            raw = logp - old
             log_ratio = _bounded(raw)
             ratio = tl.exp(log_ratio)
-            used_down = tl.maximum(ratio, 1.0 - clip_low)
-            if dual_clip is not None:
-                used_down = tl.minimum(used_down, dual_clip)
-            used = tl.where(advantage >= 0, tl.minimum(ratio, 1.0 + clip_high), used_down)
-            slope *= tl.where((used == ratio) & (raw == log_ratio), ratio, 0.0)
+            slope *= _form_slope(
+                logp,
+                old,
+                log_ratio,
+                ratio,
+                raw == log_ratio,
+                advantage,
+                clip_low,
+                clip_high,
+                dual_clip,
+                ratio_cap,
+                tau_positive,
+                tau_negative,
+                tv_bound,
+                FORM,
+            )
+            slope += tl.where(raw == log_ratio, ratio_penalty * log_ratio, 0.0)
         if ref_ptr is not None:
             raw_ref = tl.load(ref_ptr + row) - logp
-            log_ratio_ref = _bounded(raw_ref)
-            slope -= kl_coef * tl.where(raw_ref == log_ratio_ref, tl.exp(log_ratio_ref) - 1.0, 0.0)
+            d = _bounded(raw_ref)
+            if KL == 0:
+                kl_slope = 1.0 + 0.0 * d
+            elif KL == 1:
+                kl_slope = -d
+            else:
+                kl_slope = 1.0 - tl.exp(d)
+            slope += kl_coef * tl.where(raw_ref == d, kl_slope, 0.0)
         # NaN in the inputs of a row without weight must not spread: 0 · NaN is NaN, so choose instead.
         a += tl.where(r != 0.0, r * slope, 0.0)
     return a
@@ -217,6 +303,7 @@ def policy_rows_kernel(
     targets_ptr,
     temperature_ptr,
     nll_weight_ptr,
+    shaped_weight_ptr,
     pg_weight_ptr,
     entropy_weight_ptr,
     advantages_ptr,
@@ -236,6 +323,17 @@ def policy_rows_kernel(
     clip_high,
     dual_clip,
     tis_cap,
+    ratio_cap,
+    tau_positive,
+    tau_negative,
+    tv_bound,
+    ratio_penalty,
+    is_low,
+    is_high,
+    shape_gamma,
+    FORM: tl.constexpr,
+    KL: tl.constexpr,
+    SHAPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     chunk_row = tl.program_id(0).to(tl.int64)
@@ -252,6 +350,7 @@ def policy_rows_kernel(
             logp,
             row,
             nll_weight_ptr,
+            shaped_weight_ptr,
             pg_weight_ptr,
             advantages_ptr,
             old_ptr,
@@ -262,6 +361,17 @@ def policy_rows_kernel(
             clip_high,
             dual_clip,
             tis_cap,
+            ratio_cap,
+            tau_positive,
+            tau_negative,
+            tv_bound,
+            ratio_penalty,
+            is_low,
+            is_high,
+            shape_gamma,
+            FORM,
+            KL,
+            SHAPE,
         )
         e = tl.zeros((), tl.float32)
         if entropy_weight_ptr is not None:
@@ -292,6 +402,7 @@ def policy_parts_kernel(
     targets_ptr,
     temperature_ptr,
     nll_weight_ptr,
+    shaped_weight_ptr,
     pg_weight_ptr,
     entropy_weight_ptr,
     advantages_ptr,
@@ -313,6 +424,17 @@ def policy_parts_kernel(
     clip_high,
     dual_clip,
     tis_cap,
+    ratio_cap,
+    tau_positive,
+    tau_negative,
+    tv_bound,
+    ratio_penalty,
+    is_low,
+    is_high,
+    shape_gamma,
+    FORM: tl.constexpr,
+    KL: tl.constexpr,
+    SHAPE: tl.constexpr,
     PARTS: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -356,6 +478,7 @@ def policy_parts_kernel(
         logp,
         row,
         nll_weight_ptr,
+        shaped_weight_ptr,
         pg_weight_ptr,
         advantages_ptr,
         old_ptr,
@@ -366,6 +489,17 @@ def policy_parts_kernel(
         clip_high,
         dual_clip,
         tis_cap,
+        ratio_cap,
+        tau_positive,
+        tau_negative,
+        tv_bound,
+        ratio_penalty,
+        is_low,
+        is_high,
+        shape_gamma,
+        FORM,
+        KL,
+        SHAPE,
     )
     e = tl.zeros((), tl.float32)
     if entropy_weight_ptr is not None:

@@ -13,6 +13,7 @@ import torch
 from amft_kernels import matmul
 from amft_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 from amft_kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
+from amft_kernels.loss_forms import LossForm
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
@@ -23,6 +24,22 @@ FORMS = {
     "on_policy_tis": ("pg", "behavior"),
     "mixed": ("nll", "pg", "entropy", "old"),
     "everything": ("nll", "pg", "entropy", "old", "behavior", "ref"),
+    "cispo": ("nll", "pg", "old", "behavior", "ref", "shaped"),
+    "sapo": ("pg", "entropy", "old"),
+    "dppo": ("pg", "old", "behavior", "ref"),
+    "dro": ("pg", "old", "ref", "shaped"),
+    "cispo_on_policy": ("pg", "behavior"),
+    "dppo_on_policy": ("pg", "shaped"),
+}
+
+# The policy gradient's form of those of FORMS that are not the clipped one, with constants that act on the inputs below.
+LOSS_FORMS = {
+    "cispo": LossForm("cispo", ratio_cap=1.5, is_high=3.0, kl="k1"),
+    "sapo": LossForm("sapo", tau_positive=0.8, tau_negative=1.4),
+    "dppo": LossForm("dppo", ratio_cap=2.0, tv_bound=0.1, ratio_penalty=0.02, is_low=0.5, is_high=2.0, kl="k2"),
+    "dro": LossForm("dro", ratio_penalty=0.3, shape="phi"),
+    "cispo_on_policy": LossForm("cispo", is_low=0.2),
+    "dppo_on_policy": LossForm("dppo", tv_bound=0.1, shape_gamma=0.3),
 }
 
 HEADS = {
@@ -92,6 +109,10 @@ def make_terms(place, n, form="everything"):
         terms |= {"old_logprobs": uniform(-6, 0), "clip_low": 0.3, "clip_high": 0.5}
     if "behavior" in parts:
         terms |= {"behavior_logprobs": uniform(-6, 0), "tis_cap": 2.0, "dual_clip": 3.0}
+    if "shaped" in parts:
+        terms["shaped_weight"] = uniform(-0.2, 1, on=0.5)
+    if form in LOSS_FORMS:
+        terms["form"] = LOSS_FORMS[form]
     if "ref" in parts:
         terms |= {"ref_logprobs": uniform(-6, 0), "kl_coef": 0.1}
     return terms

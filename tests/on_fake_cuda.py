@@ -57,7 +57,7 @@ def sequences(rl: bool, value: bool = False, seed: int = 0) -> list[TokenSequenc
     if not rl:
         return objective.weigh_sft(out, 0.3, count)
     cfg = ObjectiveConfig(entropy_coef=0.01)
-    return objective.weigh_rl(out, 0.3, count, cfg, value_coef=0.5 if value else 0.0)
+    return objective.weigh_rl(out, 0.7, count, cfg, value_coef=0.5 if value else 0.0)
 
 
 def one_step(engine, value=False):

@@ -41,7 +41,7 @@ def sequences(seed, lengths=(2, 5, 3, 7, 1), rl=False):
     if not rl:
         return objective.weigh_sft(out, MU, tokens)
     out = [s.with_fields(behavior_logprobs=-2.0 + 0.1 * i, advantages=(-1.0) ** i) for i, s in enumerate(out)]
-    return objective.weigh_rl(out, MU, tokens, OBJECTIVE, value_coef=0.1)
+    return objective.weigh_rl(out, 1 - MU, tokens, OBJECTIVE, value_coef=0.1)
 
 
 def give_returns(policy, seqs):

@@ -44,10 +44,11 @@ def test_the_gate_sees_a_spill_and_narrow_loads(tmp_path):
     """32768 columns on 16 warps do not fit the registers of sm_90; an unaligned row cannot be read 128 bits at a time."""
     program = """
 import bench.compile_gate as gate
-wide = gate.Case("policy_rows_kernel", (("BLOCK", 32768),), 16, 3, "bf16", "all", False, 90)
+wide = gate.Case("policy_rows_kernel", (("BLOCK", 32768), *gate.PLAIN), 16, 3, "bf16", "all", False, 90)
 print(gate.compile_case(wide).faults)
 gate._ALIGNED = ()
-print(gate.compile_case(gate.Case("policy_rows_kernel", (("BLOCK", 1024),), 4, 3, "bf16", "none", False, 90)).faults)
+narrow = gate.Case("policy_rows_kernel", (("BLOCK", 1024), *gate.PLAIN), 4, 3, "bf16", "none", False, 90)
+print(gate.compile_case(narrow).faults)
 """
     out = run(["-c", program], tmp_path, TRITON_DEFAULT_FP_FUSION="1")
     spill, narrow = out.stdout.strip().splitlines()

@@ -1,12 +1,14 @@
 """The controllers: schedules, and the learned one on synthetic probes and on constructed problems."""
 
+import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from amft_fast import config_file, controller
+from amft_fast import config_file, controller, gradient_noise
 from amft_fast.multi_tensor import multi_tensor_dot
 
 BASE = {
@@ -205,3 +207,75 @@ def test_state_goes_round_in_mid_window():
             cut = make("--controller.window", "4")
             cut.load_state_dict(state)
     assert whole.state_dict() == cut.state_dict()
+
+
+# ------------------------------------------------------------------------------------- a switch, and the noise of gradients
+
+
+def switch(*flags):
+    base = ["--train.method", "sft_then_rl", "--train.sft_stop", "saturation", "--train.steps", "100"]
+    return controller.make(config_file.load(None, [*base, *flags]))
+
+
+def test_imitation_ends_when_the_loss_of_held_out_demonstrations_has_stopped_falling():
+    flags = ("--train.sft_check_every", "5", "--train.sft_patience", "2", "--train.sft_tolerance", "0.1")
+    c = switch(*flags, "--train.sft_share", "0.9")
+    assert [c.wants_validation(t) for t in (-5, 0, 1, 5)] == [False, True, False, True]
+    seen = []
+    for nll in (2.0, 1.5, 1.4, 1.3, 1.25, 1.24):  # 1.3 is under 0.9 times 1.5
+        c.validated(nll)
+        seen.append(c.mu(0))
+    assert seen == [1, 1, 1, 1, 1, 0]
+    assert not c.wants_validation(30)
+    again = switch(*flags, "--train.sft_share", "0.9")
+    again.load_state_dict(json.loads(json.dumps(c.state_dict())))
+    assert again.mu(0) == 0 and again.best == c.best
+
+
+def test_imitation_ends_after_its_share_at_the_latest():
+    c = switch("--train.sft_share", "0.4")
+    for nll in (5.0, 4.0, 3.0):
+        c.validated(nll)
+    assert c.mu(38) == 1 and c.mu(41) == 0 and not c.wants_validation(50)
+
+
+def test_without_a_rule_the_share_alone_decides():
+    assert type(controller.make(config_file.load(None, ["--train.method", "sft_then_rl"]))) is controller.Schedule
+
+
+def test_mu_goes_to_the_least_noise():
+    """Variances 1 and 3, apart by 2: μ* = 3 / (3 + 1 + 2)."""
+    flags = ["--train.method", "gac", "--mixture.gac_max_step", "0.02", "--controller.mu_init", "0.4"]
+    c = controller.make(config_file.load(None, [*flags, "--mixture.gac_every", "3"]))
+    assert [c.wants_noise(t) for t in (-3, 0, 1, 3)] == [False, True, False, True]
+    mus = [c.noise(4.0, 12.0, 2.0)["controller/mu_next"] for _ in range(8)]
+    assert mus[:3] == pytest.approx([0.42, 0.44, 0.46]) and mus[-1] == pytest.approx(0.5)
+    c.noise(4.0, 0.0, 2.0)  # all groups flat: nothing is known of the RL gradient
+    assert c.value == pytest.approx(0.5)
+
+
+def test_the_gradients_noise_is_averaged_over_time_and_saved():
+    def make():
+        flags = ["--train.method", "gac", "--mixture.gac_memory", "0.5", "--mixture.gac_max_step", "1"]
+        return controller.make(config_file.load(None, flags))
+
+    c = make()
+    c.noise(4.0, 4.0, -1.0)  # variances 1 and 1; what is negative by chance counts 0
+    assert c.value == pytest.approx(0.5)
+    again = make()
+    again.load_state_dict(json.loads(json.dumps(c.state_dict())))
+    for one in (c, again):
+        one.noise(4.0, 16.0, 2.0)
+        # Weights 1/3 and 2/3: variances 1 and 3, apart by (−1 + 4)/3.
+        assert one.value == pytest.approx(3 / (3 + 1 + 1))
+
+
+def test_noise_of_two_halves_is_measured_on_the_gradients():
+    """Against numbers: gradients of each half as an engine would give them."""
+    g = [torch.tensor([1.0, 2.0]), torch.tensor([0.5, -1.0]), torch.tensor([2.0, 0.0]), torch.tensor([0.0, 1.0])]
+    given = iter([[x] for x in g])
+    engine = SimpleNamespace(take_gradient=lambda: next(given), all_reduce=lambda t: t, device="cpu")
+    swept = []
+    got = gradient_noise.measure([("s1", "r1"), ("s2", "r2")], swept.append, engine)
+    assert swept == ["s1", "r1", "s2", "r2"]
+    assert got == pytest.approx((1 + 4, 0.25 + 4, 0.5 * 2 + 3 * -1))

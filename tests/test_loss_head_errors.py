@@ -47,7 +47,7 @@ HEAD = {
 
 PG = {"pg_weight": ON, "advantages": ON}
 POLICY = {
-    "nll_weight, pg_weight or entropy_weight must be given, got none": {"nll_weight": None},
+    "nll_weight, shaped_weight, pg_weight or entropy_weight must be given, got none": {"nll_weight": None},
     "nll_weight must be a tensor \\[N\\] with N = 4, got float": {"nll_weight": 1.0},
     "nll_weight must be floating point, got torch.int64": {"nll_weight": ON.long()},
     "entropy_weight must be on hidden's device cpu, got meta": {"entropy_weight": torch.ones(N, device="meta")},

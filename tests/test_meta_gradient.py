@@ -71,7 +71,7 @@ def sweeps(engine, mu, seed=1, max_tokens=10**6, packed=False):
     counts = objective.count_tokens(sft, rl)
     for name, part in (
         ("sft", objective.weigh_sft(sft, mu, counts.sft)),
-        ("rl", objective.weigh_rl(rl, mu, counts.rl, OBJECTIVE)),
+        ("rl", objective.weigh_rl(rl, 1 - mu, counts.rl, OBJECTIVE)),
     ):
         for batch in micro_batches(part, max_tokens, packed, torch.float64):
             engine.backward(batch)
@@ -172,7 +172,7 @@ def test_probe_equals_separately_computed_gradients(checkpoint_folder, mu):
     sft, rl = demos(1), rollouts_cache(engine, 1)
     counts = objective.count_tokens(sft, rl)
     gradients = []
-    for part in (objective.weigh_sft(sft, 1.0, counts.sft), objective.weigh_rl(rl, 0.0, counts.rl, OBJECTIVE)):
+    for part in (objective.weigh_sft(sft, 1.0, counts.sft), objective.weigh_rl(rl, 1.0, counts.rl, OBJECTIVE)):
         for b in micro_batches(part, 10**6, False, torch.float64):
             engine.backward(b)
         gradients.append(torch.cat(engine.take_gradient()))
@@ -203,7 +203,7 @@ def test_a_probed_step_updates_as_a_plain_one(checkpoint_folder):
         engine = make_engine(checkpoint_folder, lr=1e-2)
         sft, rl = demos(1), rollouts_cache(engine, 1)
         counts = objective.count_tokens(sft, rl)
-        parts = [objective.weigh_sft(sft, 0.3, counts.sft), objective.weigh_rl(rl, 0.3, counts.rl, OBJECTIVE)]
+        parts = [objective.weigh_sft(sft, 0.3, counts.sft), objective.weigh_rl(rl, 0.7, counts.rl, OBJECTIVE)]
         if probed:
             u = gradient_u(engine)
             sweeps(engine, 0.3)

@@ -133,7 +133,7 @@ def test_only_the_policys_own_tokens_carry_loss(model, encoder, level):
     policy = Policy(model, ObjectiveConfig(entropy_coef=0.1))
     rl = [objective.rollout_sequence(s, 1.0) for s in samples]
     objective.set_advantages(rl, samples, AdvantageConfig(kind="dr_grpo", level=level))
-    rl = objective.weigh_rl(rl, 0.0, objective.count_tokens([], rl).rl, policy.objective)
+    rl = objective.weigh_rl(rl, 1.0, objective.count_tokens([], rl).rl, policy.objective)
     norms = gradients_by_position(policy, rl)
     masked = 0
     for i, s in enumerate(samples):

@@ -47,7 +47,7 @@ def sequences(seed=0, n=9):
             )
         )
     counts = objective.count_tokens(sft, rl)
-    return objective.weigh_sft(sft, MU, counts.sft), objective.weigh_rl(rl, MU, counts.rl, OBJECTIVE), counts
+    return objective.weigh_sft(sft, MU, counts.sft), objective.weigh_rl(rl, 1 - MU, counts.rl, OBJECTIVE), counts
 
 
 def run(policy, seqs, max_tokens, packed):
@@ -141,7 +141,7 @@ def test_verifier_and_prompt_tokens_carry_no_gradient(policy):
         assert seq.ids[seq.trained].tolist() == [6, 1, 7, 1]
         batch = collate([seq], [0], False)
         assert batch.rows.tolist() == [2, 3, 6, 7] and batch.targets.tolist() == [6, 1, 7, 1]
-        return seq, run(policy, objective.weigh_rl([seq], 0.0, 4, policy.objective), 10**6, False)[1]
+        return seq, run(policy, objective.weigh_rl([seq], 1.0, 4, policy.objective), 10**6, False)[1]
 
     seq, wanted = gradients([9, 10])
     for last in ([11, 12], [11], []):

@@ -332,11 +332,32 @@ def test_flops_of_rollouts_share_the_prompt():
         ("fixed", {"rollouts", "RL", "SFT"}),
         ("sft", {"SFT"}),
         ("rl", {"rollouts", "RL"}),
+        ("gac", {"rollouts", "RL", "SFT", "noise of the gradients"}),
+        ("hpt", {"rollouts", "RL", "SFT"}),
     ],
 )
 def test_flops_by_method(method, parts):
     shape = plan_shapes.find("Qwen/Qwen2.5-Math-7B")
     assert set(plan.flops(settings(train__method=method), shape, Machine(1, 1e9))) == parts
+
+
+def test_passes_that_a_loss_of_whole_sequences_takes():
+    """None before the first of two updates, so half a pass a step; the entropies of all tokens, a whole one; beside the one for
+    old log-probs, which two updates take anyway."""
+    shape, machine, name = plan_shapes.find("Qwen/Qwen2.5-Math-7B"), Machine(1, 1e9), "old and reference log-probs"
+
+    def passes(**more):
+        return plan.flops(settings(train__method="rl", train__minibatches_per_rollout=2, **more), shape, machine)[name]
+
+    plain = passes()
+    assert passes(objective__loss="gspo") == pytest.approx(1.5 * plain)
+    assert passes(objective__entropy_share=0.2) == pytest.approx(2 * plain)
+
+
+def test_gac_holds_two_halves_of_both_gradients():
+    shape, machine = plan_shapes.find("Qwen/Qwen2.5-Math-1.5B"), Machine(1, 80e9)
+    parts = plan.memory(settings(train__method="gac"), shape, machine).phases["noise of the gradients"]
+    assert parts[0].bytes == 4 * 4 * shape.flat
 
 
 # -------------------------------------------------------------------------------------------------------------- sharding

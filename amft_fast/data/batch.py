@@ -17,6 +17,7 @@ from amft_fast.data import packing
 # Per-token numbers that the losses read, with the value of a token that has none.
 FIELDS = {
     "nll_weight": 0.0,
+    "shaped_weight": 0.0,
     "pg_weight": 0.0,
     "entropy_weight": 0.0,
     "value_weight": 0.0,

@@ -220,6 +220,9 @@ def memory(cfg: Config, shape: Shape, machine: Machine) -> Memory:
         copies = 1 if cfg.meta.memory > 0 else 3
         words = f"{copies} new half" if copies == 1 else f"{copies} new halves"
         phases["utility gradient"] = [Part("u, being renewed", copies * one_half, words), *sweep]
+    if METHODS[cfg.train.method].learns_from_noise:
+        halves = Part("gradients of L_SFT and L_RL", 4 * one_half, "two halves of each, before an update")
+        phases["noise of the gradients"] = [halves, *sweep]
     return Memory(static, phases, host, CONTEXT[machine.device])
 
 
@@ -336,9 +339,9 @@ def flops(cfg: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     passes = 4 if cfg.model.gradient_checkpointing else 3
     method = METHODS[cfg.train.method]
     prompts = cfg.train.prompts_per_step if method.has_rl else 0
-    demos = (
-        cfg.train.demos_per_step if method.has_sft and not method.staged else 0
-    )  # staged: the dearer half is counted
+    # Staged: the dearer half is counted. A mixture's demonstrations are at most its prompts'.
+    demos = cfg.train.demos_per_step if method.has_sft and not method.staged else 0
+    demos = min(demos, prompts) if method.mixture else demos
 
     def forward(sequences: float) -> float:
         return forward_flops(shape, sequences, prompt, response, image) + 2 * shape.head * sequences * response
@@ -349,6 +352,9 @@ def flops(cfg: Config, shape: Shape, machine: Machine) -> dict[str, float]:
 
     extra = (cfg.train.minibatches_per_rollout > 1 or cfg.advantage.kind == "gae") + (cfg.objective.kl_coef > 0)
     extra += cfg.rollout.temperature != 1
+    # What a loss of whole sequences asks for: before each update but the first, or before all.
+    updates = cfg.train.minibatches_per_rollout
+    extra += 1.0 if cfg.objective.reads_entropy else cfg.objective.reads_logprobs * (1 - 1 / updates)
     out = {
         "rollouts": rollout_flops(shape, prompts, g, prompt, response, image),
         "RL": both(prompts * g),
@@ -360,4 +366,6 @@ def flops(cfg: Config, shape: Shape, machine: Machine) -> dict[str, float]:
         drawn = rollout_flops(shape, fresh, meta.num_generations, prompt, response, image)
         trained = (fresh if meta.memory > 0 else meta.prompts) * meta.num_generations
         out["utility gradient"] = (drawn + both(trained)) / cfg.controller.window
+    if method.learns_from_noise:
+        out["noise of the gradients"] = (both(prompts * g) + both(demos)) / cfg.mixture.gac_every
     return {name: value for name, value in out.items() if value}

@@ -50,7 +50,7 @@ def read_updates(updates: list[Update], engine: UpdateEngine, with_reference: bo
         out["sft_loss"] = s["sft_nll"] / sft
     if s["rl_tokens"]:
         out |= {
-            "pg_loss": s["pg"] / rl,
+            "pg_loss": s["pg"] / max(s["rl_weight"], 1e-30),
             "entropy": s["entropy"] / rl,
             "clip_fraction": s["clipped"] / rl,
             "approx_kl": s["approx_kl"] / rl,
@@ -62,7 +62,7 @@ def read_updates(updates: list[Update], engine: UpdateEngine, with_reference: bo
             "mismatch_ess": s["is_weight"] ** 2 / max(s["is_weight_sq"] * rl, 1e-30),
         }
         if with_reference:
-            out["ref_kl"] = s["kl"] / rl
+            out["ref_kl"] = s["kl"] / max(s["rl_weight"], 1e-30)
         if with_value:
             out["value_loss"] = s["value_loss"] / rl
     seen = (probed[:-1], probed[-1]) if probe is not None else None

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from amft_fast import ops
-from amft_fast.config import ModelConfig, ObjectiveConfig
+from amft_fast.config import TOKEN_LOSSES, ModelConfig, ObjectiveConfig
 from amft_fast.data.batch import Batch
 from amft_fast.errors import UserError
 from amft_fast.model import attention, layers, lora
@@ -28,6 +28,7 @@ SUMS = (
     "sft_tokens",
     "sft_nll",
     "rl_tokens",
+    "rl_weight",
     "pg",
     "kl",
     "entropy",
@@ -76,7 +77,8 @@ class Scores:
 class Policy(nn.Module):
     """A causal language model, with a value head on its last hidden state when `with_value`.
 
-    `vision` brings pictures into a vision-language model; without it a batch's images are not read.
+    `vision` brings pictures into a vision-language model; without it a batch's images are not read. `own_loss` is the
+    function that `objective.loss` names, where it is one; `shape` how weights `shaped_weight` enter, and its γ.
     """
 
     def __init__(
@@ -85,8 +87,11 @@ class Policy(nn.Module):
         objective: ObjectiveConfig,
         with_value: bool = False,
         vision: Vision | None = None,
+        own_loss: ops.OwnLoss | None = None,
+        shape: tuple[str, float] = ("ratio", 0.1),
     ) -> None:
         super().__init__()
+        self.own_loss, self.shape = own_loss, shape
         self.vision = vision
         self.model = model
         self.objective = objective
@@ -150,24 +155,33 @@ class Policy(nn.Module):
         with self.saving():
             hidden_NH = self.hidden_rows(batch)
         o = objective or self.objective
-        old, behavior = batch.get("old_logprobs"), batch.get("behavior_logprobs")
-        ref = batch.get("ref_logprobs")
+        form = self.form(o)
+        read = ("advantages", "old_logprobs", "behavior_logprobs", "ref_logprobs")
+        # A rollout may be imitated like a demonstration: nothing of it is read then but its tokens.
+        given = [batch.get(name) if batch.get("pg_weight") is not None else None for name in read]
+        advantages, old, behavior, ref = given
+        if o.whole and o.loss != "clip_cov" and old is not None:  # the ratios are in the advantages (losses.py)
+            old = behavior = None
+        corrected = form.own is not None or (o.corrects and o.correction_level == "token")
+        beta = o.kl_coef if o.kl_in == "loss" and ref is not None else 0.0
         head = ops.linear_policy_loss(
             hidden_NH,
             self.head.weight,
             batch.targets,
             nll_weight=batch.get("nll_weight"),
+            shaped_weight=batch.get("shaped_weight"),
             pg_weight=batch.get("pg_weight"),
             entropy_weight=batch.get("entropy_weight"),
-            advantages=batch.get("advantages"),
+            advantages=advantages,
             old_logprobs=old,
-            behavior_logprobs=behavior if o.tis_cap else None,
-            tis_cap=o.tis_cap or None,
+            behavior_logprobs=behavior if corrected else None,
+            tis_cap=(o.tis_cap or None) if o.correction == "tis" else None,
             ref_logprobs=ref,
-            kl_coef=o.kl_coef if ref is not None else 0.0,
+            kl_coef=beta,
             clip_low=o.clip_low,
             clip_high=o.clip_high,
             dual_clip=o.dual_clip,
+            form=form,
             temperature=1.0 if batch.get("temperature") is None else batch.get("temperature"),
             logit_softcap=self.softcap,
             bias=getattr(self.head, "bias", None),
@@ -185,6 +199,25 @@ class Policy(nn.Module):
             values = values.detach()
         sums, maxes = _statistics(batch, head, loss.detach(), value_loss)
         return PolicyOutput(loss, head.logprobs, head.entropy, values, sums, maxes)
+
+    def form(self, o: ObjectiveConfig) -> ops.LossForm:
+        """What the loss head is told of the loss; a loss of one's own is that of the run's objective alone."""
+        low, high = {"tis": (None, None), "mis": (None, o.tis_cap), "icepop": o.icepop_bounds}[o.correction]
+        own = self.own_loss if o is self.objective else None
+        return ops.LossForm(
+            name="own" if own is not None else o.loss if o.loss in TOKEN_LOSSES else "grpo",
+            ratio_cap=o.ratio_cap or {"dppo": 20.0}.get(o.loss, 5.0),
+            tau_positive=o.sapo_tau_positive,
+            tau_negative=o.sapo_tau_negative,
+            tv_bound=o.dppo_bound,
+            ratio_penalty=o.ratio_penalty,
+            is_low=low,
+            is_high=high,
+            kl=o.kl_kind,
+            shape=self.shape[0],
+            shape_gamma=self.shape[1],
+            own=own,
+        )
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, model: nn.Module | None = None, temperature: float | None = None) -> PolicyOutput:
@@ -216,19 +249,18 @@ def _statistics(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The SUMS and MAXES of a micro-batch, on its device and without a host sync."""
     zero = torch.zeros((), dtype=torch.float64, device=loss.device)
-    nll_w, pg_w = batch.get("nll_weight"), batch.get("pg_weight")
+    nll_w, shaped_w, pg_w = (batch.get(name) for name in ("nll_weight", "shaped_weight", "pg_weight"))
     s = dict.fromkeys(SUMS, zero)
     m = dict.fromkeys(MAXES, zero)
     s["loss"] = loss
     # Chosen, not multiplied by 0 or 1: a row without weight may hold NaN.
-    if nll_w is not None:
-        sft = nll_w != 0
+    if nll_w is not None or shaped_w is not None:
+        sft = sum(w != 0 for w in (nll_w, shaped_w) if w is not None) > 0
         s["sft_tokens"], s["sft_nll"] = sft.sum(), -head.logprobs.where(sft, 0.0).sum()
     if pg_w is not None:
         rl = pg_w != 0
         s["rl_tokens"], s["entropy"] = rl.sum(), head.entropy.where(rl, 0.0).sum()
-        # All rollout rows of an update share one weight: dividing it out gives the plain sum.
-        s["pg"], s["kl"] = head.pg_sum / pg_w.max().clamp_min(1e-30), head.kl_sum / pg_w.max().clamp_min(1e-30)
+        s["rl_weight"], s["pg"], s["kl"] = pg_w.double().sum(), head.pg_sum, head.kl_sum
         s["clipped"], s["approx_kl"], s["ratio"] = head.clipped_tokens, head.approx_kl_sum, head.ratio_sum
         m["ratio_max"] = head.ratio_max
         if batch.get("behavior_logprobs") is not None:

@@ -39,12 +39,14 @@ def run(
     seed_parts: tuple[object, ...],
     first_group: int = 0,
     only: range | None = None,
+    hint: Callable[[Item, int], Sequence[int]] | None = None,
     on_answer: Callable[[], object] = lambda: None,
 ) -> list[Sample]:
     """`num_generations` samples of every item, in the order of the items, judged.
 
     `seed_parts` (run seed, step or purpose) and each sample's prompt id, index and turn give its random stream. Samples of
     one item share a `group_id`, counted from `first_group`.
+    `hint`: token ids that an item's sample with this number begins with; the task judges them with what the policy adds.
     `only`: draw these of the `len(items) * num_generations` samples, and no others. `on_answer` is called as each is complete.
     """
     samples, episodes, numbers = [], [], []
@@ -60,7 +62,10 @@ def run(
             episode = task.start(item)
             prompt = prompt or prompt_that_fits(encoder, episode.messages, item.id)
             images = tuple(image for m in episode.messages for image in m.images)
-            samples.append(Sample(prompt, [], [], [], 0, "stop", item.id, first_group + g, images=images))
+            sample = Sample(prompt, [], [], [], 0, "stop", item.id, first_group + g, images=images)
+            if hint is not None:
+                _begin(sample, hint(item, first + number))
+            samples.append(sample)
             episodes.append(episode)
             numbers.append(first + number)
 
@@ -71,7 +76,7 @@ def run(
         return Request(known, seed, encoder.room(known, max_new_tokens), s.images)
 
     def reply(i: int, completion: Completion) -> Request | None:
-        text = encoder.decode([completion.token_ids])[0]
+        text = encoder.decode([_turn_ids(samples[i], completion)])[0]
         last = len(samples[i].turns) + 1 == task.max_turns
         if _take_turn(samples[i], episodes[i].step(text), completion, text, encoder, last):
             return request(i)
@@ -82,12 +87,24 @@ def run(
     converse = getattr(engine, "converse", None) or partial(turn_by_turn, engine)
     if task.max_turns == 1 and hasattr(task, "step_all"):
         completions = _all_completed(converse, requests, sampling, on_answer)
-        texts = encoder.decode([c.token_ids for c in completions])
+        texts = encoder.decode([_turn_ids(s, c) for s, c in zip(samples, completions)])
         for given in zip(samples, task.step_all(episodes, texts), completions, texts, strict=True):
             _take_turn(*given, encoder, last=True)
         return samples
     converse(requests, sampling, reply)
     return samples
+
+
+def _begin(sample: Sample, hint: Sequence[int]) -> None:
+    """The sample's response begins with what the policy has not drawn."""
+    sample.hint = len(hint)
+    sample.response_ids, sample.loss_mask = [*hint], [0] * len(hint)
+    sample.behavior_logprobs = [0.0] * len(hint)
+
+
+def _turn_ids(sample: Sample, completion: Completion) -> list[int]:
+    """The tokens of a turn as the task reads it: the first begins with the hint."""
+    return completion.token_ids if sample.turns else [*sample.response_ids, *completion.token_ids]
 
 
 def _all_completed(converse, requests: list[Request], sampling: Sampling, on_answer) -> list[Completion]:

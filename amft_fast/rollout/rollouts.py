@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,10 @@ class Rollouts:
         self.stream = Stream(len(self.prompts), cfg.run.seed, "prompts")
         self.on_answer: Callable[[], object] = lambda: None  # told of each answer drawn on this rank
         self.ahead = Ahead() if cfg.rollout.async_steps else None
+        self.generations = cfg.rollout.num_generations  # answers to each prompt of a step
+        self.hint: Callable[[Item, int, int], list[int]] | None = (
+            None  # (item, number, step): what an answer begins with
+        )
 
     # ------------------------------------------------------------------------------------------------------- a step's
 
@@ -58,7 +63,7 @@ class Rollouts:
         def draw(items: list[Item], redraw: int) -> list[Sample]:
             # A prompt that comes again in the same step must not draw the same samples again.
             purpose = ("train", step, redraw) if redraw else ("train", step)
-            return self.sample(items, cfg.temperature, purpose, cfg.num_generations)
+            return self.sample(items, cfg.temperature, purpose, self.generations)
 
         if cfg.dynamic_sampling:
             return Drawn(*draw_with_spread(draw, self._take, count, cfg.max_redraws))
@@ -88,8 +93,8 @@ class Rollouts:
             return
         cfg = self.cfg.rollout
         items = self._take(self.cfg.train.prompts_per_step)
-        mine = self.world.share(len(items) * cfg.num_generations)
-        self.ahead.start(lambda: self._episodes(items, cfg.temperature, ("train", step), cfg.num_generations, mine))
+        mine = self.world.share(len(items) * self.generations)
+        self.ahead.start(lambda: self._episodes(items, cfg.temperature, ("train", step), self.generations, mine))
 
     # ----------------------------------------------------------------------------------------------------- any others
 
@@ -104,7 +109,10 @@ class Rollouts:
     def _episodes(
         self, items: list[Item], temperature: float, purpose: tuple, num_generations: int, mine: range
     ) -> list[Sample]:
-        """This rank's samples of all that are drawn."""
+        """This rank's samples of all that are drawn; those of a step may begin with a hint."""
+        hint = None
+        if purpose[0] == "train" and self.hint is not None:
+            hint = partial(self.hint, step=purpose[1])
         return episodes.run(
             self.engine,
             self.task,
@@ -115,6 +123,7 @@ class Rollouts:
             max_new_tokens=self.cfg.rollout.max_new_tokens,
             seed_parts=(self.cfg.run.seed, *purpose),
             only=mine,
+            hint=hint,
             on_answer=lambda: self.on_answer(),
         )
 

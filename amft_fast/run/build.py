@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from amft_fast.config import Config, TaskConfig
+from amft_fast import own_loss
+from amft_fast.config import Config, LoraConfig, TaskConfig
 from amft_fast.engine.deepspeed import DeepSpeedEngine, cut_while_loading
 from amft_fast.engine.local import LocalEngine
 from amft_fast.engine.phases import Phases
@@ -16,7 +17,8 @@ from amft_fast.engine.world import ALONE, World, join, launched_size
 from amft_fast.errors import UserError
 from amft_fast.interfaces import RolloutEngine, Task, UpdateEngine
 from amft_fast.model import layers
-from amft_fast.model.policy import Policy, load_model, pick_dtype
+from amft_fast.model.policy import Policy, load_model, load_tokenizer, pick_dtype
+from amft_fast.ops import OwnLoss
 from amft_fast.rollout.buckets import Bucketed
 from amft_fast.rollout.context import check_prompts, check_setting
 from amft_fast.rollout.encoder import Encoder, load_encoder
@@ -51,9 +53,14 @@ def make_task(cfg: TaskConfig) -> Task:
         raise UserError(f"{f'task {cfg.name}' if cfg.section is None else f'task.{cfg.name}'}: {e}") from None
 
 
+def own_loss_of(cfg: Config) -> OwnLoss | None:
+    """The function that objective.loss names, checked; None where it names a loss of ours."""
+    return own_loss.load(cfg.objective.loss) if ":" in cfg.objective.loss else None
+
+
 def build(cfg: Config, should_stop: Callable[[], bool], task: Task | None = None) -> Parts:
     """Task, policy, update engine and rollout engine as the config asks for them; `task` takes the place of the config's."""
-    device = pick_device(cfg.run.device)
+    device, own = pick_device(cfg.run.device), own_loss_of(cfg)
     world = join_world(cfg, device)
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
@@ -70,12 +77,26 @@ def build(cfg: Config, should_stop: Callable[[], bool], task: Task | None = None
     cut = cut_while_loading(cfg.engine, pick_dtype(cfg.model, device), device)
     with phase("loading the model", shown=world.main, bars=cfg.log.progress) as loading, weights_loaded(loading), cut:
         model = load_model(cfg.model, device)
-    policy = Policy(model, cfg.objective, with_value=cfg.advantage.kind == "gae", vision=encoder.vision)
+    policy = Policy(model, cfg.objective, with_value=cfg.advantage.kind == "gae", vision=encoder.vision, own_loss=own)
     policy.saving = layers.offload(model, cfg.model.offload_activations)
     with phase("starting the engines", shown=world.main, bars=cfg.log.progress):
         engine = make_engine(cfg, policy, world, device)
         rollout_engine = make_rollouts(cfg, policy.model, engine, encoder, should_stop)
-    return Parts(task, encoder, policy, engine, rollout_engine, Phases(device), should_stop)
+    teacher = load_teacher(cfg, encoder, device) if cfg.advantage.teacher else None
+    return Parts(task, encoder, policy, engine, rollout_engine, Phases(device), should_stop, teacher)
+
+
+def load_teacher(cfg: Config, encoder: Encoder, device: torch.device) -> torch.nn.Module:
+    """The frozen model that advantage.teacher names, whole on every rank. Raises UserError where it does not read the policy's
+    tokens."""
+    settings = cfg.model.model_copy(update={"path": cfg.advantage.teacher, "lora": LoraConfig()})
+    if load_tokenizer(settings).get_vocab() != encoder.tokenizer.get_vocab():
+        raise UserError(
+            f"advantage.teacher: {cfg.advantage.teacher!r} has another tokenizer than {cfg.model.path!r}; its log-probs "
+            "are of other "
+            "tokens: take a teacher of the same family"
+        )
+    return load_model(settings, device).requires_grad_(False).eval()
 
 
 def make_rollouts(

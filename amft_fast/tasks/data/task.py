@@ -135,8 +135,12 @@ class DataTask:
 
     def demos(self, split: str) -> Sequence[Demo]:
         """The rows of a split that have a response."""
-        with_one = (item for item in self._items[split] if item.data.response is not None)
-        return [Demo(item.id, item.data.messages, item.data.response) for item in with_one]
+        return [demo for item in self._items[split] if (demo := self.demo(item)) is not None]
+
+    def demo(self, item: Item) -> Demo | None:
+        """The response of a row, where it has one."""
+        problem = item.data
+        return None if problem.response is None else Demo(item.id, problem.messages, problem.response)
 
     def start(self, item: Item) -> DataEpisode:
         return DataEpisode(item.data, self)

@@ -252,6 +252,10 @@ class GeneralPoints:
             self._demos[split] = tuple(self._demo(item) for item in self.prompts(split) if self._has_demo(split, item))
         return self._demos[split]
 
+    def demo(self, item: Item) -> Demo | None:
+        """The demo of a training problem, where its hand has one."""
+        return self._demo(item) if self._has_demo("train", item) else None
+
     def start(self, item: Item) -> GeneralPointsEpisode:
         return GeneralPointsEpisode(self, item.data)
 

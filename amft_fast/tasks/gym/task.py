@@ -98,8 +98,12 @@ class GymTask:
 
     def demos(self, split: str) -> Sequence[Demo]:
         """The problems whose answer is known."""
-        known = (item for item in self._items[split] if item.data.answer is not None)
-        return [Demo(item.id, self._messages(item.data), self._dressed(item.data.answer)) for item in known]
+        return [demo for item in self._items[split] if (demo := self.demo(item)) is not None]
+
+    def demo(self, item: Item) -> Demo | None:
+        """The answer to a problem, where it is known."""
+        problem = item.data
+        return None if problem.answer is None else Demo(item.id, self._messages(problem), self._dressed(problem.answer))
 
     def start(self, item: Item) -> GymEpisode:
         return GymEpisode(item.data, self._messages(item.data), self)

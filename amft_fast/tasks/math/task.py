@@ -114,6 +114,10 @@ class MathTask:
         store = self._store(split)
         return View(store, store.with_demo, self._demo)
 
+    def demo(self, item: Item) -> Demo | None:
+        """The demonstration of a problem, where it has one."""
+        return self._demo(item.data) if item.data.response is not None else None
+
     def _store(self, split: str) -> Store:
         if split not in self.splits:
             raise ValueError(f"split must be one of {', '.join(self.splits)}, got {split!r}")

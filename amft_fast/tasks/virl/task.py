@@ -116,8 +116,14 @@ class Virl:
 
     def demos(self, split: str) -> Demos:
         """One whole walk for each route that has a demo; outside `train` every route has one."""
-        kept = [i for i in self.prompts(split) if split != "train" or draw("demo", i.id) < self.settings.demo_share]
-        return Demos(self, kept)
+        return Demos(self, [i for i in self.prompts(split) if split != "train" or self._has_demo(i)])
+
+    def demo(self, item: Item) -> Demo | None:
+        """The walk of a training route, where it has a demo."""
+        return self._demo(item) if self._has_demo(item) else None
+
+    def _has_demo(self, item: Item) -> bool:
+        return draw("demo", item.id) < self.settings.demo_share
 
     def start(self, item: Item) -> VirlEpisode:
         return VirlEpisode(self, item.data)
