@@ -476,6 +476,9 @@ class TrainConfig(Section):
     """Bound on the tokens (padding included) of one forward pass; changes memory and speed, never the result."""
     packing: bool | None = None
     """Pack sequences into rows without padding, a prompt's answers sharing its tokens; default: where attention allows it."""
+    skip_flat: bool = True
+    """Leave rollouts that reach no gradient (a group's rewards are all equal) out of the update; changes speed, never the
+    gradient."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """The optimizer of the policy."""
     adam_betas: tuple[float, float] = (0.9, 0.95)

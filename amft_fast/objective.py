@@ -26,6 +26,7 @@ from amft_fast.config import AdvantageConfig, ObjectiveConfig
 from amft_fast.data.batch import TokenSequence
 from amft_fast.errors import UserError
 from amft_fast.interfaces import Sample
+from amft_fast.model.figures import LeftOut
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,11 @@ def rollout_sequence(sample: Sample, temperature: float) -> TokenSequence:
     trained[len(sample.prompt_ids) :] = np.asarray(sample.loss_mask, bool)
     behavior = np.zeros(len(ids))
     behavior[len(sample.prompt_ids) :] = sample.behavior_logprobs
+    # Of what was drawn: as the engine tells, else −log p of the tokens drawn, which is right on average.
+    count = max(int(trained.sum()), 1)
+    drawn = -behavior if sample.entropy is None else np.full(len(ids), sample.entropy / count)
     return TokenSequence(ids, trained, images=sample.images).with_fields(
-        behavior_logprobs=behavior, temperature=temperature
+        behavior_logprobs=behavior, temperature=temperature, drawn_entropy=drawn
     )
 
 
@@ -224,3 +228,25 @@ def weigh_rl(
             weights["value_weight"] = r * value_coef
         out.append(s.with_fields(**weights))
     return out
+
+
+def leave_out_flat(sequences: list[TokenSequence], objective: ObjectiveConfig) -> tuple[list[TokenSequence], LeftOut]:
+    """Weighed RL sequences without those that reach no gradient: advantage 0 on every token (all answers of a group got one
+    reward), and no entropy, KL, value or imitation term on any. What is left gives the same gradient. One sequence always
+    stays: an engine wants something to do."""
+    if objective.ratio_penalty or ":" in objective.loss:  # these move the policy at advantage 0 as well
+        return sequences, LeftOut()
+    flat = [_is_flat(s) for s in sequences]
+    if sequences and all(flat):
+        flat[min(range(len(sequences)), key=lambda i: len(sequences[i].ids))] = False
+    gone = [s for s, yes in zip(sequences, flat) if yes]
+    tokens = sum(int(s.trained.sum()) for s in gone)
+    weight, entropy = (sum(float(s.fields[n][s.trained].sum()) for s in gone) for n in ("pg_weight", "drawn_entropy"))
+    return [s for s, yes in zip(sequences, flat) if not yes], LeftOut(tokens, weight, entropy)
+
+
+def _is_flat(s: TokenSequence) -> bool:
+    if is_demo(s) or "ref_logprobs" in s.fields:
+        return False
+    zero = ("advantages", "entropy_weight", "value_weight")
+    return not any(s.fields[name][s.trained].any() for name in zero if name in s.fields)

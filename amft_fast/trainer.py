@@ -36,7 +36,7 @@ from amft_fast.losses import EntropyBonus
 from amft_fast.meta_gradient import Utility, UtilityGradient
 from amft_fast.mixtures.base import Group, Mix, groups_of
 from amft_fast.mixtures.demos import DemoOfPrompt
-from amft_fast.model.figures import Update, read_updates
+from amft_fast.model.figures import LeftOut, Update, read_updates
 from amft_fast.model.policy import MAXES, SUMS, Policy
 from amft_fast.rollout.encoder import Encoder
 from amft_fast.rollout.rollouts import Drawn, Rollouts
@@ -263,14 +263,17 @@ class Trainer:
         dot-products of both with u.
         """
         sft, rl = self.weigh(mix, k)
+        left_out = LeftOut()
+        if self.cfg.train.skip_flat:
+            rl, left_out = objective.leave_out_flat(rl, self.cfg.objective)
         if u is None:
-            return Update(*self.sweep(sft + rl), self.engine.step(), None)
+            return Update(*self.sweep(sft + rl), self.engine.step(), None, left_out)
         sft_sums, sft_maxes = self.sweep(sft)
         self.engine.end_sweep("sft")
         rl_sums, rl_maxes = self.sweep(rl)
         self.engine.end_sweep("rl")
         probe = self.engine.probe(u.halves)
-        return Update(sft_sums + rl_sums, torch.maximum(sft_maxes, rl_maxes), self.engine.step(), probe)
+        return Update(sft_sums + rl_sums, torch.maximum(sft_maxes, rl_maxes), self.engine.step(), probe, left_out)
 
     def weigh(self, mix: Mix, k: int) -> tuple[list[TokenSequence], list[TokenSequence]]:
         """The sequences of L_SFT and L_RL with the weights of each token, as the k-th update takes them."""

@@ -33,6 +33,7 @@ from bench.step_peers import Eager, Ours, Trl, Work, verl
 
 MEASURED = ("amft_fast", "kernels", "bench/*.py")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+FLAT_SHARES = (0.0, 0.25, 0.5, 0.75)
 CHECKED = 8  # rollouts whose gradient is compared in a narrow type
 # Hidden, MLP, layers, heads, key heads, tied; vocabulary 151 936: the shapes of Qwen2.5.
 # Bytes that a layer keeps of a token for its backward pass, per unit of the hidden size and of the MLP's: measured on fake
@@ -236,6 +237,25 @@ def measure(all_candidates: list[Candidate], work: Work, rounds: int, log: Calla
                 c.seconds.append(seconds(c.made.update, device))
 
 
+def by_flat_share(work: Work, rounds: int) -> list[dict]:
+    """Our update where so many of the groups teach nothing (their rewards are all equal); the best of the rounds."""
+    out, device = [], work.device.type
+    for share in FLAT_SHARES:
+        made = Ours(work.with_flat(share), True)
+        made.update()
+        best = min(seconds(made.update, device) for _ in range(rounds))
+        out.append({"flat": share, "ms": 1e3 * best})
+        del made
+        release(device)
+    return out
+
+
+def flat_table(rows: list[dict]) -> str:
+    whole = rows[0]["ms"]
+    cells = [[f"{r['flat']:.0%}", f"{r['ms']:.0f}", f"{r['ms'] / whole:.2f}"] for r in rows]
+    return markdown_table(["groups that teach nothing", "update, ms", "of the whole"], cells)
+
+
 def release(device: str) -> None:
     gc.collect()
     if device == "cuda":
@@ -342,6 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     check(everyone, work, log)
     measure(everyone, work, args.rounds, log)
+    facts["flat"] = by_flat_share(work, args.rounds)
     result = written()
     load, result_rows = facts["environment"]["load_average"], result["rows"]
     if any("ms" in r for r in result_rows):
@@ -349,6 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             picture(result, args.out / f"{name}.png")
     words = f"{len(work.samples)} rollouts, {work.tokens:,} tokens of which {work.trained:,} trained, load {load:.1f}"
     print(f"{result['environment']['device']}, {words}\n\n{table(result_rows)}\n")
+    print(flat_table(facts["flat"]) + "\n")
     for rival, ratio in result["times_faster"].items():
         print(f"{rival}: " + ("not measured" if ratio is None else f"ours is {ratio:.2f} times as fast as its best"))
     return 1 if any("ms" not in r for r in result_rows if r["name"].startswith("amft")) else 0

@@ -69,6 +69,14 @@ class Work:
         loop.backward()
         return [g.float() for g in loop.gradients()]
 
+    def with_flat(self, share: float) -> Work:
+        """With advantages of 0 in so many of the groups, and of none in the others."""
+        groups = np.array([s.group_id for s in self.samples])
+        names = np.unique(groups)
+        chosen = names[np.linspace(0, len(names), round(share * len(names)), endpoint=False).astype(int)]
+        rest = np.where(self.advantages == 0, 1.0, self.advantages)
+        return replace(self, advantages=np.where(np.isin(groups, chosen), 0.0, rest))
+
     def copy(self) -> nn.Module:
         return copy.deepcopy(self.model)
 
@@ -104,7 +112,8 @@ class Ours:
             model.set_attn_implementation(attention.NAMES["auto"])
         cfg = ObjectiveConfig(clip_low=CLIP, clip_high=CLIP, entropy_coef=0.0)
         self.engine = LocalEngine(Policy(model, cfg), TrainConfig(lr=LR))
-        self.rl = objective.weigh_rl(self._sequences(), 1.0, work.trained, cfg)
+        # As in training: rollouts that reach no gradient are not read.
+        self.rl, _ = objective.leave_out_flat(objective.weigh_rl(self._sequences(), 1.0, work.trained, cfg), cfg)
 
     def _sequences(self) -> list[TokenSequence]:
         made = [objective.rollout_sequence(s, 1.0) for s in self.work.samples]

@@ -10,14 +10,25 @@ from amft_fast.interfaces import UpdateEngine
 from amft_fast.model.policy import MAXES, SUMS
 
 
+class LeftOut(NamedTuple):
+    """Rollouts that no update reads, for the figures that are means over all of them: how many trained tokens, the sum of
+    their r_i, and the sum of their entropies as they were drawn."""
+
+    tokens: int = 0
+    weight: float = 0.0
+    entropy: float = 0.0
+
+
 class Update(NamedTuple):
     """What one optimizer update left on the device: `sums` and `maxes` in the order of SUMS and MAXES, the gradient's norm
-    before clipping, and, of a probed one, the probe's sums and the clip coefficient."""
+    before clipping, and, of a probed one, the probe's sums and the clip coefficient. `left_out`: the rollouts of all ranks
+    that reach no gradient, which the sums know nothing of."""
 
     sums: torch.Tensor
     maxes: torch.Tensor
     norm: torch.Tensor
     probe: tuple[torch.Tensor, torch.Tensor] | None
+    left_out: LeftOut = LeftOut()
 
 
 class Measured(NamedTuple):
@@ -49,9 +60,12 @@ def read_updates(updates: list[Update], engine: UpdateEngine, with_reference: bo
     if s["sft_tokens"]:
         out["sft_loss"] = s["sft_nll"] / sft
     if s["rl_tokens"]:
+        tokens, weight, entropy = (sum(column) for column in zip(*(u.left_out for u in updates)))
+        # Ratios, clipping and mismatch are those of the tokens that were read: a sample of all, where some were left out.
         out |= {
-            "pg_loss": s["pg"] / max(s["rl_weight"], 1e-30),
-            "entropy": s["entropy"] / rl,
+            "pg_loss": s["pg"] / max(s["rl_weight"] + weight, 1e-30),
+            "entropy": (s["entropy"] + entropy) / (rl + tokens),
+            "left_out": tokens / (rl + tokens),
             "clip_fraction": s["clipped"] / rl,
             "approx_kl": s["approx_kl"] / rl,
             "ratio_mean": s["ratio"] / rl,
