@@ -69,6 +69,11 @@ class Work:
         loop.backward()
         return [g.float() for g in loop.gradients()]
 
+    @property
+    def flat(self) -> float:
+        """The share of the rollouts whose advantage is 0."""
+        return float((self.advantages == 0).mean())
+
     def with_flat(self, share: float) -> Work:
         """With advantages of 0 in so many of the groups, and of none in the others."""
         groups = np.array([s.group_id for s in self.samples])
@@ -100,9 +105,10 @@ class Work:
 
 
 class Ours:
-    """This project's update; `packed`: rows without padding, prompts shared, else padded rows; `compiled`: its layers."""
+    """This project's update; `packed`: rows without padding, prompts shared, else padded rows; `compiled`: its layers;
+    `skip_flat`: as in training, rollouts that reach no gradient are not read."""
 
-    def __init__(self, work: Work, packed: bool, compiled: bool = False) -> None:
+    def __init__(self, work: Work, packed: bool = True, compiled: bool = False, skip_flat: bool = True) -> None:
         self.work, self.packed = work, packed
         model = work.copy()
         if compiled:
@@ -112,8 +118,9 @@ class Ours:
             model.set_attn_implementation(attention.NAMES["auto"])
         cfg = ObjectiveConfig(clip_low=CLIP, clip_high=CLIP, entropy_coef=0.0)
         self.engine = LocalEngine(Policy(model, cfg), TrainConfig(lr=LR))
-        # As in training: rollouts that reach no gradient are not read.
-        self.rl, _ = objective.leave_out_flat(objective.weigh_rl(self._sequences(), 1.0, work.trained, cfg), cfg)
+        self.rl = objective.weigh_rl(self._sequences(), 1.0, work.trained, cfg)
+        if skip_flat:
+            self.rl, _ = objective.leave_out_flat(self.rl, cfg)
 
     def _sequences(self) -> list[TokenSequence]:
         made = [objective.rollout_sequence(s, 1.0) for s in self.work.samples]
