@@ -14,10 +14,10 @@ GPU_TORCH ?= torch==2.11.* triton==3.6.* transformers==5.17.*
 GPU_VENV ?= .venv-gpu
 GPU_READY := $(GPU_VENV)/.ready
 GPU_TESTS := test_loss_head test_loss_head_triton test_loss_head_errors test_loss_head_chunks test_compile_gate test_multi_tensor \
-  test_multi_tensor_build test_packing test_layers test_engine test_fake_cuda test_rollout test_bench test_bench_gpu
+  test_multi_tensor_build test_packing test_layers test_engine test_fake_cuda test_rollout test_rollout_decoder test_decode_attention test_bench test_bench_gpu
 OUT ?= bench-gpu
 
-.PHONY: setup demo demo-virl demo-gp-vl math-tiny test test-avx2 test-integration test-gpu-versions lint bench bench-gpu demo-base clean
+.PHONY: setup demo demo-virl demo-gp-vl math-tiny test test-avx2 test-integration test-gpu-versions ready-gpu-versions lint bench bench-gpu demo-base clean
 
 setup: $(READY)
 
@@ -66,6 +66,8 @@ $(VLLM_READY): pyproject.toml
 
 # The kernels, packing, attention, engines and the fake CUDA device on the versions of a GPU machine. Its torch is the CUDA build
 # (from PyPI there is no other for Linux): 4.6 GB of disk, and it runs on a CPU. nvcc, where there is one, compiles csrc as well.
+ready-gpu-versions: $(GPU_READY)
+
 test-gpu-versions: $(GPU_READY)
 	$(GPU_VENV)/bin/python -m pytest -q -n 2 $(GPU_TESTS:%=tests/%.py)
 

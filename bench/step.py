@@ -240,15 +240,11 @@ def measure(all_candidates: list[Candidate], work: Work, rounds: int, log: Calla
 
 def by_flat_share(work: Work, rounds: int) -> list[dict]:
     """Our update where so many of the groups teach nothing (their rewards are all equal); the best of the rounds."""
-    out, device = [], work.device.type
+    found: list[Candidate] = []
     for share in FLAT_SHARES:
-        made = Ours(work.with_flat(share))
-        made.update()
-        best = min(seconds(made.update, device) for _ in range(rounds))
-        out.append({"flat": share, "ms": 1e3 * best})
-        del made
-        release(device)
-    return out
+        found.append(Candidate(f"{share:.0%} flat", lambda w, share=share: Ours(w.with_flat(share))))
+    measure(found, work, rounds, lambda text: None)
+    return [{"flat": s, "ms": 1e3 * min(c.seconds)} for s, c in zip(FLAT_SHARES, found) if c.seconds]
 
 
 def flat_table(rows: list[dict]) -> str:
