@@ -240,9 +240,7 @@ def measure(all_candidates: list[Candidate], work: Work, rounds: int, log: Calla
 
 def by_flat_share(work: Work, rounds: int) -> list[dict]:
     """Our update where so many of the groups teach nothing (their rewards are all equal); the best of the rounds."""
-    found: list[Candidate] = []
-    for share in FLAT_SHARES:
-        found.append(Candidate(f"{share:.0%} flat", lambda w, share=share: Ours(w.with_flat(share))))
+    found = [Candidate(f"{share:.0%} flat", lambda w, s=share: Ours(w.with_flat(s))) for share in FLAT_SHARES]
     measure(found, work, rounds, lambda text: None)
     return [{"flat": s, "ms": 1e3 * min(c.seconds)} for s, c in zip(FLAT_SHARES, found) if c.seconds]
 
