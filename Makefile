@@ -30,7 +30,7 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	touch $@
 
 $(VENV)/.ready-integration: $(READY)
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev,deepspeed,gym,trackers,trl,docs]"
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev,deepspeed,gym,verifiers,trackers,trl,docs]"
 	touch $@
 
 demo: $(READY)

@@ -64,5 +64,5 @@ def _task_names(prefix: str, **_: Any) -> list[str]:
 
     from amft_fast.config import PLUG_INS, SHIPPED
 
-    names = [*SHIPPED, *(point.name for point in entry_points(group=PLUG_INS)), "reasoning_gym:"]
+    names = [*SHIPPED, *(point.name for point in entry_points(group=PLUG_INS)), "reasoning_gym:", "verifiers:"]
     return [n for n in names if n.startswith(prefix)] + list(FilesCompleter(["py"])(prefix))
