@@ -3,6 +3,7 @@
 import gc
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from fakes import SHORT_RUN
@@ -68,6 +69,32 @@ def test_several_turns_end_when_the_environment_or_the_bound_says(make):
     assert (second.done, second.reward, second.info) == (True, 1.0, {"found": 1.0, "success": True})
     lost = task.start(item)
     assert [lost.step(t).done for t in "xyz"] == [False, False, True], "judged at the bound on turns"
+
+
+def test_tools_of_the_environment_are_offered_called_and_answered(make, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")  # the tools' process imports the module
+    task = make("verifiers_tools", max_turns=4)
+    item = next(i for split in task.splits for i in task.prompts(split) if i.data.data.answer == "46")
+    episode = task.start(item)
+    (asked,) = episode.messages
+    (tool,) = asked.tools
+    name = tool["function"]["name"]
+    assert (
+        "number" in name
+        and "name" in tool["function"]["parameters"]["properties"]
+        and asked.content.startswith("The number")
+    )
+
+    def call(**arguments):
+        return "<tool_call>" + json.dumps({"name": name, "arguments": arguments}) + "</tool_call>"
+
+    both = episode.step(call(name="ann") + call(name="bob"))
+    assert (both.message, both.done) == (Message("tool", "12\n\n34"), False)
+    missing = episode.step('<tool_call>{"name": "rm", "arguments": {}}</tool_call>')
+    assert missing.message.content == "there is no tool 'rm'"
+    wrong = episode.step(call(nick="ann"))
+    assert wrong.message.role == "tool" and "name" in wrong.message.content and not wrong.done
+    assert episode.step("46").info == {"exact": 1.0, "success": True}
 
 
 def test_an_episode_that_nobody_asks_any_more_is_let_go(make):

@@ -6,9 +6,15 @@ of its own; what counts for an environment is that each call goes through the ro
 
 from __future__ import annotations
 
+import json
+from contextlib import AsyncExitStack
+from typing import Any
+
 import httpx
+from mcp import MCPError
 from verifiers.v1 import Harness, HarnessConfig, ModelContext, ProgramResult, Runtime, TaskData, Trace
 from verifiers.v1.dialects.chat import message_to_wire
+from verifiers.v1.harnesses.utils.mcp import call_mcp, connect_mcp
 
 __all__ = ["PolicyHarness"]
 
@@ -18,9 +24,10 @@ class PolicyHarnessConfig(HarnessConfig):
 
 
 class PolicyHarness(Harness[PolicyHarnessConfig]):
-    """Answers a conversation once; a longer one comes back through `resume` with all that was said."""
+    """Answers once, or again after each tool that it calls; a longer conversation comes back through `resume`."""
 
     APPENDS_SYSTEM_PROMPT = True
+    SUPPORTS_MCP = True
     SUPPORTS_RESUME = True
     EXECUTES_CODE = False
     NEEDS_CONTAINER = False
@@ -41,11 +48,35 @@ class PolicyHarness(Harness[PolicyHarnessConfig]):
             messages.append({"role": "user", "content": prompt})
         else:
             messages += [message_to_wire(message) for message in prompt or []]
-        # On this machine, over http: no certificates are read.
-        async with httpx.AsyncClient(timeout=None, trust_env=False, verify=False) as client:
-            reply = await client.post(
-                f"{endpoint}/chat/completions",
-                headers={"Authorization": f"Bearer {secret}"},
-                json={"model": ctx.model, "messages": messages},
-            )
-        return ProgramResult(exit_code=int(reply.status_code != 200), stdout="", stderr=reply.text[:2000])
+        servers = {name: {"url": url, "timeout": self.config.tool_timeout} for name, url in mcp_urls.items()}
+        async with AsyncExitStack() as stack:
+            tools, *where = await connect_mcp({"mcpServers": servers}, stack)
+            offered = {"tools": tools} if tools else {}
+            # On this machine, over http: no certificates are read.
+            client = await stack.enter_async_context(httpx.AsyncClient(timeout=None, trust_env=False, verify=False))
+            while True:
+                reply = await client.post(
+                    f"{endpoint}/chat/completions",
+                    headers={"Authorization": f"Bearer {secret}"},
+                    json={"model": ctx.model, "messages": messages, **offered},
+                )
+                body = reply.json() if reply.status_code == 200 else {}
+                if "choices" not in body:
+                    return ProgramResult(exit_code=1, stdout="", stderr=reply.text[:2000])
+                said = body["choices"][0]["message"]
+                messages.append(said)
+                for call in said.get("tool_calls") or ():
+                    result = await _called(call["function"], *where)
+                    messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
+                if not said.get("tool_calls"):
+                    return ProgramResult(exit_code=0, stdout="", stderr="")
+
+
+async def _called(function: dict[str, Any], dispatch: dict[str, Any], servers: dict[str, Any]) -> Any:
+    """What a call gave; one of a tool that is not there, or that refuses its arguments, gives a sentence."""
+    if function["name"] not in dispatch:
+        return f"there is no tool {function['name'][:100]!r}"
+    try:
+        return await call_mcp(servers, dispatch, function["name"], json.loads(function["arguments"]))
+    except MCPError as e:
+        return f"error: {e}"

@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import contextlib
 import itertools
+import json
 import sys
 import threading
 from collections.abc import Callable, Coroutine
@@ -20,6 +21,7 @@ from verifiers.v1 import EvalClientConfig, ModelContext
 from verifiers.v1.clients.client import SESSION_ID_HEADER
 
 from amft_fast.errors import RewardFailure
+from amft_fast.tasks.tools import calls
 from amft_fast.tasks.verifiers import harness
 
 HARNESS = "amft_fast_policy"  # verifiers imports a harness by its id, which takes no dots
@@ -103,8 +105,11 @@ class Host:
         if play.trained is not trace or not trace.agent.trainable:
             seat = trace.agent.name or "agent"
             return web.json_response({"error": {"message": f"the seat {seat!r} has no model: {ONE_SEAT}"}}, status=400)
-        play.asked.put_nowait((body["messages"], answer))
-        return web.json_response(_completion(await answer))
+        messages, tools = body["messages"], body.get("tools")
+        if tools:  # where our messages have them
+            messages = [{**messages[0], "tools": tools}, *messages[1:]]
+        play.asked.put_nowait((messages, answer))
+        return web.json_response(_completion(await answer, bool(tools)))
 
     async def _next(self, play: Play) -> list[dict[str, Any]] | Any:
         """The messages of the next question, or the finished episode."""
@@ -234,12 +239,20 @@ def _later(loop: asyncio.AbstractEventLoop, work: Callable[[], Any]) -> None:
         loop.call_soon_threadsafe(work)
 
 
-def _completion(text: str) -> dict[str, Any]:
+def _completion(text: str, tools: bool) -> dict[str, Any]:
+    """An answer as OpenAI has it; what the policy calls is read of its text where it was offered tools."""
+    called = [call for call in calls(text) if not call.problem] if tools else []
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if called:
+        message["tool_calls"] = [
+            {"id": f"call-{i}", "type": "function", "function": {"name": c.name, "arguments": json.dumps(c.arguments)}}
+            for i, c in enumerate(called)
+        ]
     return {
         "id": "policy",
         "object": "chat.completion",
         "created": 0,
         "model": MODEL,
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
+        "choices": [{"index": 0, "message": message, "finish_reason": "tool_calls" if called else "stop"}],
         "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
     }

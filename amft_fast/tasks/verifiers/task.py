@@ -117,11 +117,10 @@ class VerifiersEpisode:
         if len(found) <= known or found[known - 1].get("role") != "assistant":
             raise RewardFailure(f"{self.place}: it changed what was said before, which cannot be trained on")
         new = [_message(m, self.place) for m in found[known:]]
-        if any(m.role != "user" for m in new):
-            raise RewardFailure(
-                f"{self.place}: between two answers it says more than the user's part, which is not done yet"
-            )
-        return StepResult(Message("user", "\n\n".join(m.content for m in new)), 0.0, False, {"success": False})
+        (role, *others) = {m.role for m in new}
+        if others or role not in ("user", "tool"):
+            raise RewardFailure(f"{self.place}: between two answers it says more than one part, which is not done yet")
+        return StepResult(Message(role, "\n\n".join(m.content for m in new)), 0.0, False, {"success": False})
 
     def _verdict(self, episode: Any) -> StepResult:
         trace = self.play.trained
@@ -150,7 +149,7 @@ def _message(said: dict[str, Any], place: str) -> Message:
         if any(part.get("type") != "text" for part in content):
             raise RewardFailure(f"{place}: it shows more than text, which is not done yet")
         content = "\n".join(part["text"] for part in content)
-    return Message(said["role"], content)
+    return Message(said["role"], content, tools=tuple(said.get("tools", ())))
 
 
 # ---------------------------------------------------------------------------------------------------------------- loading
