@@ -1,7 +1,4 @@
-"""As a new user would: the package from a wheel, a folder outside the repository, the commands of the docs.
-
-`watch` joins the last of these when it is there.
-"""
+"""As a new user would: the package from a wheel, a folder outside the repository, the commands of the docs."""
 
 import json
 import os
@@ -137,13 +134,14 @@ def test_countdown_of_reasoning_gym_with_amft(user, tmp_path):
     assert len(metrics) == 2 and all(0 < m["mu"] < 1 for m in metrics)
 
 
-def test_init_train_export_and_plain_transformers(user, tmp_path):
+def test_init_train_watch_export_and_plain_transformers(user, tmp_path):
     write_rows(tmp_path)
     said = user("amft-fast", "init", "c.toml", "--model", "model", "--data", "my.jsonl", "--gpus", "0", *SHORT)
     assert "start with: amft-fast train c.toml" in said
     user("amft-fast", "train", "c.toml", "--dry-run")
     assert "numbers" in user("amft-fast", "data", "c.toml")
     user("amft-fast", "train", "c.toml")
+    assert "finished after 2/2 steps" in user("amft-fast", "watch", "runs/c")
     user("amft-fast", "export", "runs/c", "--out", "mine", "--dtype", "fp32")
     (tmp_path / "use.py").write_text(
         "import sys\n"
