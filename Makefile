@@ -17,7 +17,7 @@ GPU_TESTS := test_loss_head test_loss_head_triton test_loss_head_errors test_los
   test_multi_tensor_build test_packing test_layers test_engine test_fake_cuda test_rollout test_rollout_decoder test_decode_attention test_bench test_bench_gpu
 OUT ?= bench-gpu
 
-.PHONY: setup demo demo-virl demo-gp-vl math-tiny test test-avx2 test-integration test-gpu-versions ready-gpu-versions lint bench bench-gpu demo-base clean
+.PHONY: setup demo demo-virl demo-gp-vl math-tiny test test-avx2 test-integration test-gpu-versions ready-gpu-versions lint docs bench bench-gpu demo-base clean
 
 setup: $(READY)
 
@@ -30,7 +30,7 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	touch $@
 
 $(VENV)/.ready-integration: $(READY)
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev,deepspeed,gym,trackers,trl]"
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev,deepspeed,gym,verifiers,trackers,trl,docs]"
 	touch $@
 
 demo: $(READY)
@@ -86,6 +86,14 @@ math-tiny: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
+
+# The site, strictly (a broken link fails), into build/site.
+docs: $(VENV)/.ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+$(VENV)/.ready-docs: $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev,docs]"
+	touch $@
 
 bench: $(READY)
 	$(BIN)/python -m bench loss-head --device cpu

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -217,6 +217,10 @@ def _files_and_rows(data: Any) -> tuple[list[str], list[tuple[str, Any]]]:
         return [], []
     if isinstance(data, str | Path):
         return [str(data)], []
+    if isinstance(data, Mapping):  # a DatasetDict, or one row
+        raise UserError(
+            f"data must be one split or a list of rows, got a {type(data).__name__} of {', '.join(map(str, data))}"
+        )
     if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a DataFrame
         data = data.to_dict("records")
     try:

@@ -1,4 +1,4 @@
-"""The command line: amft-fast train | eval | compare | data | watch | export | report | doctor."""
+"""The command line: amft-fast init | train | eval | compare | data | watch | export | report | doctor | docs | completion."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from amft_fast import __version__, config, config_file
+from amft_fast.commands import completion, docs, init
 from amft_fast.errors import UserError
 
 EPILOG = """settings: every setting of the config can be given as a flag, --section.field value (for example
@@ -42,7 +44,7 @@ NUMBERS = {
     "examples": (0, 1000),
     "every": (0.05, 3600),
 }
-PATHS = ("config", "resume", "target", "model", "out", "benchmarks_file", "run", "plan")
+PATHS = ("config", "file", "resume", "target", "model", "out", "benchmarks_file", "run", "plan")
 # What the disk or its owner refuses, wherever it comes up: the user's to mend, and no fault of the program's.
 DISK = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG,
@@ -50,11 +52,13 @@ DISK = {
 }  # fmt: skip
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(add_settings: Callable[[argparse.ArgumentParser], None] | None = None) -> argparse.ArgumentParser:
+    """The commands and their options. `add_settings` is called with each command that takes settings."""
     parser = argparse.ArgumentParser(prog="amft-fast", description=__doc__)
     parser.add_argument("--version", action="version", version=f"amft-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    start = init.add(commands)
     train = commands.add_parser("train", help="train a policy", epilog=EPILOG)
     train.add_argument("config", nargs="?", help="TOML file; with --resume DIR the run's own config by default")
     train.add_argument("--dry-run", action="store_true", help="check and print the resolved config, do nothing else")
@@ -158,17 +162,24 @@ def build_parser() -> argparse.ArgumentParser:
         "--peak-tflops", type=float, help="of a GPU, for the time (default: those of the GPU here, else an H100's 989)"
     )
     doctor.add_argument("--mfu", type=float, default=0.4, help="share of the peak reached (default %(default)s)")
+
+    docs.add(commands)
+    completion.add(commands)
+    for command in (start, train, ev, compare, data, doctor) if add_settings else ():
+        add_settings(command)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code. A user's mistake is one sentence on stderr and exit code 2."""
+    if completion.asked():
+        completion.answer(build_parser(completion.add_settings))
     parser = build_parser()
     # A setting takes its value with it before argparse looks: it would take the value for the config.
     rest, settings = config_file.split_flags(sys.argv[1:] if argv is None else argv)
     args, unknown = parser.parse_known_args(rest)
     flags = settings + unknown
-    if flags and args.command not in ("train", "eval", "compare", "data") and not getattr(args, "plan", None):
+    if flags and args.command not in ("init", "train", "eval", "compare", "data") and not getattr(args, "plan", None):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         _check_options(args)
@@ -357,6 +368,7 @@ def _doctor(args: argparse.Namespace, flags: list[str]) -> int:
 
 
 COMMANDS = {
+    "init": init.run,
     "train": _train,
     "eval": _eval,
     "compare": _compare,
@@ -365,4 +377,6 @@ COMMANDS = {
     "export": _export,
     "report": _report,
     "doctor": _doctor,
+    "docs": docs.run,
+    "completion": completion.run,
 }

@@ -351,6 +351,29 @@ class GymConfig(Section):
     """Processor time in which an answer must be judged, else it earns 0."""
 
 
+class VerifiersConfig(Section):
+    """Environments of the package verifiers (task.name verifiers:NAME); see tasks/verifiers/. The taskset's own settings are
+    `task.options`."""
+
+    max_tasks: int = Field(1000, ge=1, le=10**7)
+    """Tasks taken from the taskset, from its first on."""
+    val_share: float = Field(0.1, ge=0, lt=1)
+    """Share of the tasks held out for validation (at least two), by a hash of what they hold."""
+    test_share: float = Field(0.1, ge=0, lt=1)
+    """Share of the tasks held out for the test (at least one)."""
+    max_turns: int = Field(1, ge=1, le=100)
+    """The policy's answers in one episode; the environment judges what there is then."""
+    success: float = 1.0
+    """Reward from which on an episode counts as solved."""
+    seconds: Seconds = 300.0
+    """How long the environment may take from an answer to its next question or its verdict."""
+
+    @model_validator(mode="after")
+    def _check(self) -> VerifiersConfig:
+        check_shares(self, "tasks for training")
+        return self
+
+
 PLUG_INS = "amft_fast.tasks"  # entry points of other packages that offer tasks
 SHIPPED = ("general_points", "virl", "math", "data")
 
@@ -360,7 +383,8 @@ class TaskConfig(Section):
 
     name: File = "general_points"
     """The task. general_points, virl, math or data, whose settings are in the sub-section of the same name; a class of one's
-    own as FILE.py:CLASS or MODULE:CLASS; reasoning_gym:NAME, with its section `gym`; or a plug-in's name. docs/tasks.md."""
+    own as FILE.py:CLASS or MODULE:CLASS; reasoning_gym:NAME or verifiers:NAME, with the sections `gym` and `verifiers`; or
+    a plug-in's name. docs/tasks.md."""
     options: dict[str, Any] = {}
     """Settings of a task that is not shipped (--task.options.key value), typed by its class's `Options` or constructor."""
     general_points: GeneralPointsConfig = GeneralPointsConfig()
@@ -368,6 +392,7 @@ class TaskConfig(Section):
     math: MathConfig = MathConfig()
     data: DataConfig = DataConfig()
     gym: GymConfig = GymConfig()
+    verifiers: VerifiersConfig = VerifiersConfig()
 
     @model_validator(mode="after")
     def _check(self) -> TaskConfig:

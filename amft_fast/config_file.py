@@ -42,7 +42,7 @@ def setting_names(model: type[BaseModel], prefix: str = "") -> list[str]:
     return names
 
 
-def _did_you_mean(name: str, known: list[str]) -> str:
+def did_you_mean(name: str, known: list[str]) -> str:
     """'; did you mean x?' for the nearest known dotted name, by the whole name or by its last part alone."""
     by_leaf = {k.rpartition(".")[2]: k for k in reversed(known)}
     close = difflib.get_close_matches(name, known, 1, 0.75)
@@ -63,7 +63,7 @@ def _explain(error: ValidationError, source: str) -> UserError:
         parts = [str(p) for p in e["loc"]]
         name = next((n for k in range(len(parts), 0, -1) if (n := ".".join(parts[:k])) in known), ".".join(parts))
         if e["type"] == "extra_forbidden":
-            text = f"unknown setting {_cut(name)}{_did_you_mean(_cut(name), known)}"
+            text = f"unknown setting {_cut(name)}{did_you_mean(_cut(name), known)}"
         elif e["type"] == "value_error":
             text = f"{name + ': ' if name else ''}{e['ctx']['error']!s}"
         else:
@@ -150,7 +150,7 @@ def parse_flags(flags: list[str]) -> dict[str, Any]:
         unknown = re.match(r"unrecognized arguments: --?([^\s=]+)", text)
         section = re.match(r'error parsing value for field "(\w+)"', text)
         if unknown:
-            text = f"unknown flag --{_cut(unknown[1])}{_did_you_mean(_cut(unknown[1]), known)}"
+            text = f"unknown flag --{_cut(unknown[1])}{did_you_mean(_cut(unknown[1]), known)}"
         elif text.startswith("unrecognized arguments"):
             text += "; settings are given as --section.field value"
         elif section:
@@ -289,9 +289,10 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
     return resolved(config)
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A setting's value as TOML has it."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{json.dumps(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
     # TOML allows no half of a surrogate pair, which JSON writes for what lies beyond 16 bits, and no raw DEL.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
@@ -305,7 +306,7 @@ def to_toml(config: Config) -> str:
             if isinstance(value, BaseModel):
                 tables += ["", f"[{prefix}{name}]", *lines(value, f"{prefix}{name}.")]
             elif value is not None:
-                scalars.append(f"{name} = {_toml(value)}")
+                scalars.append(f"{name} = {toml_value(value)}")
         return scalars + tables
 
     return "\n".join(lines(config, "")).strip() + "\n"

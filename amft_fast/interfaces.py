@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation. `role` is system, user or assistant; `images` holds PIL images or paths."""
+    """One turn of a conversation. `role` is system, user, assistant, or tool for what a call gave; `images` holds PIL images or
+    paths. `tools`, on a message of the prompt, are the JSON schemas of what the policy may call (tasks/tools.py)."""
 
     role: str
     content: str
     images: tuple[Any, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

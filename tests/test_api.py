@@ -143,10 +143,25 @@ def test_mistakes_are_user_errors(here, given, said):
 
 
 def test_frames_of_data_and_datasets_are_rows():
-    pandas = pytest.importorskip("pandas")
-    for data in (pandas.DataFrame(ROWS), iter(ROWS)):
+    """The real libraries: a DataFrame, and datasets of both kinds, as they come and after a map."""
+    pandas, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
+    plain = datasets.Dataset.from_list(ROWS)
+    mapped = plain.map(lambda row: {"answer": row["answer"] + "!"}, load_from_cache_file=False)
+    for data in (pandas.DataFrame(ROWS), iter(ROWS), plain, plain.to_iterable_dataset(), mapped):
         _, task = _config_and_task(None, None, data, [exact], None, {}, fresh=False)
-        assert sum(len(task.prompts(split)) for split in task.splits) == len(ROWS)
+        items = [item for split in task.splits for item in task.prompts(split)]
+        end = "!" if data is mapped else ""
+        assert sorted(i.data.columns["answer"] for i in items) == sorted(row["answer"] + end for row in ROWS)
+        assert len(task.demos("train")) == len(task.prompts("train")) > 0
+    both = datasets.DatasetDict(train=plain, test=plain)
+    with pytest.raises(UserError, match="data must be one split or a list of rows, got a DatasetDict of train, test"):
+        _config_and_task(None, None, both, [exact], None, {}, fresh=False)
+
+
+def test_a_dataset_trains(here, checkpoint_folder):
+    datasets = pytest.importorskip("datasets")
+    run = train(str(checkpoint_folder), datasets.Dataset.from_list(ROWS), [exact], **SMALL)
+    assert run.summary["end"]["test"]["prompts"] == 1 and [s["step"] for s in run.samples][-1] == 1
 
 
 @pytest.mark.integration

@@ -514,7 +514,7 @@ H200 = plan_report.Here(8, "NVIDIA H200", 141e9)
 
 def planned(monkeypatch, capsys, here, *flags, config="demo.toml"):
     """What `doctor --plan` says where torch sees these GPUs."""
-    monkeypatch.setattr(plan_report, "_gpus_here", lambda: here)
+    monkeypatch.setattr(plan_report, "gpus_here", lambda: here)
     assert main(["doctor", "--plan", str(ROOT / "configs" / config), *flags]) == 0
     return capsys.readouterr().out
 

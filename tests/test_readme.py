@@ -41,6 +41,7 @@ def commands() -> list[str]:
 COMMANDS = commands()
 # In README's order, in one folder: each finds there what those before it have left.
 RUN = [
+    ("amft-fast docs train.lr", []),
     ("amft-fast train configs/demo.toml --train.method rl --train.lr 1e-4", SHORT),
     ("amft-fast train configs/demo.toml --dry-run", []),
     ("amft-fast data configs/demo.toml", []),

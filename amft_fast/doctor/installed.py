@@ -35,6 +35,7 @@ FEATURES = (
     ("Liger's layers", ("liger-kernel",), "flash", ""),
     ("trackers beside TensorBoard", ("wandb", "trackio", "mlflow-skinny"), "trackers", "log.to"),
     ("mathematics tasks", ("datasets", "pyarrow"), "math", "task.name=math"),
+    ("environments of verifiers", ("verifiers",), "verifiers", "task.name=verifiers:NAME"),
     ("benchmarks against other kernels", ("liger-kernel", "cut-cross-entropy", "trl"), "bench", ""),
     ("tests and lint", ("pytest", "hypothesis", "ruff"), "dev", ""),
 )

@@ -46,7 +46,7 @@ def set_to(name: str, value: Any) -> Change:
     return Change(f"{name} = {str(value).lower()}", {name: value})
 
 
-def knobs(cfg: Config, machine: Machine) -> Iterator[list[Change]]:
+def knobs(cfg: Config, machine: Machine, more_gpus: bool = True) -> Iterator[list[Change]]:
     """Settings that lower memory, the least costly first; the values of each from mild to strong."""
     if not cfg.model.gradient_checkpointing:
         yield [set_to("model.gradient_checkpointing", True)]
@@ -59,9 +59,12 @@ def knobs(cfg: Config, machine: Machine) -> Iterator[list[Change]]:
     yield [set_to("train.micro_batch_tokens", value) for value in _halves(cfg.train.micro_batch_tokens, tokens.longest)]
     if machine.device == "cpu":
         return
+    yield list(_stages(cfg, machine))
     if cfg.engine.kind == "deepspeed" and not cfg.engine.offload:
         yield [set_to("engine.offload", True)]
-    yield list(_sharding(cfg, machine))
+    if not more_gpus:
+        return
+    yield list(_larger(machine))
     if cfg.rollout.engine == "transformers" or cfg.rollout.vllm.mode == "colocate":
         settings = {"rollout.engine": "vllm", "rollout.vllm.mode": "server"}
         yield [Change('rollout.engine = "vllm" and rollout.vllm.mode = "server"', settings)]
@@ -73,14 +76,19 @@ def _halves(value: int, least: int) -> Iterator[int]:
         yield value
 
 
-def _sharding(cfg: Config, machine: Machine) -> Iterator[Change]:
-    """Higher ZeRO stages on the same GPUs, then ZeRO-3 on more of them."""
-    engine, gpus = cfg.engine, machine.gpus
+def _stages(cfg: Config, machine: Machine) -> Iterator[Change]:
+    """Higher ZeRO stages on the same GPUs."""
+    engine = cfg.engine
     if engine.kind == "deepspeed":
         for stage in range(engine.zero_stage + 1, 4):
             yield set_to("engine.zero_stage", stage)
-    elif gpus > 1:
-        yield _zero3(gpus)
+    elif machine.gpus > 1:
+        yield _zero3(machine.gpus)
+
+
+def _larger(machine: Machine) -> Iterator[Change]:
+    """ZeRO-3 on more GPUs."""
+    gpus = machine.gpus
     while 2 * gpus <= MAX_GPUS:
         gpus *= 2
         yield _zero3(gpus)
@@ -91,9 +99,12 @@ def _zero3(gpus: int) -> Change:
     return Change(f'engine.kind = "deepspeed" and engine.zero_stage = 3 on {gpus} GPUs', settings, gpus)
 
 
-def advise(cfg: Config, shape: Shape, machine: Machine) -> tuple[list[Change], Memory] | None:
-    """The fewest changes that make the config fit, with the memory after them; None when none of those known does."""
-    every = list(knobs(cfg, machine))
+def advise(cfg: Config, shape: Shape, machine: Machine, more_gpus: bool = True) -> tuple[list[Change], Memory] | None:
+    """The fewest changes that make the config fit, with the memory after them; None when none of those known does.
+
+    `more_gpus`: whether a change may ask for GPUs beyond the machine's.
+    """
+    every = list(knobs(cfg, machine, more_gpus))
     for count in range(1, len(every) + 1):
         for chosen in itertools.combinations(every, count):
             for changes in itertools.product(*chosen):
@@ -199,7 +210,7 @@ def seconds(n: float) -> str:
 def machine_of(cfg: Config, args: Any) -> tuple[Machine, list[str]]:
     """The machine that the flags ask for, else the one here, and what has to be said about it."""
     texts = {name: getattr(args, name) for name in ("prompt_tokens", "response_tokens", "image_tokens", "mfu")}
-    here = _gpus_here()
+    here = gpus_here()
     asked = cfg.run.device == "cuda" or any((args.gpus, args.gpu_memory, args.peak_tflops))
     if cfg.run.device == "cpu" or not (asked or here.count):
         why = "run.device is cpu" if cfg.run.device == "cpu" else "torch sees no GPU here, and none was asked for"
@@ -227,7 +238,7 @@ class Here(NamedTuple):
     memory: float = 0.0
 
 
-def _gpus_here() -> Here:
+def gpus_here() -> Here:
     import torch
 
     if not torch.cuda.is_available():

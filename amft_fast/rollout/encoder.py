@@ -51,7 +51,7 @@ class Encoder:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a prompt, ready for the policy's answer. Callers must not change the list."""
-        key = tuple((m.role, m.content, self._sizes(m)) for m in messages)
+        key = tuple((m.role, m.content, self._sizes(m), repr(m.tools)) for m in messages)
         if key not in self._prompts:
             self._prompts[key] = self._expand(self.template.ids(messages), messages)
         return self._prompts[key]

@@ -10,6 +10,7 @@ import copy
 import re
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from jinja2 import TemplateError
@@ -38,8 +39,9 @@ class Template:
         self._thinking = _one_of([t for t in self._special if _THINKING.fullmatch(t)])
         self._splitter, self._lock = None, threading.Lock()
         self._opening = [] if tokenizer.chat_template else self._opened_by_itself()
-        self._folds = False
+        self._folds = self._tool_is_user = False
         self._folds = bool(tokenizer.chat_template) and not self._takes_system()
+        self._tool_is_user = bool(tokenizer.chat_template) and not self._takes_tool()
         asked, answer = Message("user", "x"), Message("assistant", _MARK)
         self.last = self.inner = -1
         if tokenizer.chat_template:
@@ -65,6 +67,14 @@ class Template:
         except _REFUSALS:
             return False
 
+    def _takes_tool(self) -> bool:
+        """Whether what a call gave may follow an answer as it is, and is neither refused nor dropped."""
+        try:
+            talk = [Message("user", "x"), Message("assistant", "y"), Message("tool", _MARK)]
+            return _MARK in self._apply(talk, True)
+        except _REFUSALS:
+            return False
+
     def _end(self, rendered: str) -> str:
         """The added token that the template writes right after an answer; empty where it writes something else."""
         found = self._any_added.match(rendered.partition(_MARK)[2].lstrip())
@@ -80,7 +90,7 @@ class Template:
         # A mark stands for each text that holds a special token, and is read as what it stands for, plainly.
         marks = {f"\u241f{i}\u241f": m.content for i, m in enumerate(messages) if self._any_special.search(m.content)}
         held = (f"\u241f{i}\u241f" for i in range(len(messages)))
-        marked = [Message(m.role, mark, m.images) if mark in marks else m for m, mark in zip(messages, held)]
+        marked = [replace(m, content=mark) if mark in marks else m for m, mark in zip(messages, held)]
         text = self._render(marked, True)
         text = text.partition(after)[2] if after else text
         opening = [] if after else self._opening
@@ -133,18 +143,32 @@ class Template:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def _render(self, messages: Sequence[Message], open_answer: bool) -> str:
+        tools = [tool for m in messages for tool in m.tools]
         if not self.tokenizer.chat_template:
+            if tools:
+                raise UserError(
+                    "model.path: the task offers tools, and the tokenizer has no chat template to say them with"
+                )
             return "\n".join(m.content for m in messages) + "\n"
+        if self._tool_is_user:
+            messages = [replace(m, role="user") if m.role == "tool" else m for m in messages]
         try:
-            return self._apply(_folded(messages) if self._folds else messages, open_answer)
+            text = self._apply(_folded(messages) if self._folds else messages, open_answer, tools)
         except _REFUSALS as e:
             roles = ", ".join(m.role for m in messages)
             said = (str(e).splitlines() or [type(e).__name__])[0][:200]
             raise UserError(f"model.path: the chat template refuses a conversation of {roles}: {said}") from None
+        unsaid = [name for tool in tools if (name := str(tool.get("function", tool).get("name"))) not in text]
+        if unsaid:
+            raise UserError(
+                f"model.path: the task offers the tool {unsaid[0]!r}, which the model's chat template leaves out"
+            )
+        return text
 
-    def _apply(self, messages: Sequence[Message], open_answer: bool) -> str:
+    def _apply(self, messages: Sequence[Message], open_answer: bool, tools: Sequence[dict[str, Any]] = ()) -> str:
         chat = [{"role": m.role, "content": _content(m)} for m in messages]
-        return self.tokenizer.apply_chat_template(chat, add_generation_prompt=open_answer, tokenize=False)
+        offered = {"tools": list(tools)} if tools else {}
+        return self.tokenizer.apply_chat_template(chat, add_generation_prompt=open_answer, tokenize=False, **offered)
 
 
 _REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
@@ -162,7 +186,7 @@ def _folded(messages: Sequence[Message]) -> list[Message]:
     out = [m for m in messages if m.role != "system"]
     at = next((i for i, m in enumerate(out) if m.role == "user"), None)
     if said and at is not None:
-        out[at] = Message("user", "\n\n".join([*said, out[at].content]), out[at].images)
+        out[at] = replace(out[at], content="\n\n".join([*said, out[at].content]))
     return out
 
 

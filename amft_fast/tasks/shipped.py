@@ -41,6 +41,10 @@ def make(cfg: TaskConfig) -> Task:
         from amft_fast.tasks.gym.task import GymTask
 
         return GymTask(name, cfg.gym, cfg.options)
+    if package == "verifiers":
+        from amft_fast.tasks.verifiers.task import VerifiersTask
+
+        return VerifiersTask(name, cfg.verifiers, cfg.options)
     return own.make(cfg.name, cfg.options)
 
 
@@ -51,6 +55,10 @@ def dry_run(cfg: TaskConfig, hub: Hub) -> list[str]:
         from amft_fast.tasks.gym import task
 
         return task.dry_run(name, cfg.gym, cfg.options)
+    if package == "verifiers":
+        from amft_fast.tasks.verifiers import task
+
+        return task.dry_run(name, cfg.verifiers, cfg.options)
     if cfg.section is not None:
         made_by, settings, lines = maker(cfg.name), cfg.section, []
     else:
