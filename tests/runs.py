@@ -12,8 +12,11 @@ from fakes import CopyTask
 
 from amft_fast import config_file
 from amft_fast.config import Config
+from amft_fast.engine.parts import Part, Tensors
 from amft_fast.interfaces import Task
 from amft_fast.run import launch
+from amft_fast.run.build import build
+from amft_fast.trainer import Step, Trainer
 
 TIMES = ("seconds", "tokens_per_s", "rollout_tokens_per_s", "update_tokens_per_s", "wall_s")
 
@@ -33,6 +36,33 @@ def cfg_for(folder: Path, model: Path, *flags: str) -> Config:
 def train(cfg: Config, resume: bool = False, task: Task | None = None) -> int:
     """A run of `CopyTask`, or of another task; its exit code."""
     return launch.train(cfg, resume, task or CopyTask())
+
+
+def trainer_of(cfg: Config, task: Task | None = None) -> Trainer:
+    """A trainer with its parts and nothing around it: no evaluations, records, checkpoints or report."""
+    return Trainer(cfg, build(cfg, lambda: False, task or CopyTask()))
+
+
+def steps(trainer: Trainer, count: int) -> list[Step]:
+    """The next steps, with what comes after the warm-up."""
+    done = []
+    for _ in range(count):
+        if trainer.step == trainer.cfg.train.warmup_steps:
+            trainer.after_warmup()
+        done.append(trainer.train_step())
+    return done
+
+
+def taken_up(trainer: Trainer, task: Task | None = None) -> Trainer:
+    """Another trainer with this one's state, as a checkpoint would have carried it."""
+    state = json.loads(json.dumps(trainer.state_dict())) | {"step": trainer.step}
+    tensors = {
+        name: Part(v.data.clone(), v.start, v.shape) if isinstance(v, Part) else v.detach().clone()
+        for name, v in trainer.tensors().items()
+    }
+    other = trainer_of(trainer.cfg, task)
+    other.load(state, Tensors.of(tensors))
+    return other
 
 
 def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict]:

@@ -7,7 +7,7 @@ import plain_losses as plain
 import pytest
 import torch
 from fakes import copy_run, make_checkpoint
-from runs import lines, train
+from runs import steps, trainer_of
 from transformers import AutoModelForCausalLM
 
 from amft_fast import config_file, objective
@@ -16,10 +16,7 @@ from amft_fast.errors import UserError
 from amft_fast.interfaces import Sample
 from amft_fast.run.build import build
 
-RUN = (
-    *("--train.method", "rl", "--advantage.kind", "distill", "--rollout.num_generations", "4"),
-    *("--eval.at_start", "false", "--eval.num_samples", "1"),
-)
+RUN = ("--train.method", "rl", "--advantage.kind", "distill", "--rollout.num_generations", "4")
 
 
 @pytest.fixture(scope="module")
@@ -58,25 +55,14 @@ def test_the_trainer_takes_them_from_the_teacher(tmp_path, checkpoint_folder, te
     assert not any(p.requires_grad for p in parts.teacher.parameters())
 
 
-def test_a_run_comes_nearer_to_its_teacher(tmp_path, checkpoint_folder, teacher):
-    flags = (
-        "--advantage.teacher",
-        str(teacher),
-        "--train.steps",
-        "40",
-        "--train.lr",
-        "0.03",
-        "--checkpoint.export",
-        "true",
-    )
-    assert train(copy_run(tmp_path, checkpoint_folder, *RUN, *flags)) == 0
-    assert lines(tmp_path)[-1]["skipped_total"] == 0
-    models = [AutoModelForCausalLM.from_pretrained(f) for f in (teacher, checkpoint_folder, tmp_path / "model")]
-    apart = []
+def test_steps_come_nearer_to_the_teacher(tmp_path, checkpoint_folder, teacher):
+    flags = ("--advantage.teacher", str(teacher), "--train.steps", "40", "--train.lr", "0.03")
+    trainer = trainer_of(copy_run(tmp_path, checkpoint_folder, *RUN, *flags))
+    assert steps(trainer, 40)[-1].figures["skipped_total"] == 0
+    models = [AutoModelForCausalLM.from_pretrained(f) for f in (teacher, checkpoint_folder)]
     with torch.no_grad():
-        t, *others = [
-            m(torch.tensor([[2, word, 3] for word in (5, 6, 7, 8)])).logits[:, -1].log_softmax(-1) for m in models
-        ]
+        ids = torch.tensor([[2, word, 3] for word in (5, 6, 7, 8)])
+        t, *others = [m(ids).logits[:, -1].log_softmax(-1) for m in (*models, trainer.policy.model)]
         apart = [(o.exp() * (o - t)).sum(-1).mean().item() for o in others]
     assert apart[1] < 0.5 * apart[0], "the reverse KL to it, at the first token of an answer"
 

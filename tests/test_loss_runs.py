@@ -1,12 +1,12 @@
-"""Short runs with each loss: two updates a rollout, resumed in the middle where there is state."""
+"""Steps with each loss, two updates a rollout, taken up in the middle where there is state."""
 
 import pytest
 from fakes import copy_run
-from runs import lines, train, without_times
+from runs import steps, taken_up, trainer_of
 
 RUN = (
     *("--train.method", "rl", "--train.steps", "2", "--train.minibatches_per_rollout", "2", "--train.lr", "0.03"),
-    *("--eval.at_start", "false", "--eval.num_samples", "1", "--rollout.num_generations", "4"),
+    *("--rollout.num_generations", "4"),
 )
 
 
@@ -24,38 +24,25 @@ RUN = (
     ],
     ids=lambda f: f[1],
 )
-def test_a_run(tmp_path, checkpoint_folder, flags):
-    assert train(copy_run(tmp_path, checkpoint_folder, *RUN, *flags)) == 0
-    records = lines(tmp_path)
-    assert len(records) == 2 and records[-1]["skipped_total"] == 0
-    assert any(r["grad_norm"] > 1e-4 for r in records)
+def test_steps(tmp_path, checkpoint_folder, flags):
+    done = steps(trainer_of(copy_run(tmp_path, checkpoint_folder, *RUN, *flags)), 2)
+    assert all(s.figures["skipped_total"] == 0 for s in done)
+    assert any(s.figures["grad_norm"] > 1e-4 for s in done)
 
 
 def test_masked_answers_leave_the_loss(tmp_path, checkpoint_folder):
     """With one token an answer hardly any ends by itself, and none that does not is trained on."""
-    flags = ("--advantage.truncated", "masked", "--rollout.max_new_tokens", "1", "--train.steps", "3")
-    assert train(copy_run(tmp_path, checkpoint_folder, *RUN, *flags)) == 0
-    for r in lines(tmp_path):
-        assert r["truncated"] > 0.5 and ("pg_loss" in r) == (r["truncated"] < 1)
+    flags = ("--advantage.truncated", "masked", "--rollout.max_new_tokens", "1")
+    for s in steps(trainer_of(copy_run(tmp_path, checkpoint_folder, *RUN, *flags)), 3):
+        ended = [x.finish_reason == "stop" for x in s.drawn.samples]
+        assert not all(ended) and ("pg_loss" in s.figures) == any(ended)
 
 
-def test_the_steered_coefficient_is_recorded_and_resumed(tmp_path, checkpoint_folder):
-    flags = (
-        "--objective.entropy_target",
-        "9",
-        "--objective.entropy_step",
-        "0.01",
-        "--checkpoint.every",
-        "1",
-        "--checkpoint.keep_last",
-        "3",
-    )
-    flags += ("--objective.entropy_coef", "0.001", "--train.steps", "3")
-    assert train(copy_run(tmp_path / "whole", checkpoint_folder, *RUN, *flags)) == 0
-    whole = lines(tmp_path / "whole")
-    assert [r["entropy_coef"] for r in whole] == pytest.approx([0.001, 0.011, 0.021])
-    assert train(copy_run(tmp_path / "cut", checkpoint_folder, *RUN, *flags)) == 0
-    for step in (2, 3):
-        (tmp_path / "cut" / "checkpoints" / f"step-{step:06d}" / "state.json").write_text("damaged")
-    assert train(copy_run(tmp_path / "cut", checkpoint_folder, *RUN, *flags), resume=True) == 0
-    assert without_times(lines(tmp_path / "cut")) == without_times(whole)
+def test_the_steered_coefficient_is_recorded_and_taken_up(tmp_path, checkpoint_folder):
+    flags = ("--objective.entropy_target", "9", "--objective.entropy_step", "0.01", "--objective.entropy_coef", "0.001")
+    trainer = trainer_of(copy_run(tmp_path, checkpoint_folder, *RUN, *flags))
+    first = steps(trainer, 2)
+    other = taken_up(trainer)
+    (third,), (again,) = steps(trainer, 1), steps(other, 1)
+    assert [s.figures["entropy_coef"] for s in (*first, third)] == pytest.approx([0.001, 0.011, 0.021])
+    assert third.figures == again.figures

@@ -9,7 +9,7 @@ import plain_losses as plain
 import pytest
 import torch
 from fakes import CopyTask, ScriptedEngine, copy_run, make_checkpoint
-from runs import lines, train, without_times
+from runs import steps, taken_up, train, trainer_of
 from transformers import AutoModelForCausalLM
 
 from amft_fast import config_file, mixtures, objective
@@ -345,25 +345,22 @@ def test_the_demonstration_of_a_prompt(hook):
     assert asked == (["train/a", "train/b"] if hook else [])
 
 
-RUN = (
-    *("--train.steps", "3", "--train.lr", "0.03", "--eval.at_start", "false", "--eval.num_samples", "1"),
-    *("--rollout.num_generations", "4", "--mixture.relift_buffer", "2"),
-)
+RUN = ("--train.steps", "3", "--train.lr", "0.03", "--rollout.num_generations", "4", "--mixture.relift_buffer", "2")
 
 
 @pytest.mark.parametrize("method", [m for m, row in METHODS.items() if row.mixture])
-def test_a_run_resumes_where_it_was(tmp_path, checkpoint_folder, method):
-    """Two updates a rollout and a warm-up; cut after the second step, it goes on to the same record."""
-    flags = ("--train.method", method, "--train.minibatches_per_rollout", "2", "--train.warmup_steps", "1")
-    flags = (*RUN, *flags, "--checkpoint.every", "1", "--checkpoint.keep_last", "4")
-    assert train(copy_run(tmp_path, checkpoint_folder, *flags)) == 0
-    whole = lines(tmp_path)
-    assert [r["phase"] for r in whole] == ["warmup"] + ["train"] * 3 and whole[-1]["skipped_total"] == 0
-    assert all(0 <= r["mu"] <= 1 for r in whole) and all("success" in r for r in whole[1:])
-    (tmp_path / "checkpoints" / "step-000004" / "state.json").write_text("damaged")
-    (tmp_path / "checkpoints" / "step-000003" / "state.json").write_text("damaged")
-    assert train(copy_run(tmp_path, checkpoint_folder, *flags), resume=True) == 0
-    assert without_times(lines(tmp_path)) == without_times(whole)
+def test_steps_go_on_from_a_checkpoint_as_without_one(tmp_path, checkpoint_folder, method):
+    """Two updates a rollout and a warm-up; taken up after the second step, the last two are the same."""
+    flags = (*RUN, "--train.method", method, "--train.minibatches_per_rollout", "2", "--train.warmup_steps", "1")
+    trainer = trainer_of(copy_run(tmp_path, checkpoint_folder, *flags))
+    first = steps(trainer, 2)
+    other = taken_up(trainer)
+    rest = steps(trainer, 2)
+    for step in (*first[1:], *rest):
+        assert not step.warmup and 0 <= step.mu <= 1 and step.figures["skipped_total"] == 0
+        assert len(step.drawn.samples) == 4 * trainer.mixture.generations
+    for a, b in zip(rest, steps(other, 2)):
+        assert (a.figures, a.mu, a.drawn.samples) == (b.figures, b.mu, b.drawn.samples)
 
 
 @pytest.mark.parametrize(
