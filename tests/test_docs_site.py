@@ -67,7 +67,7 @@ def test_names_of_verl_are_those_of_its_config():
 
 
 def test_every_method_is_described():
-    assert sorted(name for names, _ in rows("methods.md")[1:] for name in names) == sorted(METHODS)
+    assert set(METHODS) <= {name for names, _ in rows("methods.md") for name in names}
 
 
 def test_every_setting_is_on_the_generated_page():
