@@ -90,6 +90,7 @@ class Scorer:
         """The rollouts of one update as the loss head takes them: what hangs on whole sequences or the batch is in their
         advantages (losses.py). `moved`: whether an update came since the old log-probs were taken."""
         o = self.cfg.objective
+        rl = [s for s in rl if s.trained.any()]  # answers that were cut may be masked whole
         demos, rl = [s for s in rl if objective.is_demo(s)], [s for s in rl if not objective.is_demo(s)]
         if o.reads_entropy or (moved and o.reads_logprobs):
             scores = self.forward_only(rl)
