@@ -62,7 +62,8 @@ def user(installed, tmp_path):
         return done.stdout
 
     where = run("python", "-c", "import amft_fast, amft_kernels; print(amft_fast.__file__, *amft_kernels.__path__)")
-    assert [str(installed) in path for path in where.split()] == [True, True], where
+    # Behind them an editable installation of this environment may have its own folder of kernels, which comes last.
+    assert [str(installed) in path for path in where.split()[:2]] == [True, True], where
     shutil.copytree(ROOT / "configs" / "demo_base", tmp_path / "model")
     return run
 
