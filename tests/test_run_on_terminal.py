@@ -301,8 +301,9 @@ def test_the_screen_in_tmux(going, tmp_path):
     run, holder = going
     tmux = ["tmux", "-S", str(tmp_path / "socket"), "-f", "/dev/null"]
     command = f"{sys.executable} -m amft_fast watch {run} --every 0.1; echo left; cat"
-    # Named, for readline, which pytest loads, puts COLUMNS and LINES into what is inherited unnamed.
-    env = dict(os.environ)
+    # Without what says how large the terminal is that the tests run in; named, since readline, which pytest loads, puts the two
+    # into what is inherited unnamed.
+    env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
     subprocess.run([*tmux, "new-session", "-d", "-x", "100", "-y", "36", command], check=True, env=env)
 
     def screen():
