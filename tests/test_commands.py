@@ -134,7 +134,7 @@ def test_docs_of_a_setting_has_type_default_bounds_and_meaning(capsys):
     assert cli.main(["docs", "controller.mu_init"]) == 0
     said = capsys.readouterr().out
     assert "number, above 0 and below 1; default: 0.5" in said and "Where mu starts" in said
-    assert "grpo | dr_grpo | rloo | reinforce++ | gae" in docs.text("advantage.kind")
+    assert "grpo | dr_grpo | rloo | reinforce++ | opo" in docs.text("advantage.kind")
     assert "true or false or selective" in docs.text("model.gradient_checkpointing")
     assert "list of 2: whole number, whole number" in docs.text("task.virl.legs")
     assert "whole number, at least 1 and at most 1024; default: none" in docs.text("run.threads")

@@ -13,7 +13,7 @@ STEP = {
         "_statistics",
     ],
     "amft_fast/model/vision.py": ["Vision.arguments", "Vision.readable", "_to"],
-    "amft_fast/model/attention.py": ["attention", "_segments", "_padded", "_rows", "_windowed", "inputs"],
+    "amft_fast/model/attention.py": ["attention", "segments", "_padded", "_rows", "_windowed", "inputs"],
     "amft_fast/data/batch.py": ["Batch.to"],
     "amft_fast/engine/local.py": ["*"],
     "amft_fast/engine/flat.py": [

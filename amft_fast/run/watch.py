@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
 import termios
+import threading
 import time
 import tty
 from collections.abc import Callable, Iterator
@@ -37,10 +39,11 @@ def watch(folder: Path, every: float) -> int:
     """
     monitor, console = Monitor(folder), Console(highlight=False)
     try:
-        if console.is_terminal and not console.is_dumb_terminal:
-            _on_terminal(monitor, console, every)
-        else:
-            _in_lines(monitor, every)
+        with interrupts() as interrupted:
+            if console.is_terminal and not console.is_dumb_terminal:
+                _on_terminal(monitor, console, every, interrupted)
+            else:
+                _in_lines(monitor, every, interrupted)
     except KeyboardInterrupt:
         pass
     except BrokenPipeError:  # who read it has gone; nothing is left for Python to flush at its end
@@ -48,8 +51,28 @@ def watch(folder: Path, every: float) -> int:
     return 0
 
 
-def _in_lines(monitor: Monitor, every: float) -> None:
-    while True:
+@contextmanager
+def interrupts() -> Iterator[threading.Event]:
+    """Gives what Ctrl-C sets, beside raising KeyboardInterrupt: that is lost where it comes in a place that ignores exceptions,
+    as when an object is thrown away."""
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+
+    def interrupt(*_) -> None:
+        told.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _in_lines(monitor: Monitor, every: float, interrupted: threading.Event) -> None:
+    while not interrupted.is_set():
         for line in monitor.lines(monitor.read()):
             print(line, flush=True)
         if not monitor.running:
@@ -58,11 +81,11 @@ def _in_lines(monitor: Monitor, every: float) -> None:
         time.sleep(every)
 
 
-def _on_terminal(monitor: Monitor, console: Console, every: float) -> None:
+def _on_terminal(monitor: Monitor, console: Console, every: float, interrupted: threading.Event) -> None:
     monitor.read()
     if monitor.running:
         with keys() as wait, Live(console=console, screen=True, auto_refresh=False) as live:
-            while monitor.running:
+            while monitor.running and not interrupted.is_set():
                 live.update(screen(monitor), refresh=True)
                 if "q" in wait(every).lower():
                     return
