@@ -1,4 +1,5 @@
-"""The command line: amft-fast init | train | eval | compare | data | watch | export | report | doctor | docs | completion."""
+"""The command line: amft-fast init | train | eval | compare | data | watch | export | convert | report | doctor | docs |
+completion."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ NUMBERS = {
     "examples": (0, 1000),
     "every": (0.05, 3600),
 }
-PATHS = ("config", "file", "resume", "target", "model", "out", "benchmarks_file", "run", "plan")
+PATHS = ("config", "file", "resume", "target", "model", "out", "benchmarks_file", "run", "plan", "source")
 # What the disk or its owner refuses, wherever it comes up: the user's to mend, and no fault of the program's.
 DISK = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG,
@@ -137,6 +138,15 @@ def build_parser(add_settings: Callable[[argparse.ArgumentParser], None] | None 
     )
     export.add_argument("--adapter", action="store_true", help="the LoRA factors alone, as a peft folder")
     export.add_argument("--out", help="a new folder (default: export/step-N in the run's)")
+
+    convert = commands.add_parser(
+        "convert", help="a GGUF, or the one that a wheel or zip holds, as a transformers folder"
+    )
+    convert.add_argument(
+        "source", metavar="GGUF|WHEEL", help="a file that transformers reads, or an archive that holds one"
+    )
+    convert.add_argument("out", help="a new folder")
+    convert.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default %(default)s)")
 
     report = commands.add_parser("report", help="write report.html of a run anew")
     report.add_argument("run", help="folder of a run")
@@ -348,6 +358,13 @@ def _export(args: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
+def _convert(args: argparse.Namespace, flags: list[str]) -> int:
+    from amft_fast.model.convert import convert
+
+    convert(Path(args.source), Path(args.out), args.dtype)
+    return 0
+
+
 def _report(args: argparse.Namespace, flags: list[str]) -> int:
     from amft_fast.report.page import write_report
 
@@ -375,6 +392,7 @@ COMMANDS = {
     "data": _data,
     "watch": _watch,
     "export": _export,
+    "convert": _convert,
     "report": _report,
     "doctor": _doctor,
     "docs": docs.run,
