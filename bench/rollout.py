@@ -37,6 +37,7 @@ MODELS = {
     "1.5B": (1536, 28, 12, 2, 8960, 151_936),
 }
 # prompts, answers to each, mean tokens of a prompt, mean tokens of an answer. 1.5B: 512 rows that look at 1000 tokens.
+FOLDER_CASE = (4, 4, 64, 20)  # of a model of a folder: a step of configs/smollm2_words.toml, a third of it
 CASES = {"demo": (48, 8, 12, 24), "15M": (4, 8, 64, 32), "135M": (2, 8, 64, 32), "1.5B": (64, 8, 936, 128)}
 ON_CPU = ("demo", "15M", "135M")
 LOADS = ("even", "ragged", "long-tailed")
@@ -47,12 +48,12 @@ NARROW = 0.1  # by how much of the logits' spread a first choice may be off in b
 
 
 def make_model(name: str, device: str) -> torch.nn.Module:
-    """The demo's model, or a Llama with random weights of one of MODELS."""
+    """The demo's model, one of a folder, or a Llama with random weights of one of MODELS."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    if name == "demo":
-        model = AutoModelForCausalLM.from_pretrained("configs/demo_base", dtype=dtype)
+    if name not in MODELS:
+        model = AutoModelForCausalLM.from_pretrained("configs/demo_base" if name == "demo" else name, dtype=dtype)
         model.generation_config.eos_token_id = None
         return model.to(device).eval()
     hidden, layers, heads, key_heads, intermediate, vocabulary = MODELS[name]
@@ -204,7 +205,7 @@ def clock(device: str) -> float:
 def measure(name: str, load: str, device: str, rounds: int, peers: Sequence[str] = ()) -> dict[str, object]:
     """One model and load. Raises SystemExit when greedy tokens differ."""
     model = make_model(name, device)
-    asked = requests(load, CASES[name], model.config.vocab_size)
+    asked = requests(load, CASES.get(name, FOLDER_CASE), model.config.vocab_size)
     if not greedy_agrees(model, asked):
         raise SystemExit("red: the engine's greedy tokens are not generate's; no figures")
     seconds: dict[str, list[float]] = {}
@@ -239,7 +240,14 @@ def measure(name: str, load: str, device: str, rounds: int, peers: Sequence[str]
         for way, taken in seconds.items()
         if GENERATE in seconds
     }
-    return {"model": name, "load": load, "requests": len(asked), "tokens": tokens, "ways": rows, "failed": failed}
+    return {
+        "model": Path(name).name,
+        "load": load,
+        "requests": len(asked),
+        "tokens": tokens,
+        "ways": rows,
+        "failed": failed,
+    }
 
 
 def overhead(device: str, tokens: int = 64) -> dict[str, float]:
@@ -306,6 +314,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--models", default=",".join(ON_CPU), help=f"of {', '.join(CASES)} (default %(default)s)")
+    parser.add_argument("--model", type=Path, help="a transformers folder, instead of --models")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU (default 1)")
     parser.add_argument("--loads", default=",".join(LOADS), help=f"of {', '.join(LOADS)}")
     parser.add_argument("--ways", default="", help="these alone, with commas between; all by default")
     parser.add_argument("--no-overhead", action="store_true", help="without the model of next to no width")
@@ -316,13 +326,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    if args.model and not (args.model / "config.json").is_file():
+        parser.error(f"--model takes a transformers folder, got {str(args.model)!r}")
     prepare_vllm(args.device)
-    out = args.out or RESULTS / f"rollout_{args.device}.json"
-    result = {"benchmark": "rollout", **environment(args.device, MEASURED), "rounds": args.rounds}
+    torch.set_num_threads(args.threads)
+    suffix = f"_{args.model.resolve().name}" if args.model else ""
+    out = args.out or RESULTS / f"rollout_{args.device}{suffix}.json"
+    result = {
+        "benchmark": "rollout",
+        **environment(args.device, MEASURED),
+        "rounds": args.rounds,
+        "threads": args.threads,
+    }
     result |= {"clock": "processor time" if args.device == "cpu" else "wall time", "results": []}
     result["overhead_ms_per_token"] = {} if args.no_overhead else overhead(args.device)
     peers = [way for way in args.ways.split(",") if way]
-    for name in args.models.split(","):
+    for name in [str(args.model)] if args.model else args.models.split(","):
         for load in args.loads.split(","):
             result["results"].append(measure(name, load, args.device, args.rounds, peers))
             print(table(result["results"][-1:]), flush=True)

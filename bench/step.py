@@ -1,9 +1,10 @@
 """One training step against others: the same weights, the same recorded rollouts, the same loss.
 
-`python -m bench step --device cpu`: the demo's model and rollouts drawn from it. `--device cuda --shape 1.5b`: random weights
-of Qwen2.5's shapes and rollouts of log-normal length. First every candidate's gradient is compared with that of an eager loop
-in fp32; one that is further off than an eager loop in its own type is not timed. Then all take turns, and the best of the
-rounds counts, since other work on a machine only ever adds.
+`python -m bench step --device cpu`: the demo's model and rollouts drawn from it; `--model DIR` another model (of a transformers
+folder) and its answers to word problems. `--device cuda --shape 1.5b`: random weights of Qwen2.5's shapes and rollouts of
+log-normal length. First every candidate's gradient is compared with that of an eager loop in fp32; one that is further off than
+an eager loop in its own type is not timed. Then all take turns, and the best of the rounds counts, since other work on a
+machine only ever adds.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from bench.step_peers import Eager, Ours, Trl, Work, verl
 MEASURED = ("amft_fast", "kernels", "bench/*.py")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 EVERY = "amft-fast, every rollout read"
+MAIN = (EVERY, "TRL", "transformers")  # what is timed on a model of a folder, beside "amft-fast" itself
 FLAT_SHARES = (0.0, 0.25, 0.5, 0.75)
 CHECKED = 8  # rollouts whose gradient is compared in a narrow type
 # Hidden, MLP, layers, heads, key heads, tied; vocabulary 151 936: the shapes of Qwen2.5.
@@ -70,15 +72,20 @@ def fitting(shape: str, memory: float, longest: int) -> tuple[int, tuple[int, ..
     return max(tokens, 1024), tuple(r for r in (most // 2, most) if r)
 
 
-def recorded(rollouts: int) -> tuple[Work, object]:
-    """The demo's model and its own answers to the demo's prompts, at temperature 1."""
+def recorded(rollouts: int, model: Path | None = None) -> tuple[Work, object]:
+    """The demo's model and its own answers to the demo's prompts, at temperature 1; with `model` that of a folder, and its
+    answers to the word problems of configs/smollm2_words.toml.
+
+    Advantages are those of the rewards; where every group is flat, as with a model that knows no answer, normal draws."""
     from amft_fast import config_file
     from amft_fast.advantages import group_advantages
     from amft_fast.interfaces import Sampling
     from amft_fast.rollout import episodes
     from amft_fast.run.build import build
 
-    cfg = config_file.load("configs/demo.toml", ["--run.device", "cpu"])
+    flags = ["--run.device", "cpu", "--run.threads", str(torch.get_num_threads())]
+    flags += ["--model.path", str(model)] if model else []
+    cfg = config_file.load(str(ROOT / "configs" / ("smollm2_words.toml" if model else "demo.toml")), flags)
     parts = build(cfg, lambda: False)
     g = cfg.rollout.num_generations
     items = [parts.task.prompts("train")[i] for i in range(rollouts // g)]
@@ -95,6 +102,8 @@ def recorded(rollouts: int) -> tuple[Work, object]:
     advantages = group_advantages(
         np.array([s.reward for s in samples]), np.array([s.group_id for s in samples]), "grpo"
     )
+    if not advantages.any():
+        advantages = np.random.default_rng(0).normal(size=len(samples))
     model = parts.policy.model.requires_grad_(True)
     model.set_attn_implementation("sdpa")
     for p in model.parameters():  # the engine's views are of one flat tensor, of which copies would share the whole
@@ -313,7 +322,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench step", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="1.5b", help="on a GPU")
-    parser.add_argument("--rollouts", type=int, help="default 384 on a CPU, 64 on a GPU")
+    parser.add_argument("--model", type=Path, help="on a CPU: a transformers folder, instead of the demo's model")
+    parser.add_argument("--rollouts", type=int, help="default 384 on a CPU, 16 with --model, 64 on a GPU")
     parser.add_argument("--longest", type=int, default=4096, help="tokens of a sequence on a GPU")
     parser.add_argument(
         "--micro-batch-tokens", type=int, help="on a GPU (default: what its memory holds); the demo's own on a CPU"
@@ -324,11 +334,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
+    if args.model and (args.device == "cuda" or not (args.model / "config.json").is_file()):
+        parser.error(f"--model takes a transformers folder, and a CPU; got {str(args.model)!r} on {args.device}")
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     if args.device == "cpu":
-        work, tokenizer = recorded(args.rollouts or 384)
-        rows, name = (96, 384), "step_cpu"
+        work, tokenizer = recorded(args.rollouts or (16 if args.model else 384), args.model)
+        rows, name = (
+            ((len(work.samples),), f"step_cpu_{args.model.resolve().name}") if args.model else ((96, 384), "step_cpu")
+        )
     else:
         memory = torch.cuda.get_device_properties(0).total_memory
         tokens, rows = fitting(args.shape, memory, args.longest)
@@ -336,11 +350,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         work, tokenizer = random_work(args.shape, args.rollouts or 64, args.longest, tokens)
         name = f"step_cuda_{args.shape}"
     everyone = candidates(work, tokenizer, rows)
+    if args.model:  # each keeps weights, gradients and moments: 16 bytes a parameter
+        everyone = [c for c in everyone if c.name == "amft-fast" or c.name.startswith(MAIN)]
     peak = peak_flops(torch.device(args.device))
     facts = {
         "benchmark": "step",
         "environment": environment(args.device, MEASURED) | {"load_average": os.getloadavg()[0]},
-        "shape": "demo" if args.device == "cpu" else args.shape,
+        "shape": args.model.resolve().name if args.model else "demo" if args.device == "cpu" else args.shape,
         "rollouts": len(work.samples),
         "flat": work.flat,
         "tokens": work.tokens,
@@ -361,7 +377,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     check(everyone, work, log)
     measure(everyone, work, args.rounds, log)
-    facts["by_flat_share"] = by_flat_share(work, args.rounds)
+    if not args.model:
+        facts["by_flat_share"] = by_flat_share(work, args.rounds)
     result = written()
     load, result_rows = facts["environment"]["load_average"], result["rows"]
     if any("ms" in r for r in result_rows):
@@ -370,7 +387,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = f"{len(work.samples)} rollouts, {work.flat:.0%} of them in groups that teach nothing, "
     words += f"{work.tokens:,} tokens of which {work.trained:,} trained, load {load:.1f}"
     print(f"{result['environment']['device']}, {words}\n\n{table(result_rows)}\n")
-    print(flat_table(facts["by_flat_share"]) + "\n")
+    if "by_flat_share" in facts:
+        print(flat_table(facts["by_flat_share"]) + "\n")
     for rival, ratio in result["times_faster"].items():
         print(f"{rival}: " + ("not measured" if ratio is None else f"ours is {ratio:.2f} times as fast as its best"))
     return 1 if any("ms" not in r for r in result_rows if r["name"].startswith("amft")) else 0
