@@ -39,23 +39,22 @@ from amft_fast.multi_tensor import mixing_slope, named_sums
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
-class Schedule:
-    """μ as a fixed function of the progress 0..1 through the run: nothing is measured for it."""
+class Controller:
+    """What says μ, and what it wants to be told. This one wants nothing and remembers nothing."""
 
     learned = False
     needs_entropy_target = False
 
-    def __init__(self, shape: Callable[[float], float], steps: int) -> None:
-        self.shape, self.steps = shape, steps
-
     def mu(self, clock: float) -> float:
         """μ at `clock`, a position between 0 and the number of steps (see Trainer.clock)."""
-        return self.shape(min(clock / max(self.steps - 1, 1), 1.0))
+        raise NotImplementedError
 
     def starts_window(self, step: int) -> bool:
+        """Whether a fresh utility gradient is due before this step."""
         return False
 
     def probes(self, step: int) -> bool:
+        """Whether `observe` is to be told of this step's dot-products with the utility gradient."""
         return False
 
     def wants_validation(self, step: int) -> bool:
@@ -73,7 +72,17 @@ class Schedule:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """A schedule depends on the step alone."""
+        """Takes up what `state_dict` gave."""
+
+
+class Schedule(Controller):
+    """μ as a fixed function of the progress 0..1 through the run: it depends on the step alone."""
+
+    def __init__(self, shape: Callable[[float], float], steps: int) -> None:
+        self.shape, self.steps = shape, steps
+
+    def mu(self, clock: float) -> float:
+        return self.shape(min(clock / max(self.steps - 1, 1), 1.0))
 
 
 class Switch(Schedule):
@@ -109,7 +118,7 @@ class Switch(Schedule):
         self.best, self.looks, self.switched = state["best"], state["looks"], state["switched"]
 
 
-class NoiseOptimal(Schedule):
+class NoiseOptimal(Controller):
     """GAC: the μ whose mixed gradient lies nearest to the RL gradient's expectation.
 
     With g_S and g_R the gradients of one step, of variances σ_S² and σ_R², and Δ = E g_S − E g_R how far they are apart,
@@ -152,7 +161,7 @@ class NoiseOptimal(Schedule):
         self.value, self.means, self.weight = state["value"], state["means"], state["weight"]
 
 
-class MetaController:
+class MetaController(Controller):
     """Learns μ from the probe and the policy's entropy; `meta` and `entropy` switch its two parts."""
 
     learned = True
@@ -175,14 +184,7 @@ class MetaController:
     def mu(self, clock: float) -> float:
         return self.value
 
-    def wants_validation(self, step: int) -> bool:
-        return False
-
-    def wants_noise(self, step: int) -> bool:
-        return False
-
     def starts_window(self, step: int) -> bool:
-        """Whether a fresh utility gradient is due before this step."""
         t = step - self.c.start_step
         return self.has_meta and t >= 0 and t % self.c.window == 0
 
@@ -320,7 +322,7 @@ def inert(cfg: Config) -> str | None:
     )
 
 
-def make(cfg: Config) -> Schedule | MetaController:
+def make(cfg: Config) -> Controller:
     """The controller that `train.method` names."""
     c, t = cfg.controller, cfg.train
     method = METHODS[t.method]

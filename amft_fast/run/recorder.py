@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from amft_fast.config import Config
-from amft_fast.controller import MetaController, Schedule
+from amft_fast.controller import Controller, MetaController
 from amft_fast.engine.phases import PHASES
 from amft_fast.run import answers
 from amft_fast.run.alarms import Alarms
@@ -77,7 +77,7 @@ class Recorder:
                 )
             self.mismatch_warnings += 1
 
-    def _warn_at_bound(self, step: Step, controller: MetaController | Schedule) -> None:
+    def _warn_at_bound(self, step: Step, controller: Controller) -> None:
         moved = "controller/mu_next" in step.figures
         if moved and isinstance(controller, MetaController) and controller.at_bound == 3:
             self.files.say(
