@@ -20,6 +20,7 @@ from amft_fast.errors import UserError
 from amft_fast.interfaces import Demo, Hub, Item, Message, StepResult
 from amft_fast.tasks.data.rewards import Batch, Reward, resolve, threshold
 from amft_fast.tasks.data.shipped import NEEDS, shipped
+from amft_fast.tasks.items import OfItems
 from amft_fast.tasks.math.sameness import problem_key
 from amft_fast.tasks.math.sources import BadRow, Source
 
@@ -41,7 +42,7 @@ class Problem(NamedTuple):
         return problem_key("\n".join(m.content for m in self.messages))
 
 
-class DataTask:
+class DataTask(OfItems):
     """The task `data`. One turn.
 
     Its settings are those of the section `task.data`. `rows` are given beside the files of `train` (as (place, row) pairs), and
@@ -129,13 +130,6 @@ class DataTask:
     def prepare(self, *_: Any) -> list[str]:
         """What became of the rows, as lines of text."""
         return [f"task data: {'; '.join(self.said)}"]
-
-    def prompts(self, split: str) -> Sequence[Item]:
-        return self._items[split]
-
-    def demos(self, split: str) -> Sequence[Demo]:
-        """The rows of a split that have a response."""
-        return [demo for item in self._items[split] if (demo := self.demo(item)) is not None]
 
     def demo(self, item: Item) -> Demo | None:
         """The response of a row, where it has one."""

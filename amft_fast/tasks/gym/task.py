@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from amft_fast.config import GymConfig
 from amft_fast.errors import UserError
 from amft_fast.interfaces import Demo, Item, Message, StepResult
+from amft_fast.tasks.items import OfItems
 from amft_fast.tasks.math.pool import Pool
 
 SYSTEM_PROMPT = (
@@ -43,7 +44,7 @@ class Problem(NamedTuple):
     answer: str | None
 
 
-class GymTask:
+class GymTask(OfItems):
     """The task `reasoning_gym:NAME`. One turn.
 
     `made` and `compare` take the place of the two kinds of processes: problems by split as generate.py gives them, and what
@@ -92,13 +93,6 @@ class GymTask:
         """How many problems there are, and how many with a demonstration."""
         counts = (f"{len(items)} {split}" for split, items in self._items.items())
         return [f"problems: {', '.join(counts)}; {len(self.demos('train'))} training ones with a demonstration"]
-
-    def prompts(self, split: str) -> Sequence[Item]:
-        return self._items[split]
-
-    def demos(self, split: str) -> Sequence[Demo]:
-        """The problems whose answer is known."""
-        return [demo for item in self._items[split] if (demo := self.demo(item)) is not None]
 
     def demo(self, item: Item) -> Demo | None:
         """The answer to a problem, where it is known."""

@@ -18,11 +18,12 @@ from pydantic import BaseModel, ValidationError
 
 from amft_fast.config import VerifiersConfig
 from amft_fast.errors import RewardFailure, UserError, shown
-from amft_fast.interfaces import Demo, Item, Message, StepResult
+from amft_fast.interfaces import Item, Message, StepResult
 from amft_fast.tasks import own
+from amft_fast.tasks.items import OfItems
 
 
-class VerifiersTask:
+class VerifiersTask(OfItems):
     """The task `verifiers:NAME`. It has no demonstrations.
 
     Raises UserError when the package or the environment is not there, and for settings that it does not take.
@@ -43,13 +44,6 @@ class VerifiersTask:
         """How many tasks there are."""
         counts = ", ".join(f"{len(items)} {split}" for split, items in self._items.items())
         return [f"verifiers:{self.name}: {counts}; no demonstrations"]
-
-    def prompts(self, split: str) -> Sequence[Item]:
-        return self._items[split]
-
-    def demos(self, split: str) -> Sequence[Demo]:
-        """None: verifiers has no place for them."""
-        return []
 
     def start(self, item: Item) -> VerifiersEpisode:
         return VerifiersEpisode(item, self)
