@@ -243,13 +243,15 @@ class Trainer:
     def look_at_noise(self, sft: list[TokenSequence], groups: list[Group]) -> Looked:
         """The controller is told how noisy the two gradients of this step are, from halves of its demonstrations and
         prompts."""
-        halves = []
+        halves, tokens = [], 0
         with self.phases("utility"):
             for half in (0, 1):
                 rl = [s for group in groups[half::2] for s in group.rollouts]
-                halves.append(self.weigh(Mix(sft[half::2], rl, 0.5, 1.0, 1.0), 0))
+                weighed_sft, weighed_rl = self.weigh(Mix(sft[half::2], rl, 0.5, 1.0, 1.0), 0)
+                tokens += sum(len(s.ids) for s in weighed_sft + weighed_rl)
+                halves.append((weighed_sft, self.without_flat(weighed_rl)[0]))
             noise = gradient_noise.measure(halves, self.sweep, self.engine)
-        return Looked(self.controller.noise(*noise), sum(len(s.ids) for half in halves for part in half for s in part))
+        return Looked(self.controller.noise(*noise), tokens)
 
     @property
     def utility(self) -> Utility | None:
@@ -263,9 +265,7 @@ class Trainer:
         dot-products of both with u.
         """
         sft, rl = self.weigh(mix, k)
-        left_out = LeftOut()
-        if self.cfg.train.skip_flat:
-            rl, left_out = objective.leave_out_flat(rl, self.cfg.objective)
+        rl, left_out = self.without_flat(rl)
         if u is None:
             return Update(*self.sweep(sft + rl), self.engine.step(), None, left_out)
         sft_sums, sft_maxes = self.sweep(sft)
@@ -285,6 +285,10 @@ class Trainer:
         longest, bonus = cfg.rollout.max_new_tokens, self.entropy_bonus.coef
         rl = objective.weigh_rl(rl, mix.rl_weight, counts, cfg.objective, value_coef, longest, bonus)
         return sft, rl
+
+    def without_flat(self, rl: list[TokenSequence]) -> tuple[list[TokenSequence], LeftOut]:
+        """Weighed RL sequences without those that reach no gradient, unless the config says else."""
+        return objective.leave_out_flat(rl, self.cfg.objective) if self.cfg.train.skip_flat else (rl, LeftOut())
 
     def sweep(self, sequences: list[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:
         """Backward over all micro-batches of these sequences; statistics as device sums and maxima."""
