@@ -207,13 +207,13 @@ def check(all_candidates: list[Candidate], work: Work, log: Callable[[str], None
     few of the rollouts. A candidate may be as far off as the first eager loop in its own type, and a little more."""
     few = work.few(CHECKED)
     truth, device = few.true_gradients(), work.device.type
-    limit = TOLERANCE[work.dtype]
+    limit, norm = TOLERANCE[work.dtype], float(sum(t.square().sum() for t in truth) ** 0.5)
     for c in sorted(all_candidates, key=lambda c: "eager loss" not in c.name):
         with _noting_failures(c, device):
             c.made = c.make(few)
             c.made.backward()
             pairs = zip(c.made.gradients(), truth, strict=True)
-            c.distance = float(sum((a.float() - b).square().sum() for a, b in pairs) ** 0.5 / length(truth))
+            c.distance = float(sum((a.float() - b).square().sum() for a, b in pairs) ** 0.5 / norm)
             if "eager loss" in c.name and limit == TOLERANCE[work.dtype]:
                 limit += c.distance
             if not c.distance < limit:
@@ -222,10 +222,6 @@ def check(all_candidates: list[Candidate], work: Work, log: Callable[[str], None
         if few is not work:
             c.made = None
         release(device)
-
-
-def length(tensors: Sequence[torch.Tensor]) -> float:
-    return float(sum(t.square().sum() for t in tensors) ** 0.5)
 
 
 def measure(all_candidates: list[Candidate], work: Work, rounds: int, log: Callable[[str], None]) -> None:
