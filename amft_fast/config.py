@@ -774,12 +774,13 @@ class ControllerConfig(Section):
     """How mu is learned. trial: 1 or 0, by what trials of both parts bring for the same compute (controller/trials.py); lot: a
     control that decides by lot at the same moments. The others move mu by the probe's dot-products over windows
     (controller/windows.py); random is a control with the sign of balanced drawn by lot."""
-    look_prompts: int = Field(64, ge=2, le=2**20)
-    """Held-out prompts of a look, with `meta.num_generations` answers each (trial)."""
+    look_prompts: int | None = Field(None, ge=2, le=2**20)
+    """Held-out prompts of a look, with `meta.num_generations` answers each (trial); default: twice `train.prompts_per_step`, at
+    most 64."""
     look_share: float = Field(0.06, gt=0, le=1)
-    """Tokens of a look over those since the last one, while exploring (trial)."""
+    """Tokens of a look over those until the next one; then twice as many until the one after (trial)."""
     first_look: int = Field(8, ge=1)
-    """Updates that imitate before the first look at what they brought; the next come at twice as many each (trial)."""
+    """Updates on a dead policy before the first look at what they brought (trial)."""
     min_alive: float = Field(0.05, ge=0, le=1)
     """Share of the held-out prompts with answers of different reward under which nothing is explored (trial)."""
     keep: float = Field(1.0)
@@ -1072,7 +1073,7 @@ class Config(Section):
     def _check(self) -> Config:
         c = self.controller
         learned = METHODS[self.train.method].learned
-        if learned and not c.mu_min <= c.mu_init <= c.mu_max:
+        if learned and not self.tries and not c.mu_min <= c.mu_init <= c.mu_max:
             raise ValueError(
                 f"controller.mu_init must lie in [mu_min, mu_max] = [{c.mu_min}, {c.mu_max}], got {c.mu_init}"
             )
@@ -1094,6 +1095,16 @@ class Config(Section):
                 f"got {self.checkpoint.metric!r}"
             )
         return self
+
+    @property
+    def tries(self) -> bool:
+        """Whether mu is settled by trials (controller/trials.py)."""
+        return METHODS[self.train.method].learns_from_utility and self.controller.signal in ("trial", "lot")
+
+    @property
+    def takes_utility(self) -> bool:
+        """Whether mu is learned from dot-products with the utility gradient (controller/windows.py)."""
+        return METHODS[self.train.method].learns_from_utility and not self.tries
 
     @property
     def off_policy(self) -> bool:

@@ -38,8 +38,15 @@ class HeldOut:
         """[prompts, answers]"""
         return np.array([[s.reward for s in g.samples] for g in self.cache.groups])
 
+    @property
+    def alive(self) -> np.ndarray:
+        """[prompts]: whether answers earned differently, or all were right."""
+        solved = [all(s.success for s in g.samples) for g in self.cache.groups]
+        return (np.ptp(self.rewards, axis=1) > 0) | np.array(solved)
+
     def gains(self) -> tuple[np.ndarray, int]:
-        """U(present weights) − U(weights drawn with), estimated for each prompt [prompts]; and the tokens scored."""
+        """U(present weights) − U(weights drawn with), estimated for each prompt [prompts]; and what that cost in trained
+        tokens, of which a forward pass is a third."""
         rewards = self.rewards
         n = rewards.shape[1]
         useful = np.flatnonzero(np.ptp(rewards, axis=1) > 0)
@@ -56,7 +63,7 @@ class HeldOut:
             r = rewards[useful]
             others = (r.sum(axis=1, keepdims=True) - r) / (n - 1)
             gains[useful] = ((r - others) * (ratios - 1)).mean(axis=1)
-        return gains, sum(len(s.ids) for s in sequences)
+        return gains, sum(len(s.ids) for s in sequences) // 3
 
     def state_dict(self) -> list[dict[str, Any]]:
         return self.cache.state_dict()

@@ -146,7 +146,7 @@ class Trainer:
 
     def _held_out(self, task: Task) -> HeldOut:
         cfg = self.cfg
-        items = self._validation_prompts(task, cfg.controller.look_prompts)
+        items = self._validation_prompts(task, cfg.controller.look_prompts or min(64, 2 * cfg.train.prompts_per_step))
         return HeldOut(items, self.scorer, cfg.rollout.temperature, cfg.controller.ratio_cap)
 
     def _make_utility(self, task: Task) -> UtilityGradient:
@@ -267,7 +267,7 @@ class Trainer:
                 self.looked += Looked(c.explored(gains, spent), scored)
             if c.wants_look(t, spent):
                 cost = held_out.draw(self.step, self._draw_held_out)
-                try_it, figures = c.drawn(held_out.rewards)
+                try_it, figures = c.drawn(held_out.rewards, held_out.alive)
                 if try_it:
                     trial = self.try_imitation()
                     figures, cost = figures | trial.figures, cost + trial.tokens

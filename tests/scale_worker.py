@@ -241,6 +241,7 @@ def exported(engine, folder):
 
 RUN = [
     *("--train.steps", "4", "--train.warmup_steps", "1", "--train.lr", "0.01", "--train.method", "amft"),
+    *("--controller.signal", "balanced"),
     *("--train.prompts_per_step", "3", "--train.demos_per_step", "3", "--rollout.num_generations", "3"),
     *("--rollout.max_new_tokens", "4", "--log.to", "[]", "--eval.every", "2", "--eval.num_samples", "2"),
     *("--checkpoint.every", "1", "--checkpoint.keep_last", "9", "--log.samples_every", "1", "--run.threads", "1"),

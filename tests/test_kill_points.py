@@ -15,7 +15,31 @@ from amft_fast.run import checkpoint, launch
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
-LEARNED = ("--train.method", "amft", "--controller.window", "2", "--meta.prompts", "2", "--meta.num_generations", "4")
+LEARNED = (
+    "--train.method",
+    "amft",
+    "--controller.signal",
+    "balanced",
+    "--controller.window",
+    "2",
+    "--meta.prompts",
+    "2",
+    "--meta.num_generations",
+    "4",
+)
+TRIED = (
+    *(
+        "--train.method",
+        "amft",
+        "--controller.look_prompts",
+        "2",
+        "--meta.num_generations",
+        "4",
+        "--controller.first_look",
+        "1",
+    ),
+    *("--controller.look_share", "1", "--controller.confidence", "0", "--controller.window", "1"),
+)
 SHORT = (
     *("--train.steps", "4", "--train.warmup_steps", "1", "--eval.every", "2", "--eval.schedule_max_prompts", "1"),
     *("--eval.max_prompts", "1", "--log.samples_every", "1"),
@@ -27,6 +51,7 @@ MORE = (
 )
 RUNS = {
     "saved at each step": (*LEARNED, *SHORT, *ALWAYS),
+    "saved at each step, trials": (*TRIED, *SHORT, *ALWAYS, "--train.steps", "6"),
     "saved seldom": (*LEARNED, *SHORT, *MORE, "--checkpoint.every", "3"),
 }
 

@@ -132,7 +132,16 @@ def test_a_run_with_adapters_and_a_reference_resumes_where_it_stopped(tmp_path, 
     """Three steps at once, and two and a third after a resume: the same factors; the export is plain and loads."""
     from transformers import AutoModelForCausalLM as Auto
 
-    flags = ["--model.lora.rank", "2", "--objective.kl_coef", "0.1", "--train.method", "amft", "--meta.prompts", "2"]
+    flags = [
+        "--model.lora.rank",
+        "2",
+        "--objective.kl_coef",
+        "0.1",
+        "--train.method",
+        "amft",
+        "--controller.look_prompts",
+        "2",
+    ]
     flags += [
         "--eval.every",
         "0",

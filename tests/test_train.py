@@ -25,7 +25,7 @@ from amft_fast.run import checkpoint
 def test_each_method_runs_and_leaves_what_it_should(tmp_path, checkpoint_folder, method):
     cfg = cfg_for(
         tmp_path, checkpoint_folder, "--train.method", method, "--checkpoint.export", "true", "--train.sft_share", "0.5",
-        "--controller.window", "2", "--meta.prompts", "2",
+        "--controller.signal", "balanced", "--controller.window", "2", "--meta.prompts", "2",
         "--mixture.chord_steps", "3", "--mixture.gac_every", "2",
     )  # fmt: skip
     assert train(cfg) == 0
@@ -103,7 +103,18 @@ def test_each_advantage_runs_with_two_minibatches(tmp_path, checkpoint_folder, k
 def test_published_hyper_parameters_leave_mu_where_it_is_and_say_so(tmp_path, checkpoint_folder, capsys):
     """The controller of configs/published.toml on a task where demonstrations are all that helps."""
     published = config_file.load(Path(__file__).parent.parent / "configs" / "published.toml")
-    cfg = cfg_for(tmp_path, checkpoint_folder, "--train.method", "amft", "--train.steps", "50", "--eval.every", "0")
+    cfg = cfg_for(
+        tmp_path,
+        checkpoint_folder,
+        "--train.method",
+        "amft",
+        "--controller.signal",
+        "raw",
+        "--train.steps",
+        "50",
+        "--eval.every",
+        "0",
+    )
     cfg = cfg.model_copy(update={"controller": published.controller, "meta": published.meta})
     cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"lr": published.train.lr})})
     assert train(cfg) == 0
@@ -209,7 +220,17 @@ def test_sft_learns_the_demonstrations(tmp_path, checkpoint_folder):
     "flags",
     [
         (),
-        ("--train.method", "amft", "--controller.window", "3", "--meta.prompts", "2"),
+        (
+            "--train.method",
+            "amft",
+            "--controller.signal",
+            "balanced",
+            "--controller.window",
+            "3",
+            "--meta.prompts",
+            "2",
+        ),
+        ("--train.method", "amft", "--controller.look_prompts", "2", "--controller.first_look", "2"),
         ("--advantage.kind", "gae", "--train.minibatches_per_rollout", "2"),
         ("--objective.kl_coef", "0.1"),
     ],

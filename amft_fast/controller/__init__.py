@@ -32,7 +32,7 @@ def make(cfg: Config) -> Controller:
     method = METHODS[t.method]
     if method.learns_from_noise:
         return NoiseOptimal(cfg)
-    if method.learns_from_utility and c.signal in ("trial", "lot"):
+    if cfg.tries:
         return TrialController(cfg)
     if method.shape is None:
         return MetaController(cfg, meta=method.learns_from_utility, entropy=method.learns_from_entropy)

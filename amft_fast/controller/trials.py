@@ -3,13 +3,17 @@
 An update that imitates costs a tenth of one that explores or less, so that at a given μ the two are not the same purchase.
 Here a step does one of them alone, and pays for that alone. Which, is settled by looks at answers to held-out prompts:
 
-    dead       under `min_alive` of the prompts have answers that earned differently: there is nothing to explore from, imitate
-    imitating  looks after 8, 16, 32, ... updates: imitate on while the mean reward has risen since the look before
-               (paired by prompt, Student's t over `keep`), else explore
-    exploring  looks when `look_share` of the tokens since the last pays for one, at least twice as far apart each time.
-               `trial_updates` updates imitate, and are taken back: their gain g_S (held_out.py) per token. Where it is over 0,
+    dead       the answers to all but `min_alive` of the prompts earned the same and are not right: there is nothing to explore
+               from, imitate
+    imitating  on while the mean reward has risen since the last look (paired by prompt, Student's t over `keep`), else
+               explore
+    exploring  `trial_updates` updates imitate, and are taken back: their gain g_S (held_out.py) per token. Where it is over 0,
                the gain g_R per token of the next `window` steps is taken on the same answers; imitate if g_S > g_R. Both by
                Student's t over `confidence`, one number a prompt: without evidence for imitation, explore.
+
+Looks are as far apart as it takes for one to be `look_share` of the tokens, then twice as far each time, anew when the other of
+the two is done. Where imitation began on the dead, which a few updates may change, they come after `first_look` updates, then
+after twice as many each time.
 
 Exploring is what is done in doubt: a little too much imitation has cost more than it brings (docs/study.md).
 """
@@ -37,14 +41,14 @@ class TrialController(Controller):
         self.cfg, self.c = cfg, cfg.controller
         self.value = self.c.mu_init  # until the first look
         self.steps = 0  # of the present kind
-        self.next_steps = 0  # of imitation, at which the next look is due
-        self.next_tokens = 0  # at which it is due, where exploring
+        self.by_updates = False  # whether looks come by the updates of an imitation that began on the dead
+        self.next_steps = 0  # of it, at which the next look is due
+        self.next_tokens = 0  # of the run, at which it is due else
         self.apart = 0.0  # tokens between the last two looks
         self.before: list[float] = []  # mean reward of each prompt, at the last look
-        self.trial: list[
-            float
-        ] = []  # gain of imitation for each prompt, per token, while exploration is yet to be told
-        self.since = 0  # tokens at which the trial's answers were drawn and paid for
+        self.trial: list[float] = []  # gain of imitation per token, for each prompt, until that of exploring is told
+        self.since = 0  # tokens of the run at the last look's end
+        self.cost = 0  # of the last look
 
     def mu(self, clock: float) -> float:
         return self.value
@@ -53,15 +57,18 @@ class TrialController(Controller):
         """Whether answers to the held-out prompts are to be drawn before this step."""
         if step < self.c.start_step or self.trial:
             return False
-        return self.steps >= self.next_steps if self.value == IMITATE else tokens >= self.next_tokens
+        return self.steps >= self.next_steps if self.by_updates else tokens >= self.next_tokens
 
     def wants_rate(self, step: int) -> bool:
         """Whether the gain of exploring since the last look is to be told before this step."""
         return bool(self.trial) and self.steps >= self.c.window
 
-    def drawn(self, rewards: np.ndarray) -> tuple[bool, dict[str, float]]:
-        """What the answers earned, [prompts, answers]. Returns whether imitation is to be tried, and figures."""
-        alive, mean = float((np.ptp(rewards, axis=1) > 0).mean()), rewards.mean(axis=1)
+    def drawn(self, rewards: np.ndarray, lively: np.ndarray) -> tuple[bool, dict[str, float]]:
+        """What the answers earned, [prompts, answers], and which prompts are not dead, [prompts].
+
+        Returns whether imitation is to be tried, and figures.
+        """
+        alive, mean = float(lively.mean()), rewards.mean(axis=1)
         figures = {"alive": alive, "reward": float(mean.mean())}
         imitating = self.value == IMITATE
         rise = student(mean - np.array(self.before)) if imitating and self.before else 0.0
@@ -90,22 +97,22 @@ class TrialController(Controller):
         self.trial = []
         if t > self.c.confidence:
             self._turn(IMITATE, "trial")
+            self.next_tokens = tokens + int(self.cost / self.c.look_share)
         return named({"gain_rl": 1e6 * float(rates.mean()), "gain_apart_t": t, "mu_next": self.value})
 
     def looked(self, tokens: int, cost: int) -> None:
         """A look is over: the tokens of the run so far, the look's own included."""
-        self.since = tokens
-        if self.value == IMITATE:
-            self.next_steps = max(self.c.first_look, 2 * self.steps)
-        else:
-            self.apart = max(2 * self.apart, cost / self.c.look_share)
-            self.next_tokens = tokens + int(self.apart)
+        self.since, self.cost = tokens, cost
+        self.apart = max(2 * self.apart, cost / self.c.look_share)
+        self.next_tokens = tokens + int(self.apart)
+        self.next_steps = max(self.c.first_look, 2 * self.steps)
 
     def _turn(self, value: float, reason: str) -> None:
         if self.c.signal == "lot" and reason != "dead":
             value = float(sample_seed(self.cfg.run.seed, "lot", *self.before) % 2)
         if value != self.value:
-            self.steps, self.next_steps, self.apart = 0, self.c.first_look, 0.0
+            self.steps, self.apart = 0, 0.0
+            self.by_updates = value == IMITATE and reason == "dead"
         self.value = value
 
     def observe(self, *measured: Any) -> dict[str, float]:
@@ -113,7 +120,18 @@ class TrialController(Controller):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        keys = ("value", "steps", "next_steps", "next_tokens", "apart", "before", "trial", "since")
+        keys = (
+            "value",
+            "steps",
+            "by_updates",
+            "next_steps",
+            "next_tokens",
+            "apart",
+            "before",
+            "trial",
+            "since",
+            "cost",
+        )
         return {k: getattr(self, k) for k in keys}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
