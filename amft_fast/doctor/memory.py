@@ -216,9 +216,6 @@ def memory(cfg: Config, shape: Shape, machine: Machine) -> Memory:
         static += [engine] if stays else []
     else:
         phases["rollouts"] = _rollouts(cfg, shape, at, machine)
-    if cfg.tries and not at.offload:
-        copied = at.share((4 + MOMENTS[cfg.train.optimizer]) * (shape.parameters if at.stage else shape.flat), 1)
-        phases["trial"] = [Part("masters and moments, copied", copied, "to be taken back"), *sweep]
     if cfg.takes_utility:
         # Two old halves of u are in `static`; new ones are taken beside them, and once more when the cache is redrawn.
         copies = 1 if cfg.meta.memory > 0 else 3
@@ -365,9 +362,8 @@ def flops(cfg: Config, shape: Shape, machine: Machine) -> dict[str, float]:
         "SFT": both(demos),
         "old and reference log-probs": extra * forward(prompts * g),
     }
-    if cfg.tries:
-        out.pop("SFT")  # a step does one of the two
-        out["looks at held-out prompts"] = cfg.controller.look_share * sum(out.values())
+    if cfg.in_blocks:  # a step does one of the two, for the same
+        out.pop("SFT")
     if cfg.takes_utility:
         fresh = meta.refresh_share * meta.prompts
         drawn = rollout_flops(shape, fresh, meta.num_generations, prompt, response, image)

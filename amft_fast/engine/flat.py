@@ -186,27 +186,6 @@ class FlatEngine:
         """After a step: the parameters of the forward pass follow their masters."""
         raise NotImplementedError
 
-    # ------------------------------------------------------------------------------------------------- there and back
-
-    def snapshot(self) -> list[Any]:
-        """All that updates change, copied: masters and moments, the optimizer's count, the guard's counters."""
-        states = [self.optimizer.state.get(g.master, {}) for g in self.all_groups]
-        kept = [(g.master.clone(), {k: v.clone() for k, v in s.items()}) for g, s in zip(self.all_groups, states)]
-        return [kept, self.bad_in_row, self.bad_total, self.attempts, self.skipped]
-
-    @torch.no_grad()
-    def restore(self, snapshot: list[Any]) -> None:
-        """Back to where `snapshot` was taken, to the bit."""
-        kept, self.bad_in_row, self.bad_total, self.attempts, self.skipped = snapshot
-        for g, (master, state) in zip(self.all_groups, kept):
-            g.master.copy_(master)
-            if state:
-                self.optimizer.state[g.master] = state
-            else:
-                self.optimizer.state.pop(g.master, None)
-        self.zero_grad()
-        self.publish()
-
     def named_full_params(self, max_bytes: int = 1 << 30) -> Iterator[tuple[str, torch.Tensor]]:
         """(HF name, tensor) of the whole model in layer order, adapters merged into the weights (a copy of one at a time); else
         nothing is copied here, so `max_bytes` does not bind."""
@@ -250,6 +229,27 @@ class FlatEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """What to save: masters and moments by parameter name (this rank's parts of them), the guard's counters."""
+        return self.saved_snapshot(self._state())
+
+    def saved_snapshot(self, snapshot: dict[str, Any]) -> dict[str, Any]:
+        """What of a snapshot this rank saves: the parts of others are theirs, and what all have is the first one's."""
+        common = () if self.world.main else ("guard.", "optimizer.")
+        return {k: v for k, v in snapshot.items() if not k.startswith(common)}
+
+    def snapshot(self) -> dict[str, Any]:
+        """This rank's part of all that updates change, copied to host memory; `load_state_dict` takes the ranks' parts together
+        and `restore` this one alone."""
+        return {
+            k: Part(v.data.to("cpu", copy=True), v.start, v.shape) if isinstance(v, Part) else v.to("cpu", copy=True)
+            for k, v in self._state().items()
+        }
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Back to where `snapshot` was taken, to the bit."""
+        self.zero_grad()
+        self.load_state_dict(snapshot)
+
+    def _state(self) -> dict[str, Any]:
         tensors: dict[str, Any] = {}
         for g in self.all_groups:
             flats = {"param": g.master} | {
@@ -257,8 +257,6 @@ class FlatEngine:
             }
             for key, flat in flats.items():
                 tensors |= {f"{key}.{piece.name}": piece.saved(flat) for piece in g.pieces}
-        if not self.world.main:
-            return tensors
         steps = self.optimizer.state.get(self.all_groups[0].master, {}).get("step")
         if steps is not None:
             tensors["optimizer.step"] = torch.as_tensor(float(steps))
@@ -284,6 +282,8 @@ class FlatEngine:
                 piece.of(g.master).copy_(state.part(f"param.{piece.name}", piece.start, piece.size))
             if "optimizer.step" in state:
                 self.optimizer.state[g.master] = self._loaded_moments(g, state)
+            else:
+                self.optimizer.state.pop(g.master, None)
         self.publish()
         self.attempts, self.skipped = int(state["guard.attempts"]), int(state["guard.bad_total"])
         self.bad_in_row = state["guard.bad_in_row"].to(self.device)
