@@ -14,6 +14,7 @@ class HeldOut(NamedTuple):
 
     rewards: np.ndarray  # [prompts]: the mean over a prompt's answers
     alive: np.ndarray  # [prompts]: whether its answers earned differently, or were all right
+    right: float  # share of all answers
     sampled: int  # tokens
 
     @classmethod
@@ -22,4 +23,4 @@ class HeldOut(NamedTuple):
         rewards = np.array([s.reward for s in samples]).reshape(prompts, -1)
         right = np.array([s.success for s in samples]).reshape(prompts, -1)
         alive = (np.ptp(rewards, axis=1) > 0) | right.all(axis=1)
-        return cls(rewards.mean(axis=1), alive, sum(sum(s.loss_mask) for s in samples))
+        return cls(rewards.mean(axis=1), alive, float(right.mean()), sum(sum(s.loss_mask) for s in samples))

@@ -26,7 +26,7 @@ from amft_fast.run.launch import train
 
 FLAGS = [
     *("--train.method", "amft", "--controller.look_prompts", "2", "--meta.num_generations", "4"),
-    *("--controller.first_look", "2", "--controller.trial_updates", "2", "--controller.look_share", "0.9"),
+    *("--controller.imitation_share", "0.2", "--controller.confidence", "0"),
     *("--train.steps", "20", "--checkpoint.every", "1", "--checkpoint.keep_last", "1", "--eval.every", "5"),
     *("--eval.schedule_max_prompts", "1", "--eval.max_prompts", "1", "--log.every", "1"),
 ]

@@ -341,10 +341,8 @@ def test_flops_by_method(method, parts):
 
 
 def test_a_step_that_explores_imitates_nothing():
-    shape, cfg = plan_shapes.find("Qwen/Qwen2.5-Math-7B"), settings(controller__signal="trial")
-    assert set(plan.flops(cfg, shape, Machine(1, 1e9))) == {"rollouts", "RL", "looks at held-out prompts"}
-    trial = dict(plan.memory(cfg, shape, Machine(1, 1e9)).phases)["trial"]
-    assert part(trial, "masters and moments, copied") == pytest.approx(12 * shape.parameters, rel=1e-3)
+    shape, cfg = plan_shapes.find("Qwen/Qwen2.5-Math-7B"), settings(controller__signal="blocks")
+    assert set(plan.flops(cfg, shape, Machine(1, 1e9))) == {"rollouts", "RL"}
 
 
 def test_passes_that_a_loss_of_whole_sequences_takes():
@@ -444,8 +442,8 @@ def test_there_are_examples():
 @pytest.mark.parametrize(
     "flags,largest",
     [
-        (["--engine.kind", "local", "--gpus", "8"], "optimizer moments|masters and moments, copied"),
-        (["--gpus", "2", "--gpu-memory", "40"], "optimizer moments|masters and moments, copied"),
+        (["--engine.kind", "local", "--gpus", "8"], "optimizer moments"),
+        (["--gpus", "2", "--gpu-memory", "40"], "optimizer moments"),
         (["--rollout.max_batch", "4096", "--gpus", "8"], "KV cache"),
         (
             ["--model.gradient_checkpointing", "false", "--train.micro_batch_tokens", "100000", "--gpus", "8"],
@@ -459,7 +457,7 @@ def test_there_are_examples():
         ),
         (
             ["--model.path", "Qwen/Qwen2.5-Math-1.5B", "--gpus", "1", "--gpu-memory", "40"],
-            "optimizer moments|masters and moments, copied",
+            "optimizer moments",
         ),
     ],
 )

@@ -189,6 +189,7 @@ def test_mu_follows_what_helps_on_constructed_problems(tmp_path, checkpoint_fold
     monkeypatch.setattr(Trainer, "draw_utility", draw_utility)
     cfg = cfg_for(
         tmp_path, checkpoint_folder, "--train.method", "amft_no_entropy", "--train.warmup_steps", "0", "--train.steps", "40",
+        "--controller.signal", "balanced",
         "--train.lr", "1e-3", "--eval.every", "0", "--meta.prompts", "4", "--meta.num_generations", "32",
         "--meta.refresh_share", "1", "--rollout.num_generations", "8", "--rollout.max_new_tokens", "2",
         "--controller.snr_gate", "0" if goes != "nowhere" else "2",
@@ -230,7 +231,7 @@ def test_sft_learns_the_demonstrations(tmp_path, checkpoint_folder):
             "--meta.prompts",
             "2",
         ),
-        ("--train.method", "amft", "--controller.look_prompts", "2", "--controller.first_look", "2"),
+        ("--train.method", "amft", "--controller.look_prompts", "2", "--controller.imitation_share", "0.5"),
         ("--advantage.kind", "gae", "--train.minibatches_per_rollout", "2"),
         ("--objective.kl_coef", "0.1"),
     ],

@@ -7,6 +7,8 @@ A run begins with a look at held-out prompts (their mean rewards, on answers dra
                the block stays, and another begins that brings as much imitation again as there was up to here
     dead       the answers to all but `min_alive` of the prompts earned the same and are not right: there is nothing to
                explore from, so that the block stays and another begins
+    solved     all but `min_alive` of the answers are right: so it is where there are few mistakes left to learn from, and
+               what is there can be lost
     not shown  weights and optimizer go back to where the block began, and from there on the run explores
 
 So imitation costs at most the last block, `imitation_share` where it is of no use at all; it ends after at most twice what was
@@ -59,8 +61,9 @@ class BlockController(Controller):
         """What becomes of the weights: a block begins with them, they stay and another begins, they go back to where the block
         began, or nothing; and figures."""
         alive = float(held_out.alive.mean())
-        figures = {"alive": alive, "reward": float(held_out.rewards.mean())}
-        dead, first, exploring = alive < self.c.min_alive, not self.rewards, self.value == 0
+        figures = {"alive": alive, "right": held_out.right, "reward": float(held_out.rewards.mean())}
+        dead, solved = alive < self.c.min_alive, held_out.right > 1 - self.c.min_alive
+        first, exploring = not self.rewards, self.value == 0
         self.barren = 0
         if exploring and not dead:
             verdict: Verdict = "none"
@@ -70,7 +73,7 @@ class BlockController(Controller):
             t = student(held_out.rewards - np.array(self.rewards))
             figures["rise_t"] = t
             shown = self._lot() if self.c.signal == "lot" else t > self.c.confidence or self.was_dead
-            verdict = "stay" if shown or dead else "back"
+            verdict = "stay" if shown or dead or solved else "back"
         if verdict == "back":
             self.value = 0.0
         elif verdict != "none":
