@@ -296,6 +296,31 @@ def long(folder, world, steps, *options):
     train(folder / "long", folder / "tied", *flags, resume="--resume" in options)
 
 
+# Six steps without evaluations.
+MIXED = [
+    *(
+        "--train.steps",
+        "6",
+        "--train.warmup_steps",
+        "0",
+        "--eval.every",
+        "0",
+        "--eval.splits",
+        "[]",
+        "--checkpoint.every",
+        "0",
+    ),
+    *("--checkpoint.export", "false", "--mixture.relift_buffer", "2", "--mixture.gac_every", "2"),
+]
+MIXTURES = ("hpt", "luffy", "relift", "prefix_rft", "gac")
+
+
+def mixtures(folder, world):
+    """A run of each method that mixes in a way of its own, at a stage each."""
+    for i, method in enumerate(MIXTURES):
+        train(folder / method, folder / "tied", *MIXED, "--train.method", method, *zero(1 + i % 3))
+
+
 def main(folder, *what):
     torch.set_num_threads(1)
     world = distributed.join(torch.device("cpu"))
@@ -304,7 +329,7 @@ def main(folder, *what):
         make_checkpoint(folder / "untied", tie=False)
     world.barrier()
     if what:
-        return long(folder, world, *what[1:])
+        return {"long": long, "mixtures": mixtures}[what[0]](folder, world, *what[1:])
     deepspeed.import_deepspeed(torch.device("cpu"))
     found = {"world": world.size, "engines": engines(folder, world)}
     if world.main:
