@@ -151,6 +151,7 @@ def make_engine(cfg: Config, policy: Policy, world: World, device: torch.device)
             "engine.kind deepspeed trains vision-language models with model.vision frozen and engine.zero_stage 1 or 2 only, "
             f"got {cfg.model.vision} and {cfg.engine.zero_stage}"
         )
+    plain = cfg.model.model_copy(update={"lora": LoraConfig()})
     return DeepSpeedEngine(
-        policy, cfg.train, cfg.engine, world, lambda: load_model(cfg.model, device), cfg.advantage.value_lr
+        policy, cfg.train, cfg.engine, world, lambda: load_model(plain, device), cfg.advantage.value_lr
     )
