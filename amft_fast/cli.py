@@ -255,6 +255,7 @@ def _train(args: argparse.Namespace, flags: list[str]) -> int:
 
 
 def _eval_benchmarks(args: argparse.Namespace, flags: list[str]) -> int:
+    from amft_fast.engine.world import leave
     from amft_fast.study import benchmarks
 
     if 0 < args.temperature < 1e-4:
@@ -268,7 +269,9 @@ def _eval_benchmarks(args: argparse.Namespace, flags: list[str]) -> int:
     given = {n: getattr(args, n) for n in (*names, "system_prompt", "keep_system", "thinking")}
     settings = benchmarks.Settings(args.target, rope_theta=cfg.model.rope_theta, **given)
     names = [n for n in args.benchmarks.split(",") if n]
-    return benchmarks.run(cfg, names, args.benchmarks_file, settings, out)
+    code = benchmarks.run(cfg, names, args.benchmarks_file, settings, out)
+    leave()
+    return code
 
 
 def _eval(args: argparse.Namespace, flags: list[str]) -> int:
@@ -277,6 +280,7 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
     cfg = config_file.load(args.target, [*flags, *(["--model.path", args.model] if args.model else [])])
     if args.out and not Path(args.out).absolute().parent.is_dir():
         raise UserError(f"--out: no folder {str(Path(args.out).parent)!r} to write to")
+    from amft_fast.engine.world import launched_rank, leave
     from amft_fast.run import launch
     from amft_fast.run.writers import replace_text
 
@@ -296,6 +300,9 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
         launch.evaluate(cfg, on_results=keep, say=_to_stderr)
     except InterruptedError as e:
         code = e.args[0]
+    leave()
+    if launched_rank():
+        return code
     if result:
         print(eval_table(result, cfg.eval.num_samples))
     if code:

@@ -78,6 +78,19 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0, on every rank; a UserError of it is raised on all of them."""
+        result: Any = None
+        error: UserError | None = None
+        try:
+            result = work() if self.main else None
+        except UserError as e:
+            error = e
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            raise error
+        return result
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in a new tensor."""
         return self._reduced(tensor, dist.ReduceOp.SUM)
@@ -134,7 +147,7 @@ def join(device: torch.device) -> World:
         missing = []
     if missing:
         raise UserError(
-            f"engine.kind deepspeed: {', '.join(missing)} not set; start with torchrun or the deepspeed launcher"
+            f"several processes: {', '.join(missing)} not set; start them with torchrun or the deepspeed launcher"
         )
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
