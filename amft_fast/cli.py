@@ -64,7 +64,11 @@ def build_parser(add_settings: Callable[[argparse.ArgumentParser], None] | None 
     train.add_argument("config", nargs="?", help="TOML file; with --resume DIR the run's own config by default")
     train.add_argument("--dry-run", action="store_true", help="check and print the resolved config, do nothing else")
     train.add_argument(
-        "--resume", nargs="?", const="", metavar="DIR", help="go on from the newest checkpoint (of run.dir, or of DIR)"
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR|auto",
+        help="go on from the newest checkpoint (of run.dir, or of DIR); auto: for launchers that start a run again",
     )
 
     ev = commands.add_parser(
@@ -229,9 +233,12 @@ def _complain(error: UserError) -> int:
     return 2
 
 
+AUTO = "auto"  # of --resume; a folder of this name is ./auto
+
+
 def _train(args: argparse.Namespace, flags: list[str]) -> int:
     path = args.config
-    if args.resume:
+    if args.resume and args.resume != AUTO:
         if not Path(args.resume).is_dir():
             hint = f"; give a config before it: train {args.resume} --resume" if args.resume.endswith(".toml") else ""
             raise UserError(f"--resume: no run folder {args.resume!r}{hint}")
@@ -249,7 +256,7 @@ def _train(args: argparse.Namespace, flags: list[str]) -> int:
     from amft_fast.engine.world import leave
     from amft_fast.run.launch import train
 
-    code = train(cfg, resume=args.resume is not None)
+    code = train(cfg, resume=AUTO if args.resume == AUTO else args.resume is not None)
     leave()
     return code
 

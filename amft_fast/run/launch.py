@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -33,16 +33,24 @@ from amft_fast.run.signals import StopSignal
 from amft_fast.run.writers import NoFiles, RunFiles, replace_text
 from amft_fast.trainer import Parts
 
+# How long a run that a launcher starts again waits for the process before it to leave the folder.
+PATIENCE_S = 60.0
 
-def train(cfg: Config, resume: bool = False, task: Task | None = None, listeners: Sequence[Any] = ()) -> int:
+
+def train(
+    cfg: Config, resume: bool | Literal["auto"] = False, task: Task | None = None, listeners: Sequence[Any] = ()
+) -> int:
     """Runs (or goes on with) the training that `cfg` describes; returns the process's exit code.
 
+    `resume`: go on from the newest checkpoint, or begin where there is none; "auto": so that a launcher may start the same
+    command again, a process that is just ending there is waited for.
     `task` takes the place of the one that the config names; `listeners` are told how it goes (run/listeners.py). 0: done; 129,
     130 or 143: stopped by SIGHUP, SIGINT or SIGTERM with the state saved. Signal handlers are as before when this returns.
     Raises UserError for what the user can mend.
     """
     folder = Path(cfg.run.dir)
-    with StopSignal() as stop, locked(folder) if launched_rank() == 0 else nullcontext():
+    patience, resume = PATIENCE_S if resume == "auto" else 0.0, bool(resume)
+    with StopSignal() as stop, locked(folder, patience=patience) if launched_rank() == 0 else nullcontext():
         if cfg.run.threads:
             torch.set_num_threads(cfg.run.threads)
         if launched_rank() == 0:
