@@ -68,7 +68,11 @@ def build_parser(add_settings: Callable[[argparse.ArgumentParser], None] | None 
     train.add_argument("config", nargs="?", help="TOML file; with --resume DIR the run's own config by default")
     train.add_argument("--dry-run", action="store_true", help="check and print the resolved config, do nothing else")
     train.add_argument(
-        "--resume", nargs="?", const="", metavar="DIR", help="go on from the newest checkpoint (of run.dir, or of DIR)"
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR|auto",
+        help="go on from the newest checkpoint (of run.dir, or of DIR); auto: for launchers that start a run again",
     )
 
     ev = commands.add_parser(
@@ -255,9 +259,12 @@ def _complain(error: UserError) -> int:
     return 2
 
 
+AUTO = "auto"  # of --resume; a folder of this name is ./auto
+
+
 def _train(args: argparse.Namespace, flags: list[str]) -> int:
     path = args.config
-    if args.resume:
+    if args.resume and args.resume != AUTO:
         if not Path(args.resume).is_dir():
             hint = f"; give a config before it: train {args.resume} --resume" if args.resume.endswith(".toml") else ""
             raise UserError(f"--resume: no run folder {args.resume!r}{hint}")
@@ -275,12 +282,13 @@ def _train(args: argparse.Namespace, flags: list[str]) -> int:
     from amft_fast.engine.world import leave
     from amft_fast.run.launch import train
 
-    code = train(cfg, resume=args.resume is not None)
+    code = train(cfg, resume=AUTO if args.resume == AUTO else args.resume is not None)
     leave()
     return code
 
 
 def _eval_benchmarks(args: argparse.Namespace, flags: list[str]) -> int:
+    from amft_fast.engine.world import leave
     from amft_fast.study import benchmarks
 
     if 0 < args.temperature < 1e-4:
@@ -294,7 +302,9 @@ def _eval_benchmarks(args: argparse.Namespace, flags: list[str]) -> int:
     given = {n: getattr(args, n) for n in (*names, "system_prompt", "keep_system", "thinking")}
     settings = benchmarks.Settings(args.target, rope_theta=cfg.model.rope_theta, **given)
     names = [n for n in args.benchmarks.split(",") if n]
-    return benchmarks.run(cfg, names, args.benchmarks_file, settings, out)
+    code = benchmarks.run(cfg, names, args.benchmarks_file, settings, out)
+    leave()
+    return code
 
 
 def _eval(args: argparse.Namespace, flags: list[str]) -> int:
@@ -303,6 +313,7 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
     cfg = config_file.load(args.target, [*flags, *(["--model.path", args.model] if args.model else [])])
     if args.out and not Path(args.out).absolute().parent.is_dir():
         raise UserError(f"--out: no folder {str(Path(args.out).parent)!r} to write to")
+    from amft_fast.engine.world import launched_rank, leave
     from amft_fast.run import launch
     from amft_fast.run.writers import replace_text
 
@@ -322,6 +333,9 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
         launch.evaluate(cfg, on_results=keep, say=_to_stderr)
     except InterruptedError as e:
         code = e.args[0]
+    leave()
+    if launched_rank():
+        return code
     if result:
         print(eval_table(result, cfg.eval.num_samples))
     if code:

@@ -1079,8 +1079,6 @@ class Config(Section):
         self._check_mixture()
         if self.rollout.engine == "vllm" and self.objective.tis_cap is None and ":" not in self.objective.loss:
             self.objective = self.objective.model_copy(update={"tis_cap": 2.0})
-        if self.model.lora.rank and self.engine.kind == "deepspeed":
-            raise ValueError("model.lora.rank: engine.kind deepspeed does not train adapters; use engine.kind local")
         split = self.checkpoint.metric.partition("/")[0]
         if self.checkpoint.keep_best and self.eval.every and split not in self.eval.schedule_splits:
             raise ValueError(

@@ -225,7 +225,7 @@ def test_the_dead_are_imitated_to_life_and_the_solved_are_not_explored(tmp_path,
     assert train(cfg_for(tmp_path, checkpoint_folder, *flags), task=Known()) == 0
     records = lines(tmp_path)
     mus, alive = [r["mu"] for r in records], [r["controller/alive"] for r in records if "controller/alive" in r]
-    assert set(mus) == {1.0} and alive[0] < 0.3 and alive[-1] == 1
+    assert set(mus) == {1.0} and alive[-1] == 1
     assert all("success" not in r and "sft_loss" in r for r in records), "and no rollouts were paid for"
     assert json.loads((tmp_path / "summary.json").read_text())["end"]["train"]["greedy"] == 1
 

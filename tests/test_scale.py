@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,8 +13,10 @@ import pytest
 import scale_worker
 import torch
 from runs import lines, wait_until, without_times
+from transformers import AutoModelForCausalLM
 
 from amft_fast.run import checkpoint
+from amft_fast.run.export import export
 
 pytestmark = [
     pytest.mark.integration,
@@ -63,6 +66,7 @@ def alone(folder):
     """The same run in one process, with the local engine."""
     scale_worker.train(folder / "local", folder / "tied")
     scale_worker.train(folder / "gae", folder / "tied", *scale_worker.GAE)
+    scale_worker.train(folder / "lora", folder / "tied", *scale_worker.LORA)
     return folder
 
 
@@ -111,13 +115,15 @@ def assert_close(got, want):
 
 
 @pytest.mark.parametrize(
-    ("name", "reference"), [("zero1", "local"), ("zero2", "local"), ("zero3", "local"), ("gae3", "gae")]
+    ("name", "reference"),
+    [*((f"zero{s}", "local") for s in (1, 2, 3)), ("gae3", "gae"), ("lora1", "lora"), ("lora3", "lora")],
 )
 def test_a_run_of_two_ranks_follows_the_run_of_one(alone, name, reference):
     """Three prompts and three demonstrations for two ranks; every figure, the controller's and the evaluations' too."""
     want, got = (without_times(lines(alone / f)) for f in (reference, name))
     assert_close(got, want)
-    assert any("controller/mu_next" in r for r in want) == (reference == "local")
+    assert any("controller/mu_next" in r for r in want) == (reference != "gae")
+    assert any(r.get("ref_kl", 0) > 0 for r in want) == (reference != "local")
     evals = [without_times(lines(alone / f, "evals.jsonl")) for f in (reference, name)]
     assert len(evals[0]) == len(evals[1])
     for a, b in zip(*evals):
@@ -169,23 +175,38 @@ def close_to(folder, name, other="zero3"):
 
 def test_a_run_is_resumed_at_another_stage(folder):
     close_to(folder, "from3to2")
+    close_to(folder, "lora3to1", "lora3")  # the reference's factors too
 
 
-def test_a_run_of_two_ranks_is_resumed_by_one(folder):
+@pytest.mark.parametrize(("name", "flags"), [("zero3", []), ("lora3", scale_worker.LORA)], ids=["weights", "adapters"])
+def test_a_run_of_two_ranks_is_resumed_by_one(folder, name, flags):
     """From a checkpoint of ZeRO-3 in two parts to the local engine, in the middle of a window of the controller."""
-    import shutil
-
-    shutil.copytree(folder / "zero3", folder / "from2to1", symlinks=True)
+    to = f"{name}-alone"
+    shutil.copytree(folder / name, folder / to, symlinks=True)
     for step in (3, 4, 5):
-        (folder / "from2to1" / "checkpoints" / f"step-{step:06d}" / "state.json").write_text("damaged")
-    scale_worker.train(folder / "from2to1", folder / "tied", resume=True)
-    close_to(folder, "from2to1")
-    assert [r["step"] for r in lines(folder / "from2to1")] == list(range(5))
+        (folder / to / "checkpoints" / f"step-{step:06d}" / "state.json").write_text("damaged")
+    scale_worker.train(folder / to, folder / "tied", *flags, resume=True)
+    close_to(folder, to, name)
+    assert [r["step"] for r in lines(folder / to)] == list(range(5))
+
+
+def test_adapters_of_two_ranks_are_exported_merged_and_as_a_peft_folder(folder):
+    """The run's own export, that of its checkpoint, and the factors beside the base give one and the same model."""
+    peft = pytest.importorskip("peft")
+    run, ids = folder / "lora3", torch.arange(5, 13)[None]
+    adapter = export(run, adapter=True, out=folder / "adapter", say=lambda text: None)
+    merged = export(run, out=folder / "merged", say=lambda text: None)
+    base = AutoModelForCausalLM.from_pretrained(folder / "tied")
+    with torch.no_grad():
+        plain = base(ids).logits
+        logits = [AutoModelForCausalLM.from_pretrained(p)(ids).logits for p in (run / "model", merged)]
+        logits.append(peft.PeftModel.from_pretrained(base, adapter)(ids).logits)
+    assert scale_worker.far(plain, logits[0]) > 1e-3
+    for other in logits[1:]:
+        assert scale_worker.far(other, logits[0]) < 1e-5
 
 
 def test_a_checkpoint_with_one_rank_s_file_missing_or_damaged_is_passed_over(folder):
-    import shutil
-
     path = folder / "zero2" / "checkpoints"
     assert sorted(p.name for p in (path / "step-000005").iterdir()) == [
         "rank-00000.safetensors", "rank-00001.safetensors", "state.json",
