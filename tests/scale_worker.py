@@ -333,6 +333,12 @@ MIXED = [
     ),
     *("--checkpoint.export", "false", "--mixture.relift_buffer", "2", "--mixture.gac_every", "2"),
 ]
+# Two steps imitate and are taken back.
+BLOCKS = [
+    *("--train.method", "amft", "--controller.signal", "blocks", "--controller.look_prompts", "2"),
+    *("--controller.imitation_share", "0.34", "--controller.confidence", "1e9"),
+]
+KEPT = ("--checkpoint.every", "1", "--checkpoint.keep_last", "9")
 MIXTURES = ("hpt", "luffy", "relift", "prefix_rft", "gac")
 
 
@@ -340,6 +346,13 @@ def mixtures(folder, world):
     """A run of each method that mixes in a way of its own, at a stage each."""
     for i, method in enumerate(MIXTURES):
         train(folder / method, folder / "tied", *MIXED, "--train.method", method, *zero(1 + i % 3))
+    train(folder / "blocks", folder / "tied", *MIXED, *BLOCKS, *zero(3))
+    train(folder / "blocks3to2", folder / "tied", *MIXED, *BLOCKS, *KEPT, *zero(3))
+    if world.main:  # in the middle of the block that is taken back
+        for step in range(2, 7):
+            (folder / "blocks3to2" / "checkpoints" / f"step-{step:06d}" / "state.json").write_text("damaged")
+    world.barrier()
+    train(folder / "blocks3to2", folder / "tied", *MIXED, *BLOCKS, *KEPT, *zero(2), resume=True)
 
 
 def main(folder, *what):

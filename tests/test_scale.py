@@ -143,6 +143,7 @@ def mixed(tmp_path_factory):
     assert process.returncode == 0, out[-4000:]
     for method in scale_worker.MIXTURES:
         scale_worker.train(folder / f"{method}-alone", folder / "tied", *scale_worker.MIXED, "--train.method", method)
+    scale_worker.train(folder / "blocks-alone", folder / "tied", *scale_worker.MIXED, *scale_worker.BLOCKS)
     return folder
 
 
@@ -157,6 +158,14 @@ def test_a_mixture_takes_the_same_steps_on_two_ranks(mixed, method):
         assert 0 in mus and len(mus) > 1
     if method == "gac":
         assert len(mus) > 1, "the noise of the gradients was looked at, over both ranks"
+
+
+@pytest.mark.parametrize("name", ["blocks", "blocks3to2"])
+def test_what_ranks_share_is_taken_back_on_all(mixed, name):
+    """The weights that a block of imitation began with, in two shards; also from a checkpoint, cut another way."""
+    want, got = (without_times(lines(mixed / run)) for run in ("blocks-alone", name))
+    assert [r["mu"] for r in want] == [1, 1, 1, 0, 0, 0]
+    assert_close(got, want)
 
 
 def test_a_resumed_run_of_the_same_shape_goes_on_bit_for_bit(folder, found):
