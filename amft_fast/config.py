@@ -782,8 +782,10 @@ class ControllerConfig(Section):
     """Held-out prompts of a look, with `meta.num_generations` answers each (blocks); default: twice `train.prompts_per_step`,
     at most 64."""
     min_alive: float = Field(0.05, ge=0, le=1)
-    """Share of the held-out prompts whose answers earned differently, or are all right, and of the answers that are wrong,
-    under which imitation goes on, whether it shows or not (blocks)."""
+    """Share of the held-out prompts whose answers earned differently, or are all right, under which nothing is explored
+    (blocks)."""
+    solved: float = Field(0.9, ge=0, le=1)
+    """Share of right answers over which imitation that has shown before goes on (blocks)."""
     space: Literal["mu", "logit"] = "logit"
     """Whether steps are taken in mu itself or in its logit."""
     window: int = Field(5, ge=1)

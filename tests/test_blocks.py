@@ -76,16 +76,12 @@ def test_the_dead_are_imitated_until_they_live():
     ]
 
 
-def test_what_is_solved_is_not_explored():
-    solved = held_out(0.97, right=0.97)
-    seen = looks(make(), [held_out(0.3), solved, solved, solved, held_out(0.94, right=0.94)])
-    assert [(clock, verdict) for clock, verdict, _ in seen] == [
-        (0, "begin"),
-        (6, "stay"),
-        (12, "stay"),
-        (24, "stay"),
-        (48, "back"),
-    ]
+def test_what_imitation_has_all_but_solved_is_not_explored():
+    solved, flags = held_out(0.97, right=0.97), ("--controller.solved", "0.95")
+    seen = looks(make(*flags), [held_out(0.3), solved, solved, solved, held_out(0.94, right=0.94)])
+    assert [verdict for _, verdict, _ in seen] == ["begin", "stay", "stay", "stay", "back"]
+    assert [clock for clock, _, _ in seen] == [0, 6, 12, 24, 48]
+    assert looks(make(*flags), [solved, solved])[-1] == (6, "back", 0), "a base that is as good by itself"
 
 
 def test_what_dies_while_it_explores_is_imitated_again():

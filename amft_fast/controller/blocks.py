@@ -7,8 +7,8 @@ A run begins with a look at held-out prompts (their mean rewards, on answers dra
                the block stays, and another begins that brings as much imitation again as there was up to here
     dead       the answers to all but `min_alive` of the prompts earned the same and are not right: there is nothing to
                explore from, so that the block stays and another begins
-    solved     all but `min_alive` of the answers are right: so it is where there are few mistakes left to learn from, and
-               what is there can be lost
+    solved     over `solved` of the answers are right, and a block before this one has stayed: there are few mistakes left
+               to learn from, and what imitation has brought can be lost, so that it stays too and another begins
     not shown  weights and optimizer go back to where the block began, and from there on the run explores
 
 So imitation costs at most the last block, `imitation_share` where it is of no use at all; it ends after at most twice what was
@@ -62,7 +62,7 @@ class BlockController(Controller):
         began, or nothing; and figures."""
         alive = float(held_out.alive.mean())
         figures = {"alive": alive, "right": held_out.right, "reward": float(held_out.rewards.mean())}
-        dead, solved = alive < self.c.min_alive, held_out.right > 1 - self.c.min_alive
+        dead, solved = alive < self.c.min_alive, held_out.right > self.c.solved and self.imitated > 0
         first, exploring = not self.rewards, self.value == 0
         self.barren = 0
         if exploring and not dead:
