@@ -948,14 +948,16 @@ class EngineConfig(Section):
 
 
 class EvalConfig(Section):
-    """Evaluation at the start, on a schedule and at the end."""
+    """Evaluation at the start, after the warm-up, on a schedule and at the end."""
 
     at_start: bool = True
     """Evaluate before the first step; without it the results show no change."""
+    after_warmup: bool = False
+    """Evaluate after the warm-up as at the start and the end: what imitation alone has brought."""
     every: int = Field(20, ge=0)
     """Steps between evaluations of `schedule_splits` during training; 0: only at the start and the end."""
     splits: list[str] | None = None
-    """Splits evaluated at the start and the end; default: all that the task has."""
+    """Splits of whole evaluations, at the start, after the warm-up and at the end; default: all that the task has."""
     schedule_splits: list[str] = ["val"]
     """Splits evaluated on the schedule."""
     num_samples: Rows = 8

@@ -179,7 +179,7 @@ def test_answers_left_are_those_of_the_schedule_and_the_end(tmp_path, checkpoint
     def watch(self, trainer, on_answer=lambda: None):
         drawn = []
         result = real(self, trainer, lambda: drawn.append(1))
-        announced.append((trainer.step, self.answers(self.is_whole(trainer)), len(drawn), self.answers_left()))
+        announced.append((trainer.step, self.answers(self.whole(trainer) is not None), len(drawn), self.answers_left()))
         return result
 
     with pytest.MonkeyPatch.context() as patch:
