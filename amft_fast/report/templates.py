@@ -135,7 +135,9 @@ TEMPLATE = """<!doctype html>
 RESULTS = """<div class="card scroll"><table>
 <thead>
 <tr><td></td><td></td>
-{% for name in ("greedy", "sampled", k) %}<th class="group" colspan="{{ stages|length + 1 }}" scope="colgroup">{{ name }}</th>{% endfor %}</tr>
+{% for name in ("greedy", "sampled", k) %}
+<th class="group" colspan="{{ stages|length + 1 }}" scope="colgroup">{{ name }}</th>
+{% endfor %}</tr>
 <tr><th scope="col" style="text-align:left">split</th><th scope="col">problems</th>
 {% for name in (1, 2, 3) %}
 {% for stage in stages -%}

@@ -210,7 +210,9 @@ def results_table(summary: dict[str, Any]) -> str:
     lines = [f"{'success':<{wide}}" + "".join(f"{name:>{column}}" for name in ("greedy", "sampled", f"pass@{k}"))]
     for split in end:
         rows = [stage.get(split, {}) for stage in stages]
-        cells = [[f"{row[name]:.1%}" if name in row else "–" for row in rows] for name in ("greedy", "sampled", "pass_at_k")]
+        cells = [
+            [f"{row[name]:.1%}" if name in row else "–" for row in rows] for name in ("greedy", "sampled", "pass_at_k")
+        ]
         lines.append(f"{split:<{wide}}" + "".join(f"{' -> '.join(_aligned(c)):>{column}}" for c in cells))
     return "\n".join([*lines, "start -> after the warm-up -> end"] if warmup else lines)
 
