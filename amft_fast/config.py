@@ -770,8 +770,26 @@ class ControllerConfig(Section):
     """First mu of the methods linear and cosine."""
     schedule_end: float = Field(0.1, ge=0, le=1)
     """Last mu of the methods linear and cosine."""
-    signal: Literal["balanced", "cosine", "rms", "raw", "random"] = "balanced"
-    """What the probe's dot-products become; random is a control with the sign of balanced drawn by lot."""
+    signal: Literal["trial", "lot", "balanced", "cosine", "rms", "raw", "random"] = "trial"
+    """How mu is learned. trial: 1 or 0, by what trials of both parts bring for the same compute (controller/trials.py); lot: a
+    control that decides by lot at the same moments. The others move mu by the probe's dot-products over windows
+    (controller/windows.py); random is a control with the sign of balanced drawn by lot."""
+    look_prompts: int = Field(64, ge=2, le=2**20)
+    """Held-out prompts of a look, with `meta.num_generations` answers each (trial)."""
+    look_share: float = Field(0.06, gt=0, le=1)
+    """Tokens of a look over those since the last one, while exploring (trial)."""
+    first_look: int = Field(8, ge=1)
+    """Updates that imitate before the first look at what they brought; the next come at twice as many each (trial)."""
+    min_alive: float = Field(0.05, ge=0, le=1)
+    """Share of the held-out prompts with answers of different reward under which nothing is explored (trial)."""
+    keep: float = Field(1.0)
+    """Student's t of the rise since the last look over which imitation goes on (trial)."""
+    trial_updates: int = Field(8, ge=1, le=4096)
+    """Updates that imitate in a trial (trial)."""
+    confidence: float = Field(2.0, ge=0)
+    """Student's t over which a trial counts as evidence for imitation (trial)."""
+    ratio_cap: float = Field(5.0, gt=1)
+    """Bound of an answer's importance weight, and of its inverse, in a trial."""
     space: Literal["mu", "logit"] = "logit"
     """Whether steps are taken in mu itself or in its logit."""
     window: int = Field(5, ge=1)

@@ -4,11 +4,12 @@ warm up on demos; H* ← entropy of the warmed-up policy on its own rollouts
 for each step:
     rollouts ← engine.generate(prompts, G per prompt);  A ← advantages(rewards)
     which demonstrations and rollouts enter, with which weights (mixtures/; all, by μ, unless a method says else)
-    at the start of a window:  u ← ∇(−U) on held-out prompts, in two independent halves
+    a look at held-out prompts: does imitation or exploration bring more for the same compute? μ ← 1 or 0 (controller/trials.py)
+    with a windowed signal, at the start of a window:  u ← ∇(−U) on held-out prompts, in two independent halves
     backward SFT micro-batches · μ      probe: ⟨u, g_SFT⟩
     backward RL micro-batches · (1−μ)   probe: ⟨u, g_RL⟩
     optimizer.step();  engine.sync(weights)
-    at the end of a window:  μ moves (controller.py)
+    at the end of a window:  μ moves (controller/windows.py)
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from amft_fast.data.stream import Stream, choose
 from amft_fast.engine.parts import Part, Tensors
 from amft_fast.engine.phases import Phases
 from amft_fast.errors import RolloutFailure, UserError
+from amft_fast.held_out import HeldOut
 from amft_fast.interfaces import Demo, Item, RolloutEngine, Sample, Task, UpdateEngine
 from amft_fast.losses import EntropyBonus
 from amft_fast.meta_gradient import Utility, UtilityGradient
@@ -82,6 +84,9 @@ class Looked(NamedTuple):
     figures: dict[str, float]
     tokens: int
 
+    def __add__(self, other: Looked) -> Looked:
+        return Looked(self.figures | other.figures, self.tokens + other.tokens)
+
 
 class Trainer:
     """The method: its parts, its state, its step."""
@@ -101,13 +106,16 @@ class Trainer:
         self._check_needs(parts.task)
         self.rollouts = Rollouts(cfg, parts.rollout_engine, parts.task, parts.encoder, parts.engine.world, parts.phases)
         self.rollouts.generations, self.rollouts.hint = self.mixture.generations, self.mixture.hint
-        self.utility_gradient = self._make_utility(parts.task) if self.controller.learned else None
+        trials = isinstance(self.controller, controller.TrialController)
+        self.held_out = self._held_out(parts.task) if trials else None
+        self.utility_gradient = self._make_utility(parts.task) if self.controller.learned and not trials else None
         self.validation = self._validation(parts.task) if isinstance(self.controller, controller.Switch) else []
         self.step = 0
         self.entropy_target: float | None = None  # H*
         self.entropy_bonus = EntropyBonus(cfg.objective)  # c_H
         self.tokens = self.warmup_tokens = 0
         self.mus: list[float] = []  # the first and the last
+        self.looked = Looked({}, 0)  # before a step that is not done yet
 
     def _check_needs(self, task: Task) -> None:
         """What the method needs must be there, before any time is spent."""
@@ -131,14 +139,23 @@ class Trainer:
             raise UserError("train.sft_stop saturation looks at demonstrations of the split val, and the task has none")
         return [self._encoded(d) for d in demos]
 
-    def _make_utility(self, task: Task) -> UtilityGradient:
-        """The held-out prompts that μ is learned on, with their demonstrations."""
-        cfg = self.cfg
-        items = choose(task.prompts("val"), cfg.meta.prompts)
+    def _validation_prompts(self, task: Task, count: int) -> list[Item]:
+        """The held-out prompts that μ is learned on."""
+        items = choose(task.prompts("val"), count)
         if len(items) < 2:
             raise UserError(
-                f"method {cfg.train.method!r} needs at least 2 validation prompts, the task has {len(items)}"
+                f"method {self.cfg.train.method!r} needs at least 2 validation prompts, the task has {len(items)}"
             )
+        return items
+
+    def _held_out(self, task: Task) -> HeldOut:
+        cfg = self.cfg
+        items = self._validation_prompts(task, cfg.controller.look_prompts)
+        return HeldOut(items, self.scorer, cfg.rollout.temperature, cfg.controller.ratio_cap)
+
+    def _make_utility(self, task: Task) -> UtilityGradient:
+        cfg = self.cfg
+        items = self._validation_prompts(task, cfg.meta.prompts)
         demos = {d.id: d for d in task.demos("val")} if cfg.meta.utility != "reward" else {}
         temperature = cfg.rollout.temperature
         return UtilityGradient(cfg.meta, items, demos, self.encoder, self.engine, self.scorer.batches, temperature)
@@ -181,7 +198,7 @@ class Trainer:
     def _train_step(self) -> Step:
         cfg, begin = self.cfg.train, time.perf_counter()
         t = self.step - cfg.warmup_steps  # negative in the warm-up
-        looked = self.look_at_validation() if self.controller.wants_validation(t) else Looked({}, 0)
+        looked = self.look_at_validation() if self.controller.wants_validation(t) else self.look(t)
         mu = 1.0 if t < 0 else self.controller.mu(self.clock)
         lr = self.learning_rate(t, mu)
         mixture = self.plain if t < 0 else self.mixture
@@ -227,6 +244,7 @@ class Trainer:
         counts = self.count_tokens(sft, rl, drawn)
         figures |= counts
         tokens = sum(counts.values()) + looked.tokens + int(u.figures.get("tokens", 0) if fresh else 0)
+        self.looked = Looked({}, 0)
         self.tokens += tokens
         seconds, number = time.perf_counter() - begin, self.step - 1
         return Step(number, t < 0, mu, lr, drawn, figures, measured.bad_in_row, tokens, seconds, failure)
@@ -269,6 +287,49 @@ class Trainer:
 
         with self.phases("utility"):
             return self.utility_gradient.compute(self.step, draw)
+
+    def look(self, t: int) -> Looked:
+        """The controller is told what its parts bring on held-out prompts, where it asks before step t.
+
+        What it was told stays told when the step breaks off later on: the look is not taken again.
+        """
+        c, held_out = self.controller, self.held_out
+        if held_out is None:
+            return self.looked
+        spent = self.tokens + self.looked.tokens
+        with self.phases("utility"):
+            if c.wants_rate(t):
+                gains, scored = held_out.gains()
+                self.looked += Looked(c.explored(gains, spent), scored)
+            if c.wants_look(t, spent):
+                cost = held_out.draw(self.step, self._draw_held_out)
+                try_it, figures = c.drawn(held_out.rewards)
+                if try_it:
+                    trial = self.try_imitation()
+                    figures, cost = figures | trial.figures, cost + trial.tokens
+                self.looked += Looked(figures, cost)
+                c.looked(self.tokens + self.looked.tokens, cost)
+        return self.looked
+
+    def try_imitation(self) -> Looked:
+        """Some updates on the demonstrations that come next, what they bring on the held-out prompts, and back again."""
+        cfg, before, place = self.cfg, self.engine.snapshot(), self.demos.stream.position
+        trained = 0
+        self.engine.set_lr(cfg.train.sft_lr or cfg.train.lr)
+        try:
+            for _ in range(cfg.controller.trial_updates):
+                sft = self.demos.take(cfg.train.demos_per_step)
+                trained += sum(len(s.ids) for s in sft)
+                self.update(Mix(sft, [], 1.0, 1.0, 0.0))
+            gains, scored = self.held_out.gains()
+        finally:
+            self.engine.restore(before)
+            self.demos.stream.position = place
+        return Looked(self.controller.tried(gains, trained), trained + scored)
+
+    def _draw_held_out(self, items: list[Item], step: int) -> list[Sample]:
+        cfg = self.cfg
+        return self.rollouts.sample(items, cfg.rollout.temperature, ("held out", step), cfg.meta.num_generations)
 
     def look_at_validation(self) -> Looked:
         """The controller is told how likely held-out demonstrations are now."""
@@ -403,6 +464,8 @@ class Trainer:
             "mixture": self.mixture.state_dict(),
             "warmup_tokens": self.warmup_tokens,
             "mus": self.mus,
+            "held_out": self.held_out.state_dict() if self.held_out else [],
+            "looked": list(self.looked),
             "tokens": self.tokens,
         }
 
@@ -428,6 +491,9 @@ class Trainer:
         self.step, self.entropy_target = state["step"], state["entropy_target"]
         self.entropy_bonus.coef = state.get("entropy_coef", self.entropy_bonus.coef)
         self.mixture.load_state_dict(state.get("mixture"))
+        if self.held_out is not None:
+            self.held_out.load_state_dict(state["held_out"])
+        self.looked = Looked(*state.get("looked", ({}, 0)))
         self.warmup_tokens, self.tokens, self.mus = state["warmup_tokens"], state["tokens"], state["mus"]
         self.rollouts.engine.sync(self.engine.named_full_params(), self.step)
 

@@ -186,6 +186,27 @@ class FlatEngine:
         """After a step: the parameters of the forward pass follow their masters."""
         raise NotImplementedError
 
+    # ------------------------------------------------------------------------------------------------- there and back
+
+    def snapshot(self) -> list[Any]:
+        """All that updates change, copied: masters and moments, the optimizer's count, the guard's counters."""
+        states = [self.optimizer.state.get(g.master, {}) for g in self.all_groups]
+        kept = [(g.master.clone(), {k: v.clone() for k, v in s.items()}) for g, s in zip(self.all_groups, states)]
+        return [kept, self.bad_in_row, self.bad_total, self.attempts, self.skipped]
+
+    @torch.no_grad()
+    def restore(self, snapshot: list[Any]) -> None:
+        """Back to where `snapshot` was taken, to the bit."""
+        kept, self.bad_in_row, self.bad_total, self.attempts, self.skipped = snapshot
+        for g, (master, state) in zip(self.all_groups, kept):
+            g.master.copy_(master)
+            if state:
+                self.optimizer.state[g.master] = state
+            else:
+                self.optimizer.state.pop(g.master, None)
+        self.zero_grad()
+        self.publish()
+
     def named_full_params(self, max_bytes: int = 1 << 30) -> Iterator[tuple[str, torch.Tensor]]:
         """(HF name, tensor) of the whole model in layer order, adapters merged into the weights (a copy of one at a time); else
         nothing is copied here, so `max_bytes` does not bind."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from amft_fast.controller import student_t975
+from amft_fast.controller.statistics import student_t975
 
 
 def interval(values: list[float]) -> tuple[float, float]:

@@ -1,0 +1,20 @@
+"""The arithmetic of evidence."""
+
+from __future__ import annotations
+
+# Student's t, 97.5 %, for 1, 2, ... degrees of freedom.
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+def student_t975(freedom: float) -> float:
+    """Student's t at 97.5 %, for at least 1 degree of freedom, between whole numbers linear in 1/ν; 1.96 in the limit."""
+    low = int(freedom)
+    if low >= len(T975):
+        return 1.96 + (T975[-1] - 1.96) * len(T975) / freedom
+    share = (1 / low - 1 / freedom) / (1 / low - 1 / (low + 1))
+    return T975[low - 1] + share * (T975[low] - T975[low - 1])
+
+
+def ratio(a: float, b: float) -> float:
+    """a / b, and 0 where b is 0: a utility without spread, or a gradient that vanished, says nothing."""
+    return a / b if b != 0 else 0.0
