@@ -192,13 +192,16 @@ class Trainer:
 
     def train_step(self) -> Step:
         """Rollouts, advantages, `minibatches_per_rollout` updates, new weights to the rollout engine, μ's move."""
+        begin = time.perf_counter()
         with self.undone_on_stop():
-            return self._train_step()
+            self.look(self.step - self.cfg.train.warmup_steps)
+        with self.undone_on_stop():
+            return self._train_step(begin)
 
-    def _train_step(self) -> Step:
-        cfg, begin = self.cfg.train, time.perf_counter()
+    def _train_step(self, begin: float) -> Step:
+        cfg = self.cfg.train
         t = self.step - cfg.warmup_steps  # negative in the warm-up
-        looked = self.look_at_validation() if self.controller.wants_validation(t) else self.look(t)
+        looked = self.look_at_validation() if self.controller.wants_validation(t) else self.looked
         mu = 1.0 if t < 0 else self.controller.mu(self.clock)
         lr = self.learning_rate(t, mu)
         mixture = self.plain if t < 0 else self.mixture
@@ -258,8 +261,9 @@ class Trainer:
         one that draws ahead, finish their updates.
         """
         places = self.rollouts.stream, self.demos.stream
-        positions, rng = [p.position for p in places], torch.get_rng_state()
+        positions, rng, looked = [p.position for p in places], torch.get_rng_state(), self.looked
         states = [(part, deepcopy(part.state_dict())) for part in (self.controller, self.mixture)]
+        answers = self.held_out.cache.groups if self.held_out is not None else []
         self.undoable = self.engine.world.size == 1 and self.rollouts.ahead is None
         try:
             yield
@@ -268,6 +272,9 @@ class Trainer:
                 place.position = position
             for part, state in states:
                 part.load_state_dict(state)
+            if self.held_out is not None:
+                self.held_out.cache.groups = answers
+            self.looked = looked
             torch.set_rng_state(rng)
             self.engine.zero_grad()
             raise
@@ -288,14 +295,14 @@ class Trainer:
         with self.phases("utility"):
             return self.utility_gradient.compute(self.step, draw)
 
-    def look(self, t: int) -> Looked:
+    def look(self, t: int) -> None:
         """The controller is told what its parts bring on held-out prompts, where it asks before step t.
 
         What it was told stays told when the step breaks off later on: the look is not taken again.
         """
         c, held_out = self.controller, self.held_out
         if held_out is None:
-            return self.looked
+            return
         spent = self.tokens + self.looked.tokens
         with self.phases("utility"):
             if c.wants_rate(t):
@@ -309,7 +316,6 @@ class Trainer:
                     figures, cost = figures | trial.figures, cost + trial.tokens
                 self.looked += Looked(figures, cost)
                 c.looked(self.tokens + self.looked.tokens, cost)
-        return self.looked
 
     def try_imitation(self) -> Looked:
         """Some updates on the demonstrations that come next, what they bring on the held-out prompts, and back again."""
@@ -320,7 +326,9 @@ class Trainer:
             for _ in range(cfg.controller.trial_updates):
                 sft = self.demos.take(cfg.train.demos_per_step)
                 trained += sum(len(s.ids) for s in sft)
-                self.update(Mix(sft, [], 1.0, 1.0, 0.0))
+                sft, _ = self.weigh(Mix(sft, [], 1.0, 1.0, 0.0), 0)
+                self.sweep(sft)
+                self.engine.step()
             gains, scored = self.held_out.gains()
         finally:
             self.engine.restore(before)

@@ -15,7 +15,18 @@ from amft_fast.run import checkpoint, launch
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
-LEARNED = ("--train.method", "amft", "--controller.window", "2", "--meta.prompts", "2", "--meta.num_generations", "4")
+LEARNED = (
+    "--train.method",
+    "amft",
+    "--controller.signal",
+    "balanced",
+    "--controller.window",
+    "2",
+    "--meta.prompts",
+    "2",
+    "--meta.num_generations",
+    "4",
+)
 SHORT = (
     *("--train.steps", "4", "--train.warmup_steps", "1", "--eval.every", "2", "--eval.schedule_max_prompts", "1"),
     *("--eval.max_prompts", "1", "--log.samples_every", "1"),
