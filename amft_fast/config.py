@@ -120,7 +120,8 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes CUDA when there is one."""
     threads: int | None = Field(None, ge=1, le=1024)
-    """CPU threads for torch; default: torch's own choice."""
+    """CPU threads for torch; default: OMP_NUM_THREADS, else as many as make a pass of the model faster, timed at the start
+    (on a GPU torch's own choice). How sums are rounded depends on it: set it where two runs must be equal to the last bit."""
 
 
 MAX_TARGET = 1000  # of General Points

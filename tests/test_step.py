@@ -127,7 +127,10 @@ def test_an_entropy_that_is_not_finite_does_not_reach_mu():
 
 
 STOPPED = {
-    "windows": ("--train.method", "amft", "--controller.signal", "balanced", "--meta.prompts", "2", "--objective.kl_coef", "0.1"),
+    "windows": (
+        *("--train.method", "amft", "--controller.signal", "balanced", "--meta.prompts", "2"),
+        *("--objective.kl_coef", "0.1"),
+    ),
     "trials": ("--train.method", "amft", "--controller.look_prompts", "2", "--controller.trial_updates", "3"),
     "gac": ("--train.method", "gac", "--mixture.gac_every", "1"),
     "saturation": (

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from amft_fast.config import Config
@@ -43,12 +42,10 @@ def train(cfg: Config, resume: bool = False, task: Task | None = None, listeners
     """
     folder = Path(cfg.run.dir)
     with StopSignal() as stop, locked(folder) if launched_rank() == 0 else nullcontext():
-        if cfg.run.threads:
-            torch.set_num_threads(cfg.run.threads)
         if launched_rank() == 0:
             check_folder(cfg, resume)
             trackers.check(cfg)
-        parts = build(cfg, stop, task)
+        parts = build(cfg, stop, task, resume)
         world = parts.engine.world
         if cfg.train.method != "rl" or cfg.train.warmup_steps:
             check_demos(parts.encoder, parts.task)
