@@ -1,6 +1,7 @@
 """Progress: ETAs by hand-made clocks, and that long phases say something while they last."""
 
 import io
+import json
 import sys
 import time
 
@@ -168,6 +169,41 @@ def test_the_start_evaluation_can_be_left_out(tmp_path, checkpoint_folder, warmu
     evals = lines(tmp_path, "evals.jsonl")
     assert [e["at"] for e in evals] == ([2, 4] if warmup == 0 else [1, 3, 5])
     assert "– ->" in capsys.readouterr().out and (tmp_path / "report.html").exists()
+
+
+def test_the_evaluation_after_the_warm_up_is_a_whole_one(tmp_path, checkpoint_folder, capsys):
+    """Of the answers that start and end have; the table shows three stages, the report a column more."""
+    flags = ["--train.steps", "4", "--train.warmup_steps", "2", "--eval.every", "2", "--eval.num_samples", "3"]
+    flags += ["--eval.after_warmup", "true"]
+    left = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = Evaluator.evaluate
+
+        def watch(self, trainer, on_answer=lambda: None):
+            before, result = self.answers_left(), real(self, trainer, on_answer)
+            left.append((trainer.step, before, self.answers_left()))
+            return result
+
+        patch.setattr(Evaluator, "evaluate", watch)
+        assert launch.train(copy_run(tmp_path, checkpoint_folder, *flags), False, CopyTask()) == 0
+    whole, scheduled = (4 + 2 + 1 + 2) * 4, 2 * 5
+    all_of_it = scheduled + 2 * whole
+    assert left == [
+        (0, all_of_it, all_of_it), (2, all_of_it, scheduled + whole), (4, scheduled + whole, whole), (6, whole, whole),
+    ]  # fmt: skip
+    evals = lines(tmp_path, "evals.jsonl")
+    assert [(e["at"], e["full"]) for e in evals] == [(0, True), (2, True), (4, False), (6, True)]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (
+        summary["warmup"] == {k: evals[1][k] for k in CopyTask.splits}
+        and summary["warmup"].keys() == summary["end"].keys()
+    )
+    said = capsys.readouterr().out
+    row = next(line for line in said.splitlines() if line.startswith("test "))
+    stages = [f"{summary[at]['test']['greedy']:.1%}" for at in ("start", "warmup", "end")]
+    assert [x.strip() for x in row.removeprefix("test").split("->")][:2] == stages[:2]
+    assert "start -> after the warm-up -> end" in said
+    assert ">warm-up</th>" in (tmp_path / "report.html").read_text()
 
 
 def test_answers_left_are_those_of_the_schedule_and_the_end(tmp_path, checkpoint_folder):
