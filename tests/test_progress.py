@@ -46,6 +46,21 @@ def test_the_warm_up_tells_nothing_of_the_steps_after_it():
     assert said[3] == "step 4/12  eta 1m08s", "8 steps of 6 s and 10 answers of 2 s"
 
 
+def test_looks_at_held_out_prompts_are_no_pace_and_each_kind_of_step_has_its_own():
+    """A first step of 100 s, 90 of them on a look: the 29 that are left are not expected to look too."""
+    pace = Pace(0)
+    pace.step(1, 1, 100.0, aside=90.0)
+    assert pace.left(30, 0) == pytest.approx(29 * (10 + 90 / 20))
+    for i in range(9):
+        pace.step(2 + i, 1, 2.0, imitates=True)
+    assert pace.left(30, 0) == pytest.approx(20 * (2 + 90 / 20)), "at the pace of the present kind"
+    pace.step(11, 1, 14.0)
+    assert pace.left(30, 0) == pytest.approx(19 * (12 + 90 / 20))
+    for i in range(19):
+        pace.step(12 + i, 1, 12.0)
+    assert pace.left(50, 0) == pytest.approx(20 * (12 + 90 / 30)), "past twenty steps: over all of them"
+
+
 def test_a_token_budgets_clock_moves_by_what_was_used():
     bar = Progress(total=100, start=0, every=1, enabled=False)
     said = []
