@@ -120,7 +120,8 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes CUDA when there is one."""
     threads: int | None = Field(None, ge=1, le=1024)
-    """CPU threads for torch; default: torch's own choice."""
+    """CPU threads for torch; default: OMP_NUM_THREADS, else as many as make a pass of the model faster, timed at the start
+    (on a GPU torch's own choice). How sums are rounded depends on it: set it where two runs must be equal to the last bit."""
 
 
 MAX_TARGET = 1000  # of General Points
@@ -962,14 +963,16 @@ class EngineConfig(Section):
 
 
 class EvalConfig(Section):
-    """Evaluation at the start, on a schedule and at the end."""
+    """Evaluation at the start, after the warm-up, on a schedule and at the end."""
 
     at_start: bool = True
     """Evaluate before the first step; without it the results show no change."""
+    after_warmup: bool = False
+    """Evaluate after the warm-up as at the start and the end: what imitation alone has brought."""
     every: int = Field(20, ge=0)
     """Steps between evaluations of `schedule_splits` during training; 0: only at the start and the end."""
     splits: list[str] | None = None
-    """Splits evaluated at the start and the end; default: all that the task has."""
+    """Splits of whole evaluations, at the start, after the warm-up and at the end; default: all that the task has."""
     schedule_splits: list[str] = ["val"]
     """Splits evaluated on the schedule."""
     num_samples: Rows = 8

@@ -132,7 +132,7 @@ class UtilityGradient:
         demos: dict[str, Demo],
         encoder: Encoder,
         engine: UpdateEngine,
-        batches: Callable[[list[TokenSequence]], list[Batch]],
+        batches: Callable[[list[TokenSequence]], Iterable[Batch]],
         temperature: float,
     ) -> None:
         self.cfg, self.encoder, self.engine = cfg, encoder, engine
@@ -143,6 +143,7 @@ class UtilityGradient:
         self.current: Utility | None = None
         self.average: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None  # of u, with memory
         self.weight = 0.0  # groups that the average stands for
+        self.at: int | None = None  # the step that `current` was made at
         # On-policy form (old = None): the detached current log-prob stands for old, so the importance weight against the
         # log-probs sampled with is the truncated TIS weight, and nothing is clipped.
         self.objective = ObjectiveConfig(entropy_coef=0.0, tis_cap=cfg.is_cap)
@@ -150,11 +151,15 @@ class UtilityGradient:
     def compute(self, step: int, draw: Draw) -> Utility:
         """u at the present weights. The engine's gradients must be clear; they are clear again afterwards.
 
-        When `draw` raises, the cache is as it was: made again, u is of the same rollouts.
+        When `draw` or `batches` raises, the cache is as it was: made again, u is of the same rollouts. Asked for again at the
+        same step, whose update was broken off, it is the same u.
         """
+        if self.at == step and self.current is not None:
+            return self.current
         before = self.cache.groups
         try:
-            return self._compute(step, draw)
+            self.current, self.at = self._compute(step, draw), step
+            return self.current
         except BaseException:
             self.cache.groups = before
             raise
@@ -175,8 +180,7 @@ class UtilityGradient:
         return self._finish(utility)
 
     def _finish(self, utility: Utility) -> Utility:
-        self.current = Utility(utility.halves, utility.figures | {"tokens": self.tokens})
-        return self.current
+        return Utility(utility.halves, utility.figures | {"tokens": self.tokens})
 
     def _remember(self, utility: Utility, groups: int) -> Utility:
         """Folds the gradient of the fresh groups into the average; a group counts `memory` times less each window."""
@@ -257,11 +261,9 @@ class UtilityGradient:
     # ------------------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        return {"utility_weight": self.weight, "cache": self.cache.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.weight = state["utility_weight"]
-        self.cache.load_state_dict(state["cache"])
+        figures = self.current.figures if self.current is not None else {}
+        made = {"utility_at": self.at, "utility_figures": figures}
+        return {"utility_weight": self.weight, "cache": self.cache.state_dict(), **made}
 
     def tensors(self) -> dict[str, torch.Tensor | Part]:
         """The two halves of the present u, this rank's parts: a window may be half over, and its u belongs to weights that
@@ -271,7 +273,12 @@ class UtilityGradient:
         named = ((i, self.engine.by_name(half)) for i, half in enumerate(self.current.halves))
         return {f"utility.{i}.{piece.name}": piece.saved_data(u) for i, pieces in named for piece, u in pieces}
 
-    def load_tensors(self, tensors: Tensors) -> None:
+    def load(self, state: dict[str, Any], tensors: Tensors) -> None:
+        """Takes up what `state_dict` and `tensors` gave."""
+        self.weight = state["utility_weight"]
+        self.cache.load_state_dict(state["cache"])
         if any(k.startswith("utility.") for k in tensors):
             halves = tuple(self.engine.from_names(tensors, f"utility.{i}.") for i in (0, 1))
-            self.current, self.average = Utility(halves, {}), halves
+            # Checkpoints of earlier versions say neither when u was made nor of what.
+            self.at, figures = state.get("utility_at"), state.get("utility_figures", {})
+            self.current, self.average = Utility(halves, figures), halves

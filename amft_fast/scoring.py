@@ -8,6 +8,8 @@ H*        mean entropy of the warmed-up policy on its own rollouts at temperatur
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import torch
 from torch import nn
@@ -30,6 +32,7 @@ class Scorer:
         self.reference: nn.Module | KeptFactors | None = (
             None  # the policy after the warm-up, frozen, where something needs it
         )
+        self.before_batch: Callable[[], object] = lambda: None  # a run may be stopped there, by an exception
 
     @property
     def packed(self) -> bool:
@@ -37,12 +40,14 @@ class Scorer:
         packing = self.cfg.train.packing
         return attention.packs(self.policy.model.config) if packing is None else packing
 
-    def batches(self, sequences: list[TokenSequence]) -> list[Batch]:
+    def batches(self, sequences: list[TokenSequence]) -> Iterator[Batch]:
         """This rank's micro-batches of sequences that all ranks hold: equally many on each."""
         world = self.engine.world
-        return micro_batches(
+        for batch in micro_batches(
             sequences, self.cfg.train.micro_batch_tokens, self.packed, rank=world.rank, ranks=world.size
-        )
+        ):
+            self.before_batch()
+            yield batch
 
     def forward_only(
         self,
@@ -51,9 +56,10 @@ class Scorer:
         temperature: float | None = None,
     ) -> list[Scores]:
         """Log-probs, entropies and values of all trained tokens, without gradients; on every rank those of all ranks."""
-        batches, world = self.batches(sequences), self.engine.world
-        outs = [self.engine.logprobs(b, model, temperature) for b in batches]
-        scores = [Scores(b.members, b.counts, o.logprobs, o.entropy, o.values) for b, o in zip(batches, outs)]
+        world, scores = self.engine.world, []
+        for b in self.batches(sequences):
+            o = self.engine.logprobs(b, model, temperature)
+            scores.append(Scores(b.members, b.counts, o.logprobs, o.entropy, o.values))
         return world.gather([s.cpu() for s in scores if s.members]) if world.size > 1 else scores
 
     def judge(self, samples: list[Sample], kind: str | None = None) -> list[TokenSequence]:

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
@@ -89,10 +91,12 @@ class Trainer:
     """The method: its parts, its state, its step."""
 
     def __init__(self, cfg: Config, parts: Parts) -> None:
-        self.cfg, self.phases = cfg, parts.phases
+        self.cfg, self.phases, self.should_stop = cfg, parts.phases, parts.should_stop
         self.engine, self.policy, self.encoder = parts.engine, parts.policy, parts.encoder
         self.controller = controller.make(cfg)
         self.scorer = Scorer(cfg, parts.engine, parts.policy, parts.teacher)
+        self.scorer.before_batch = self._stop_if_asked
+        self.undoable = False  # whether what is under way can be broken off
         self.demonstrations = parts.task.demos("train")
         order = Stream(max(len(self.demonstrations), 1), cfg.run.seed, "demos")
         self.demos = Loader(order, self._demo, cfg.train.data_workers)
@@ -185,17 +189,22 @@ class Trainer:
 
     def train_step(self) -> Step:
         """Rollouts, advantages, `minibatches_per_rollout` updates, new weights to the rollout engine, μ's move."""
-        cfg, begin = self.cfg.train, time.perf_counter()
+        begin = time.perf_counter()
+        self.look(self.step - self.cfg.train.warmup_steps)
+        with self.undone_on_stop():
+            return self._train_step(begin)
+
+    def _train_step(self, begin: float) -> Step:
+        cfg = self.cfg.train
         t = self.step - cfg.warmup_steps  # negative in the warm-up
-        looked = self.look_at_validation() if self.controller.wants_validation(t) else self.look(t)
+        looked = self.look_at_validation() if self.controller.wants_validation(t) else self.looked
         mu = 1.0 if t < 0 else self.controller.mu(self.clock)
         lr = self.learning_rate(t, mu)
         mixture = self.plain if t < 0 else self.mixture
         mixture.progress = max(self.clock, 0) / cfg.steps
-        with self.rollouts.undone_on_failure():
-            drawn = self.rollouts.draw(self.step) if mu < 1 else Drawn([], {})
-            fresh = self.controller.starts_window(t)
-            u = self.draw_utility() if fresh else self.utility
+        drawn = self.rollouts.draw(self.step) if mu < 1 else Drawn([], {})
+        fresh = self.controller.starts_window(t)
+        u = self.draw_utility() if fresh else self.utility
         self.rollouts.draw_ahead(self.next_step(mu))
         updates = self.updates if mu == 1 and t >= 0 else 1  # a step has the compute of one that explores
         sft = self.demos.take(cfg.demos_per_step * updates) if mu > 0 and mixture.streams else []
@@ -240,6 +249,35 @@ class Trainer:
         seconds, number = time.perf_counter() - begin, self.step - 1
         return Step(number, t < 0, mu, lr, drawn, figures, measured.bad_in_row, tokens, seconds, failure)
 
+    @contextmanager
+    def undone_on_stop(self) -> Iterator[None]:
+        """What a stop or a failing rollout engine breaks off in here leaves all as it was: on resume it is done again, and the
+        same comes of it.
+
+        A stop may come while answers are drawn and, up to the optimizer's step, between micro-batches. Several processes, and
+        one that draws ahead, finish their updates.
+        """
+        places = self.rollouts.stream, self.demos.stream
+        positions, rng = [p.position for p in places], torch.get_rng_state()
+        states = [(part, deepcopy(part.state_dict())) for part in (self.controller, self.mixture)]
+        self.undoable = self.engine.world.size == 1 and self.rollouts.ahead is None
+        try:
+            yield
+        except (InterruptedError, RolloutFailure):
+            for place, position in zip(places, positions):
+                place.position = position
+            for part, state in states:
+                part.load_state_dict(state)
+            torch.set_rng_state(rng)
+            self.engine.zero_grad()
+            raise
+        finally:
+            self.undoable = False
+
+    def _stop_if_asked(self) -> None:
+        if self.undoable and self.should_stop():
+            raise InterruptedError("stopped between micro-batches")
+
     def draw_utility(self) -> Utility:
         """u ← ∇(−U) at the present weights, on the held-out prompts (meta_gradient.py)."""
 
@@ -250,25 +288,26 @@ class Trainer:
         with self.phases("utility"):
             return self.utility_gradient.compute(self.step, draw)
 
-    def look(self, t: int) -> Looked:
+    def look(self, t: int) -> None:
         """The controller is told what held-out prompts earn, where it asks before step t, and its verdict is carried out.
 
         What it was told stays told when the step breaks off later on: the look is not taken again.
         """
-        c, items = self.controller, self.held_out
-        if items and c.wants_look(t, self.clock):
-            with self.phases("utility"):
+        items = self.held_out
+        if not items or not self.controller.wants_look(t, self.clock):
+            return
+        with self.phases("utility"):
+            with self.undone_on_stop():
                 samples = self.draw_held_out(items, self.step)
-                verdict, figures = c.looked(HeldOut.of(samples, len(items)), self.clock)
-                if verdict == "back":
-                    self.engine.restore(self.kept)
-                    failure = self.rollouts.sync(self.engine.named_full_params(), self.step)
-                    if failure is not None:
-                        raise failure
-                self.kept = self.engine.snapshot() if verdict in ("begin", "stay") else None
-                self.updates = self.updates_of_a_step(samples)
-            self.looked = Looked(figures, HeldOut.of(samples, len(items)).sampled)
-        return self.looked
+            held_out = HeldOut.of(samples, len(items))
+            verdict, figures = self.controller.looked(held_out, self.clock)
+            self.looked, self.updates = Looked(figures, held_out.sampled), self.updates_of_a_step(samples)
+            kept, self.kept = self.kept, self.engine.snapshot() if verdict in ("begin", "stay") else None
+            if verdict == "back":
+                self.engine.restore(kept)
+                failure = self.rollouts.sync(self.engine.named_full_params(), self.step)
+                if failure is not None:
+                    raise failure
 
     def updates_of_a_step(self, samples: list[Sample]) -> int:
         """How many updates that imitate cost as many tokens as a step that explores, by answers like those to come."""
@@ -315,13 +354,17 @@ class Trainer:
         sft, rl = self.weigh(mix, k)
         rl, left_out = self.without_flat(rl)
         if u is None:
-            return Update(*self.sweep(sft + rl), self.engine.step(), None, left_out)
+            return Update(*self.sweep(sft + rl), self._optimize(), None, left_out)
         sft_sums, sft_maxes = self.sweep(sft)
         self.engine.end_sweep("sft")
         rl_sums, rl_maxes = self.sweep(rl)
         self.engine.end_sweep("rl")
         probe = self.engine.probe(u.halves)
-        return Update(sft_sums + rl_sums, torch.maximum(sft_maxes, rl_maxes), self.engine.step(), probe, left_out)
+        return Update(sft_sums + rl_sums, torch.maximum(sft_maxes, rl_maxes), self._optimize(), probe, left_out)
+
+    def _optimize(self) -> Any:
+        self.undoable = False
+        return self.engine.step()
 
     def weigh(self, mix: Mix, k: int) -> tuple[list[TokenSequence], list[TokenSequence]]:
         """The sequences of L_SFT and L_RL with the weights of each token, as the k-th update takes them."""
@@ -382,6 +425,10 @@ class Trainer:
 
     def after_warmup(self) -> None:
         """Before the first step after the warm-up: H*, where a controller asks for it, and the reference of the KL term."""
+        with self.undone_on_stop():
+            self._after_warmup()
+
+    def _after_warmup(self) -> None:
         self.warmup_tokens = self.tokens
         if self.controller.needs_entropy_target and self.entropy_target is None:
             cfg = self.cfg
@@ -436,8 +483,7 @@ class Trainer:
         self.demos.stream.load_state_dict(state["demo_position"])
         self.controller.load_state_dict(state["controller"])
         if self.utility_gradient is not None:
-            self.utility_gradient.load_state_dict(state)
-            self.utility_gradient.load_tensors(tensors)
+            self.utility_gradient.load(state, tensors)
         self.step, self.entropy_target = state["step"], state["entropy_target"]
         self.entropy_bonus.coef = state.get("entropy_coef", self.entropy_bonus.coef)
         self.mixture.load_state_dict(state.get("mixture"))

@@ -1,6 +1,7 @@
 """Progress: ETAs by hand-made clocks, and that long phases say something while they last."""
 
 import io
+import json
 import sys
 import time
 
@@ -43,6 +44,21 @@ def test_the_warm_up_tells_nothing_of_the_steps_after_it():
     assert said[0] == "step 1/12  mu 1  warm-up ends in 0m00s" and said[1] == "step 2/12  warm-up ends in 0m00s"
     assert said[2] == "step 3/12  mu 0.5  eta 1m05s", "9 steps of 5 s and 10 answers of 2 s"
     assert said[3] == "step 4/12  eta 1m08s", "8 steps of 6 s and 10 answers of 2 s"
+
+
+def test_looks_at_held_out_prompts_are_no_pace_and_each_kind_of_step_has_its_own():
+    """A first step of 100 s, 90 of them on a look: the 29 that are left are not expected to look too."""
+    pace = Pace(0)
+    pace.step(1, 1, 100.0, aside=90.0)
+    assert pace.left(30, 0) == pytest.approx(29 * (10 + 90 / 20))
+    for i in range(9):
+        pace.step(2 + i, 1, 2.0, imitates=True)
+    assert pace.left(30, 0) == pytest.approx(20 * (2 + 90 / 20)), "at the pace of the present kind"
+    pace.step(11, 1, 14.0)
+    assert pace.left(30, 0) == pytest.approx(19 * (12 + 90 / 20))
+    for i in range(19):
+        pace.step(12 + i, 1, 12.0)
+    assert pace.left(50, 0) == pytest.approx(20 * (12 + 90 / 30)), "past twenty steps: over all of them"
 
 
 def test_a_token_budgets_clock_moves_by_what_was_used():
@@ -171,6 +187,41 @@ def test_the_start_evaluation_can_be_left_out(tmp_path, checkpoint_folder, warmu
     assert "– ->" in capsys.readouterr().out and (tmp_path / "report.html").exists()
 
 
+def test_the_evaluation_after_the_warm_up_is_a_whole_one(tmp_path, checkpoint_folder, capsys):
+    """Of the answers that start and end have; the table shows three stages, the report a column more."""
+    flags = ["--train.steps", "4", "--train.warmup_steps", "2", "--eval.every", "2", "--eval.num_samples", "3"]
+    flags += ["--eval.after_warmup", "true"]
+    left = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = Evaluator.evaluate
+
+        def watch(self, trainer, on_answer=lambda: None):
+            before, result = self.answers_left(), real(self, trainer, on_answer)
+            left.append((trainer.step, before, self.answers_left()))
+            return result
+
+        patch.setattr(Evaluator, "evaluate", watch)
+        assert launch.train(copy_run(tmp_path, checkpoint_folder, *flags), False, CopyTask()) == 0
+    whole, scheduled = (4 + 2 + 1 + 2) * 4, 2 * 5
+    all_of_it = scheduled + 2 * whole
+    assert left == [
+        (0, all_of_it, all_of_it), (2, all_of_it, scheduled + whole), (4, scheduled + whole, whole), (6, whole, whole),
+    ]  # fmt: skip
+    evals = lines(tmp_path, "evals.jsonl")
+    assert [(e["at"], e["full"]) for e in evals] == [(0, True), (2, True), (4, False), (6, True)]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (
+        summary["warmup"] == {k: evals[1][k] for k in CopyTask.splits}
+        and summary["warmup"].keys() == summary["end"].keys()
+    )
+    said = capsys.readouterr().out
+    row = next(line for line in said.splitlines() if line.startswith("test "))
+    stages = [f"{summary[at]['test']['greedy']:.1%}" for at in ("start", "warmup", "end")]
+    assert [x.strip() for x in row.removeprefix("test").split("->")][:2] == stages[:2]
+    assert "start -> after the warm-up -> end" in said
+    assert ">warm-up</th>" in (tmp_path / "report.html").read_text()
+
+
 def test_answers_left_are_those_of_the_schedule_and_the_end(tmp_path, checkpoint_folder):
     """Told by a run: what an evaluation announces is what it draws, and after the last one nothing but the end is left."""
     flags = ["--train.steps", "5", "--eval.every", "2", "--eval.num_samples", "3", "--eval.schedule_num_samples", "2"]
@@ -180,7 +231,7 @@ def test_answers_left_are_those_of_the_schedule_and_the_end(tmp_path, checkpoint
     def watch(self, trainer, on_answer=lambda: None):
         drawn = []
         result = real(self, trainer, lambda: drawn.append(1))
-        announced.append((trainer.step, self.answers(self.is_whole(trainer)), len(drawn), self.answers_left()))
+        announced.append((trainer.step, self.answers(self.whole(trainer) is not None), len(drawn), self.answers_left()))
         return result
 
     with pytest.MonkeyPatch.context() as patch:

@@ -2,10 +2,12 @@
 
 import json
 import signal
+import sys
 import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 from fakes import CopyTask, ScriptedEngine, make_checkpoint
 from runs import cfg_for, lines, train
 from transformers import AutoTokenizer
@@ -14,6 +16,7 @@ from amft_fast import config_file, controller
 from amft_fast.interfaces import Sampling
 from amft_fast.rollout import episodes
 from amft_fast.rollout.encoder import Encoder
+from amft_fast.run.build import build
 from amft_fast.run.signals import SIGNALS, StopSignal
 from amft_fast.trainer import Trainer
 
@@ -121,3 +124,61 @@ def test_an_entropy_that_is_not_finite_does_not_reach_mu():
     for step in (2, 3):
         c.observe(step, None, 1.0, 1e-3, float("nan"), 1.0)
     assert c.value == mu, "a window that saw nothing moves nothing"
+
+
+STOPPED = {
+    "windows": (
+        *("--train.method", "amft", "--controller.signal", "balanced", "--meta.prompts", "2"),
+        *("--objective.kl_coef", "0.1"),
+    ),
+    "trials": ("--train.method", "amft", "--controller.look_prompts", "2", "--controller.trial_updates", "3"),
+    "gac": ("--train.method", "gac", "--mixture.gac_every", "1"),
+    "saturation": (
+        *("--train.method", "sft_then_rl", "--train.sft_stop", "saturation", "--train.sft_check_every", "1"),
+        *("--meta.prompts", "2"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", STOPPED.values(), ids=STOPPED)
+def test_a_stop_at_any_question_leaves_no_trace_of_the_step(tmp_path, checkpoint_folder, flags):
+    """Between micro-batches, prompts and tokens: the state is as it was, and the step, done after all, the undisturbed one."""
+    cfg = cfg_for(tmp_path, checkpoint_folder, "--train.micro_batch_tokens", "12", "--train.warmup_steps", "0", *flags)
+    places: list[str] = []  # who has asked in this step
+    stop_at = [-1]
+
+    def should_stop() -> bool:
+        frame = sys._getframe(2)
+        places.append(frame.f_code.co_name)
+        return len(places) - 1 == stop_at[0]
+
+    def trainer(asked):
+        made = Trainer(cfg, build(cfg, asked, CopyTask()))
+        made.after_warmup()
+        return made
+
+    disturbed, whole = trainer(should_stop), trainer(lambda: False)
+    broken = set()
+    for _ in range(2):
+        stop_at[0] = 0
+        while True:
+            places.clear()
+            before, weights = json.dumps(disturbed.state_dict()), {k: v.clone() for k, v in disturbed.tensors().items()}
+            try:
+                step = disturbed.train_step()
+                break
+            except InterruptedError:
+                broken.add(places[-1])
+                now = disturbed.state_dict()
+                kept = {"looked", "held_out", "controller", "utility_weight", "utility_at", "utility_figures", "cache"}
+                for name, value in json.loads(before).items():
+                    assert name in kept or json.loads(json.dumps(now[name])) == value, (name, places)
+                same = (
+                    torch.equal(v, disturbed.tensors()[k]) for k, v in weights.items() if not k.startswith("utility")
+                )
+                assert all(same) and not any(g.grad.any() for g in disturbed.engine.groups)
+            stop_at[0] += 1
+        undisturbed = whole.train_step()
+        assert step.figures == undisturbed.figures and step.tokens == undisturbed.tokens
+    assert {"_decode", "batches"} <= broken or flags[1] == "sft_then_rl"
+    assert all(torch.equal(v, whole.tensors()[k]) for k, v in disturbed.tensors().items())

@@ -269,7 +269,7 @@ def _communication(cfg: Config, shape: Shape, at: Layout) -> list[Part]:
 
 def _rollouts(cfg: Config, shape: Shape, at: Layout, machine: Machine) -> list[Part]:
     """The transformers engine: its KV cache at the longest, and the larger of the prefill and the sampling of a token."""
-    from amft_fast.rollout.decoder import PREFILL_TOKENS
+    from amft_fast.rollout.decoder import prefill_tokens
 
     b, t, batch = at.width, shape.text, cfg.rollout.max_batch
     token, prompt = cache_bytes(t, b), machine.prompt_tokens + machine.image_tokens
@@ -282,7 +282,7 @@ def _rollouts(cfg: Config, shape: Shape, at: Layout, machine: Machine) -> list[P
         layer = b * (
             t.hidden + t.q + 2 * t.k + 2 * t.intermediate
         )  # a token's activations: memory that all layers share
-        read = min(prompts * prompt, max(PREFILL_TOKENS, prompt))
+        read = min(prompts * prompt, max(prefill_tokens(machine.device), prompt))
         prefill = max(read * (layer + b * (t.hidden + 3 * (t.q + t.k))), 4 * prompts * shape.vocab)
         logits += batch * layer
     else:

@@ -180,8 +180,9 @@ def change(before: dict[str, Any], after: dict[str, Any], name: str) -> tuple[st
 
 
 def results_section(record: Record) -> Section | None:
-    """Success per split at the start and at the end, with the change."""
+    """Success per split at the start, after the warm-up where it was evaluated, and at the end, with the change."""
     start, end, source = record.ends()
+    warmup = record.after_warmup() if source is None or source["at"] > record.warmup else {}
     splits = list(dict.fromkeys([*start, *end]))
     if not splits:
         return None
@@ -192,16 +193,18 @@ def results_section(record: Record) -> Section | None:
         cells = []
         for name in ("greedy", "sampled", "pass_at_k"):
             text, kind = change(before, after, name)
-            cells.append((_cell(before, name), _cell(after, name), text.removesuffix(" points"), kind))
+            stages = [_cell(row, name) for row in (before, *([warmup.get(split, {})] if warmup else []), after)]
+            cells.append((stages, text.removesuffix(" points"), kind))
         rows.append((split, after.get("prompts", before.get("prompts", "")), cells))
-    intro = "Share of problems solved, before and after; changes are in percentage points. "
+    intro = "Share of problems solved, before and after; changes, from start to end, are in percentage points. "
     intro += "Sampled success is the mean over k answers per problem, ± 1.96 standard errors over problems; "
     intro += "a change of it in bold is larger than its noise."
     if source is not None:
         kind = "" if source.get("full") else " It is a scheduled one, with fewer problems and answers than the first."
         intro += f" The run is not finished: “end” is the evaluation at step {source['at']}.{kind}"
     k = f"pass@{ks.pop()}" if len(ks) == 1 else "pass@k"
-    table = Environment(autoescape=True).from_string(templates.RESULTS).render(rows=rows, k=k)
+    stages = ["start", *(["warm-up"] if warmup else []), "end"]
+    table = Environment(autoescape=True).from_string(templates.RESULTS).render(rows=rows, k=k, stages=stages)
     return Section("Start and end", Markup(table), intro)
 
 

@@ -118,6 +118,11 @@ class Record:
         later = [e for e in self.evals if e["at"] > 0]
         return first, splits_of(later[-1]) if later else {}, later[-1] if later else None
 
+    def after_warmup(self) -> dict[str, dict]:
+        """Results per split of the whole evaluation after the warm-up, where there was one."""
+        found = (e for e in self.evals if e.get("full") and e["at"] == self.warmup and self.warmup > 0)
+        return splits_of(next(found, None))
+
 
 def splits_of(row: Any) -> dict[str, dict[str, Any]]:
     """The part of an evaluation that is results by split."""

@@ -135,17 +135,22 @@ TEMPLATE = """<!doctype html>
 RESULTS = """<div class="card scroll"><table>
 <thead>
 <tr><td></td><td></td>
-{% for name in ("greedy", "sampled", k) %}<th class="group" colspan="3" scope="colgroup">{{ name }}</th>{% endfor %}</tr>
+{% for name in ("greedy", "sampled", k) %}
+<th class="group" colspan="{{ stages|length + 1 }}" scope="colgroup">{{ name }}</th>
+{% endfor %}</tr>
 <tr><th scope="col" style="text-align:left">split</th><th scope="col">problems</th>
 {% for name in (1, 2, 3) %}
-<th class="group" style="text-align:right" scope="col">start</th><th scope="col">end</th><th scope="col">change</th>
+{% for stage in stages -%}
+<th{% if loop.first %} class="group" style="text-align:right"{% endif %} scope="col">{{ stage }}</th>
+{%- endfor %}<th scope="col">change</th>
 {% endfor %}</tr>
 </thead>
 <tbody>
 {% for split, prompts, cells in rows %}
 <tr><th scope="row">{{ split }}</th><td>{{ prompts }}</td>
-{% for before, after, change, kind in cells %}
-<td class="first">{{ before }}</td><td>{{ after }}</td><td class="{{ kind }}">{{ change or "–" }}</td>
+{% for figures, change, kind in cells %}
+{% for figure in figures %}<td{% if loop.first %} class="first"{% endif %}>{{ figure }}</td>{% endfor -%}
+<td class="{{ kind }}">{{ change or "–" }}</td>
 {% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>"""

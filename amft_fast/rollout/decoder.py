@@ -26,7 +26,11 @@ from amft_fast.rollout.graphs import Graphs, padded_rows
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long a sequence has become
-PREFILL_TOKENS = 4096  # read in one pass: what a prefill takes beside the cache is bounded
+
+
+def prefill_tokens(device: str) -> int:
+    """Read in one pass: what a prefill takes beside the cache is bounded, and on a CPU how long a stop waits for it."""
+    return 512 if device == "cpu" else 4096
 
 
 def explain(device: str) -> tuple[str, str]:
@@ -216,13 +220,16 @@ class Decoder:
 
     # ------------------------------------------------------------------------------------------------------- prompts
 
-    def read(self, prompts: Sequence[Sequence[int]], keep: Callable) -> torch.Tensor:
+    def read(
+        self, prompts: Sequence[Sequence[int]], keep: Callable, before_pass: Callable[[], object] = lambda: None
+    ) -> torch.Tensor:
         """Logits [prompts, V] after each of these prompts, which are in the order of their lengths.
 
         `keep(layer, first, k, v)` is given the keys and values [n, L, key heads, D] of the n prompts from `first` on.
         """
         out = []
-        for batch in _passes(prompts):
+        for batch in _passes(prompts, prefill_tokens(self.head.device.type)):
+            before_pass()
             runs = [(length, len(list(same))) for length, same in groupby(len(prompts[i]) for i in batch)]
             out.append(
                 self._read([prompts[i] for i in batch], runs, lambda i, at, *kv, b=batch: keep(i, b[0] + at, *kv))
@@ -267,11 +274,11 @@ class Decoder:
         return lambda q, k, v: attention.segments(name, kernel, q, k, v, (at, at, most, most), self.scale)
 
 
-def _passes(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Consecutive prompts that are read in one pass."""
+def _passes(prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+    """Consecutive prompts that are read in one pass of at most so many tokens, or of one prompt."""
     out, tokens = [], 0
     for i, prompt in enumerate(prompts):
-        if out and tokens + len(prompt) <= PREFILL_TOKENS:
+        if out and tokens + len(prompt) <= most:
             out[-1].append(i)
         else:
             out.append([i])
@@ -302,9 +309,11 @@ class DecoderReader:
 
     refills = True
 
-    def __init__(self, decoder: Decoder, room: int, capacity: int) -> None:
+    def __init__(
+        self, decoder: Decoder, room: int, capacity: int, before_pass: Callable[[], object] = lambda: None
+    ) -> None:
         decoder.refresh()
-        self.decoder, head = decoder, decoder.head
+        self.decoder, self.before_pass, head = decoder, before_pass, decoder.head
         self.by_kernel = head.is_cuda and triton_obstacle("cuda", head.dtype) is None
         graphs = self.by_kernel and torch.cuda.is_available()  # fake tensors are on a device that is not there
         room = padded_rows(room) if graphs else room
@@ -340,7 +349,7 @@ class DecoderReader:
                 at = mine.index(prompts[-1])
                 keeping.append((k[at].clone(), v[at].clone()))
 
-        logits = [self.decoder.read(fresh, keep)] if fresh else []
+        logits = [self.decoder.read(fresh, keep, self.before_pass)] if fresh else []
         if known:
             to = torch.tensor([places[i] for i in members[kept[0]]], device=device)
             for layer, (k, v) in enumerate(kept[1]):

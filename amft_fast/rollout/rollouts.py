@@ -7,7 +7,6 @@ it is asked, the task only judges.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -71,16 +70,6 @@ class Rollouts:
 
     def _take(self, count: int) -> list[Item]:
         return [self.prompts[i] for i in self.stream.take(count)]
-
-    @contextmanager
-    def undone_on_failure(self) -> Iterator[None]:
-        """What breaks off in here leaves the prompts where they were: on resume the same step draws the same samples."""
-        position = self.stream.position
-        try:
-            yield
-        except (InterruptedError, RolloutFailure):
-            self.stream.position = position
-            raise
 
     def draw_ahead(self, step: int | None) -> None:
         """All rollouts of this step are there: those of `step`, the next, begin in a thread (None: there is no next), or the

@@ -142,9 +142,12 @@ class TransformersEngine:
         if self._decoder is None:
             return ForwardReader(self.model, self.pad, self.vision)
         # Nothing follows a row's last token, so it is not read.
-        return decoder.DecoderReader(
-            self._decoder, room, max(len(r.prompt_ids) + r.max_new_tokens - 1 for r in requests)
-        )
+        longest = max(len(r.prompt_ids) + r.max_new_tokens - 1 for r in requests)
+        return decoder.DecoderReader(self._decoder, room, longest, self._stop_if_asked)
+
+    def _stop_if_asked(self) -> None:
+        if self.should_stop():
+            raise InterruptedError("stopped while sampling")
 
     def _decode(self, numbers: list[int], requests: dict[int, Request], sampling: Sampling, reply: Reply) -> None:
         """Completes the requests of these numbers, in this order, as places get free."""
@@ -155,8 +158,7 @@ class TransformersEngine:
         free: list[int] = []  # places whose rows have ended
         tokens = np.zeros(room, np.int64)  # what each row reads next
         while True:
-            if self.should_stop():
-                raise InterruptedError("stopped while sampling")
+            self._stop_if_asked()
             under_way = turns.size - len(free)
             if not under_way:
                 turns.size, free = 0, []

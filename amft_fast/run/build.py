@@ -23,6 +23,7 @@ from amft_fast.rollout.buckets import Bucketed
 from amft_fast.rollout.context import check_prompts, check_setting
 from amft_fast.rollout.encoder import Encoder, load_encoder
 from amft_fast.rollout.transformers import TransformersEngine
+from amft_fast.run import threads
 from amft_fast.run.progress import phase, weights_loaded
 from amft_fast.tasks import shipped
 from amft_fast.trainer import Parts
@@ -58,14 +59,17 @@ def own_loss_of(cfg: Config) -> OwnLoss | None:
     return own_loss.load(cfg.objective.loss) if ":" in cfg.objective.loss else None
 
 
-def build(cfg: Config, should_stop: Callable[[], bool], task: Task | None = None) -> Parts:
-    """Task, policy, update engine and rollout engine as the config asks for them; `task` takes the place of the config's."""
+def build(cfg: Config, should_stop: Callable[[], bool], task: Task | None = None, resume: bool = False) -> Parts:
+    """Task, policy, update engine and rollout engine as the config asks for them; `task` takes the place of the config's.
+    `resume`: for a run that goes on."""
     device, own = pick_device(cfg.run.device), own_loss_of(cfg)
     world = join_world(cfg, device)
     encoder, task = read_data(cfg, world, task)
     cut = cut_while_loading(cfg.engine, pick_dtype(cfg.model, device), device)
     with phase("loading the model", shown=world.main, bars=cfg.log.progress) as loading, weights_loaded(loading), cut:
         model = load_model(cfg.model, device)
+    with phase("timing threads", shown=world.main, bars=cfg.log.progress):
+        threads.choose(cfg, model, resume)
     policy = Policy(model, cfg.objective, with_value=cfg.advantage.kind == "gae", vision=encoder.vision, own_loss=own)
     policy.saving = layers.offload(model, cfg.model.offload_activations)
     with phase("starting the engines", shown=world.main, bars=cfg.log.progress):

@@ -16,6 +16,8 @@ from amft_fast.rollout.encoder import Encoder
 from amft_fast.run import answers
 from amft_fast.trainer import Parts, Trainer
 
+WHOLE = ("start", "warmup", "end")  # of the evaluations on all splits
+
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Unbiased estimate of the chance that one of k answers is right, from `correct` of n (Chen et al., arXiv 2107.03374).
@@ -104,23 +106,30 @@ class Evaluator:
         check_splits("eval.schedule_splits", cfg.eval.schedule_splits, parts.task)
         # At the clock's 0, where there is no warm-up, stands the evaluation at the start, on the schedule too.
         self.evaluated_step, self.evaluations = -1, int(not (cfg.eval.at_start or cfg.train.warmup_steps))
+        self.after_warmup = cfg.eval.after_warmup and cfg.train.warmup_steps > 0
         self.best: float | None = None
         self.best_step: int | None = None  # which has it
-        self.results: dict[str, Any] = {}  # of the whole evaluations, at the start and the end
+        self.results: dict[str, Any] = {}  # of the whole evaluations, by their names in WHOLE
 
     def due(self, trainer: Trainer) -> bool:
-        """At the start (`eval.at_start`), at the end, and each time the clock has passed another `eval.every`."""
+        """At the start (`eval.at_start`), after the warm-up (`eval.after_warmup`), at the end, and each time the clock has
+        passed another `eval.every`."""
         if self.evaluated_step == trainer.step:
             return False
-        if trainer.step == 0:
-            return self.cfg.eval.at_start
+        whole = self.whole(trainer)
+        if whole is not None:
+            return whole != "start" or self.cfg.eval.at_start
         every = self.cfg.eval.every
         passed = int(trainer.clock // every) if every and trainer.clock >= 0 else -1
-        return trainer.finished or passed >= self.evaluations
+        return passed >= self.evaluations
 
-    def is_whole(self, trainer: Trainer) -> bool:
-        """Whether an evaluation now is a whole one, of all splits with all prompts: at the start and the end."""
-        return trainer.step == 0 or trainer.finished
+    def whole(self, trainer: Trainer) -> str | None:
+        """Which of WHOLE an evaluation now is, of all splits with all prompts; None: a scheduled one."""
+        if trainer.step == 0:
+            return "start"
+        if trainer.finished:
+            return "end"
+        return "warmup" if self.after_warmup and trainer.step == self.cfg.train.warmup_steps else None
 
     def answers(self, whole: bool) -> int:
         """How many answers an evaluation draws, of all ranks."""
@@ -131,15 +140,15 @@ class Evaluator:
     def answers_left(self) -> int:
         """How many the evaluations to come draw, in the rest of the schedule and at the end."""
         every, steps = self.cfg.eval.every, self.cfg.train.steps
-        scheduled = max(-(-steps // every) - self.evaluations, 0) if every else 0
-        return scheduled * self.answers(whole=False) + self.answers(whole=True)
+        scheduled = max(-(-steps // every) - max(self.evaluations, int(self.after_warmup)), 0) if every else 0
+        whole = 1 + int(self.after_warmup and "warmup" not in self.results)
+        return scheduled * self.answers(whole=False) + whole * self.answers(whole=True)
 
     def evaluate(
         self, trainer: Trainer, on_answer: Callable[[], object] = lambda: None
     ) -> tuple[dict[str, dict[str, float]], bool, list[dict[str, Any]]]:
-        """The figures by split; whether it was a whole one: all splits with all prompts at the start and the end, the
-        scheduled ones in between; and a few answers of each split as people read them."""
-        cfg, whole = self.cfg.eval, self.is_whole(trainer)
+        """The figures by split; whether it was a whole one; and a few answers of each split as people read them."""
+        cfg, whole = self.cfg.eval, self.whole(trainer)
         kept: list[dict[str, Any]] = []
 
         def keep(split: str, items: list[Item], samples: list[Sample]) -> None:
@@ -166,8 +175,8 @@ class Evaluator:
         if cfg.every and trainer.clock >= 0:
             self.evaluations = int(trainer.clock // cfg.every) + 1
         if whole:
-            self.results["start" if trainer.step == 0 else "end"] = result
-        return result, whole, kept
+            self.results[whole] = result
+        return result, whole is not None, kept
 
     def is_best(self, figures: dict[str, float]) -> bool:
         """Whether `checkpoint.metric` is the best so far, where the best is kept."""

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError
 
 from amft_fast.config import Config
@@ -21,7 +20,7 @@ from amft_fast.report.page import write_report
 from amft_fast.rollout.context import check_demos
 from amft_fast.run import checkpoint, trackers
 from amft_fast.run.build import build, join_readers, make_reader, read_data
-from amft_fast.run.evaluate import check_splits, count_answers, of_config
+from amft_fast.run.evaluate import WHOLE, check_splits, count_answers, of_config
 from amft_fast.run.evaluate import evaluate as evaluate_splits
 from amft_fast.run.export import save_encoder
 from amft_fast.run.folder import check_folder, check_room, take_folder
@@ -51,12 +50,10 @@ def train(
     folder = Path(cfg.run.dir)
     patience, resume = PATIENCE_S if resume == "auto" else 0.0, bool(resume)
     with StopSignal() as stop, locked(folder, patience=patience) if launched_rank() == 0 else nullcontext():
-        if cfg.run.threads:
-            torch.set_num_threads(cfg.run.threads)
         if launched_rank() == 0:
             check_folder(cfg, resume)
             trackers.check(cfg)
-        parts = build(cfg, stop, task)
+        parts = build(cfg, stop, task, resume)
         world = parts.engine.world
         if cfg.train.method != "rl" or cfg.train.warmup_steps:
             check_demos(parts.encoder, parts.task)
@@ -201,17 +198,21 @@ def evaluate(
 
 
 def results_table(summary: dict[str, Any]) -> str:
-    """Success per split before and after, as aligned text."""
-    start, end = summary.get("start", {}), summary.get("end", {})
+    """Success per split before and after, where it was evaluated after the warm-up too, as aligned text."""
+    end, warmup = summary.get("end", {}), "warmup" in summary
+    stages = [summary.get(name, {}) for name in WHOLE if name != "warmup" or warmup]
     k = next((row["k"] for row in end.values()), 0)
-    wide = max(len(split) + 1 for split in ("success", *end))
-    head = f"{'success':<{wide}}" + "".join(f"{name:>22}" for name in ("greedy", "sampled", f"pass@{k}"))
-    lines = [head]
-    for split, after in end.items():
-        before = start.get(split, {})
-        cells = (
-            f"{f'{before[name]:.1%}' if name in before else '–':>13} -> {after[name]:<5.1%}"
-            for name in ("greedy", "sampled", "pass_at_k")
-        )
-        lines.append(f"{split:<{wide}}" + "".join(f"{c:>22}" for c in cells))
-    return "\n".join(lines)
+    wide, column = max(len(split) + 1 for split in ("success", *end)), 13 + 9 * (len(stages) - 1)
+    lines = [f"{'success':<{wide}}" + "".join(f"{name:>{column}}" for name in ("greedy", "sampled", f"pass@{k}"))]
+    for split in end:
+        rows = [stage.get(split, {}) for stage in stages]
+        cells = [
+            [f"{row[name]:.1%}" if name in row else "–" for row in rows] for name in ("greedy", "sampled", "pass_at_k")
+        ]
+        lines.append(f"{split:<{wide}}" + "".join(f"{' -> '.join(_aligned(c)):>{column}}" for c in cells))
+    return "\n".join([*lines, "start -> after the warm-up -> end"] if warmup else lines)
+
+
+def _aligned(cells: list[str]) -> list[str]:
+    """Of one column's stages, so that arrows stand one below the other."""
+    return [f"{cell:>5}" for cell in cells[:-1]] + [f"{cells[-1]:<5}"]

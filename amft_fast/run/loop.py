@@ -108,7 +108,7 @@ class Loop:
     def evaluate(self) -> None:
         """Evaluates, writes it down, and keeps the checkpoint when it is the best so far."""
         trainer, files, evaluator = self.trainer, self.files, self.evaluator
-        answers, begin = evaluator.answers(evaluator.is_whole(trainer)), time.perf_counter()
+        answers, begin = evaluator.answers(evaluator.whole(trainer) is not None), time.perf_counter()
         mine = answers / self.world.size
         with self.phases("eval"), files.progress.phase(f"evaluating at {trainer.step}", mine, "answers") as phase:
             result, whole, kept = evaluator.evaluate(trainer, phase.advance)

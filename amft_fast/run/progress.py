@@ -19,6 +19,7 @@ from tqdm import tqdm
 QUIET = 2.0  # seconds
 PAUSES = (8.0, 20.0, 30.0)  # between a phase's plain lines: the first ones, then the last of these
 RECENT = 50  # steps that the pace is taken over
+ASIDE = 20.0  # steps that what has been done aside in a run's first steps is spread over: it gets rarer
 
 
 def clock_text(seconds: float) -> str:
@@ -30,21 +31,29 @@ def clock_text(seconds: float) -> str:
 class Pace:
     """What is left of a run in seconds: steps at the pace of recent ones, evaluations at the pace of theirs.
 
-    Both are counted apart, in their own units: the run's clock, and answers. The warm-up's steps draw no rollouts and tell
-    nothing of those that follow, so within it there is an ETA of the warm-up alone.
+    Both are counted apart, in their own units: the run's clock, and answers. Steps that imitate alone draw no rollouts and tell
+    nothing of those that do: each kind has its pace, and what is left is expected to be of the present one. So within the
+    warm-up there is an ETA of the warm-up alone. What some steps do beside (a look at held-out prompts) is taken over the whole
+    run.
     """
 
     def __init__(self, clock: float) -> None:
         self.clock = clock  # negative in the warm-up
-        self.steps: deque[tuple[float, float]] = deque(maxlen=RECENT)  # (progress of the clock, seconds)
+        # By kind, whether they imitate alone: (progress of the clock, seconds)
+        self.steps: dict[bool, deque[tuple[float, float]]] = {k: deque(maxlen=RECENT) for k in (False, True)}
+        self.imitates = False  # the kind of the last one
+        self.moved = self.aside = 0.0  # since the warm-up: of the clock, and seconds
         self.answers = self.answer_seconds = 0.0
 
-    def step(self, clock: float, moved: float, seconds: float) -> None:
-        """A step has taken the run's clock to here, by so much."""
+    def step(self, clock: float, moved: float, seconds: float, aside: float = 0.0, imitates: bool = False) -> None:
+        """A step has taken the run's clock to here, by so much; `aside`: of its seconds, on looks at held-out prompts."""
         if self.clock <= 0 < clock:  # the first one after the warm-up
-            self.steps.clear()
-        self.steps.append((moved, seconds))
-        self.clock = clock
+            self.moved = self.aside = 0.0
+            for recent in self.steps.values():
+                recent.clear()
+        self.steps[imitates].append((moved, seconds - aside))
+        self.moved, self.aside = self.moved + moved, self.aside + aside
+        self.clock, self.imitates = clock, imitates
 
     def evaluation(self, answers: int, seconds: float) -> None:
         """An evaluation drew this many answers."""
@@ -53,11 +62,14 @@ class Pace:
 
     def left(self, end: float, answers: int) -> float | None:
         """Seconds until the clock shows `end` and so many more answers have been drawn; None before the first step."""
-        moved = sum(d for d, _ in self.steps)
+        recent = self.steps[self.imitates]
+        moved = sum(d for d, _ in recent)
         if moved <= 0:
             return None
-        steps = sum(s for _, s in self.steps) / moved * max(end - self.clock, 0.0)
-        return steps + (self.answer_seconds / self.answers * answers if self.answers else 0.0)
+        pace = sum(s for _, s in recent) / moved + self.aside / max(self.moved, ASIDE)
+        return pace * max(end - self.clock, 0.0) + (
+            self.answer_seconds / self.answers * answers if self.answers else 0.0
+        )
 
 
 class Phase:
@@ -192,11 +204,17 @@ class Progress:
             self.bar = tqdm(total=total, initial=start, bar_format=style, dynamic_ncols=True)
 
     def step(
-        self, clock: float, moved: float, seconds: float, answers_left: int, figures: dict[str, float | None]
+        self,
+        clock: float,
+        moved: float,
+        seconds: float,
+        answers_left: int,
+        figures: dict[str, float | None],
+        aside: float = 0.0,
     ) -> None:
-        """A step that took `seconds` has moved the run's clock by `moved` to `clock`, and evaluations will draw `answers_left`
-        answers more; `figures` are shown beside the progress."""
-        self.pace.step(clock, moved, seconds)
+        """A step that took `seconds`, `aside` of them on looks at held-out prompts, has moved the run's clock by `moved` to
+        `clock`, and evaluations will draw `answers_left` answers more; `figures` are shown beside the progress."""
+        self.pace.step(clock, moved, seconds, aside, figures.get("mu") == 1)
         done = self.warmup + int(clock)
         text = " ".join(f"{k} {v:.3g}" for k, v in figures.items() if v is not None)
         text = f"{text}  {self.eta(answers_left)}".strip()

@@ -37,7 +37,8 @@ class Recorder:
         cfg, clock, moved = self.cfg.train, trainer.step - self.cfg.train.warmup_steps, 1.0
         if cfg.token_budget is not None and clock > 0:
             clock, moved = trainer.clock, cfg.steps * step.tokens / max(cfg.token_budget - trainer.warmup_tokens, 1)
-        self.files.progress.step(clock, moved, step.seconds, answers_left, {k: record.get(k) for k in SHOWN})
+        shown, aside = {k: record.get(k) for k in SHOWN}, record.get("time/utility", 0.0)
+        self.files.progress.step(clock, moved, step.seconds, answers_left, shown, aside)
         for text in alarms.values():
             self.files.say(f"alarm at step {step.number}: {text}")
         self._warn_of_mismatch(record)

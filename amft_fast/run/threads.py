@@ -1,0 +1,76 @@
+"""How many CPU threads torch gets where the config does not say: as many as make the model faster here and now.
+
+torch takes all cores that it sees. On a machine whose cores are taken, or in a container with a quota of them, a thread that
+waits for its turn holds up all the others at every operation, and a model of a few layers gains nothing from a second one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from amft_fast.config import Config
+from amft_fast.doctor.installed import usable_cores
+
+GAIN = 0.9  # more threads must take at most this share of the time
+SHAPE = (4, 16)  # sequences and tokens of the pass that is timed
+SECONDS, PASSES = 0.3, 5  # spent on each number of threads, and the least of passes
+
+
+def choose(cfg: Config, model: nn.Module, resume: bool = False) -> int:
+    """Sets torch's threads, and returns how many: run.threads; else those of the run that is resumed, whose sums would come
+    out otherwise; else what the environment says (OMP_NUM_THREADS); else by timing."""
+    count = cfg.run.threads or (resume and recorded(Path(cfg.run.dir))) or 0
+    if not count:
+        count = torch.get_num_threads()
+        if not os.environ.get("OMP_NUM_THREADS") and next(model.parameters()).device.type == "cpu":
+            count = fastest(model, min(count, usable_cores()))
+    torch.set_num_threads(count)
+    return count
+
+
+def recorded(folder: Path) -> int | None:
+    """The threads of the run in `folder`, where it says."""
+    try:
+        return int(json.loads((folder / "environment.json").read_text())["threads"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@torch.inference_mode()
+def fastest(model: nn.Module, most: int) -> int:
+    """The least number of threads, of 1, 2, 4, ... and `most`, that no larger one beats by a tenth; timed on a forward pass
+    of a few sequences."""
+    candidates = sorted({*(2**i for i in range(most.bit_length())), most} - {0})
+    if len(candidates) == 1:
+        return candidates[0]
+    training, ids = model.training, torch.zeros(SHAPE, dtype=torch.long)
+    model.eval()
+    best, best_seconds = 1, float("inf")
+    try:
+        for count in candidates:
+            torch.set_num_threads(count)
+            seconds = _median_seconds(model, ids)
+            if seconds < GAIN * best_seconds:
+                best, best_seconds = count, seconds
+    finally:
+        model.train(training)
+    return best
+
+
+def _median_seconds(model: nn.Module, ids: torch.Tensor) -> float:
+    """Of a pass; the first, which makes room, does not count."""
+    backbone, taken = getattr(model, model.base_model_prefix), []
+    backbone(input_ids=ids, use_cache=False)
+    until = time.perf_counter() + SECONDS
+    while len(taken) < PASSES or time.perf_counter() < until:
+        begin = time.perf_counter()
+        backbone(input_ids=ids, use_cache=False)
+        taken.append(time.perf_counter() - begin)
+    return statistics.median(taken)
