@@ -131,7 +131,7 @@ STOPPED = {
         *("--train.method", "amft", "--controller.signal", "balanced", "--meta.prompts", "2"),
         *("--objective.kl_coef", "0.1"),
     ),
-    "trials": ("--train.method", "amft", "--controller.look_prompts", "2", "--controller.trial_updates", "3"),
+    "blocks": ("--train.method", "amft", "--controller.look_prompts", "2"),
     "gac": ("--train.method", "gac", "--mixture.gac_every", "1"),
     "saturation": (
         *("--train.method", "sft_then_rl", "--train.sft_stop", "saturation", "--train.sft_check_every", "1"),
