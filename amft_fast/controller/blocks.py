@@ -61,7 +61,12 @@ class BlockController(Controller):
         """What becomes of the weights: a block begins with them, they stay and another begins, they go back to where the block
         began, or nothing; and figures."""
         alive = float(held_out.alive.mean())
-        figures = {"alive": alive, "right": held_out.right, "reward": float(held_out.rewards.mean())}
+        figures = {
+            "alive": alive,
+            "right": held_out.right,
+            "reward": float(held_out.rewards.mean()),
+            "tokens": held_out.sampled,
+        }
         dead, solved = alive < self.c.min_alive, held_out.right > self.c.solved and self.imitated > 0
         first, exploring = not self.rewards, self.value == 0
         self.barren = 0
