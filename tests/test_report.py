@@ -256,7 +256,7 @@ def test_looks_at_held_out_prompts_have_charts(run_folder):
         "The looks at held-out prompts took",
     ):
         assert text in words
-    assert "Signal to noise" not in words and "mu_min" not in words
+    assert "Change of logit(μ)" not in words and "mu_min 0.02" not in words
 
 
 def test_controller_section_comes_with_its_fields(run_folder):
