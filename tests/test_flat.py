@@ -136,6 +136,7 @@ def test_a_run_is_the_same_with_and_without(method, tmp_path):
     for skip in ("true", "false"):
         folder = tmp_path / skip
         flags = ("--train.method", method, "--train.skip_flat", skip, "--meta.prompts", "4", "--controller.window", "2")
+        flags += ("--controller.signal", "balanced")
         assert train(cfg_for(folder, model, *flags), task=Rarely()) == 0
         records.append([r for r in lines(folder) if r["phase"] == "train"])
     assert max(r["left_out"] for r in records[0]) > 0 and {r["left_out"] for r in records[1]} == {0.0}

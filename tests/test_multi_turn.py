@@ -242,7 +242,7 @@ def test_a_resumed_multi_turn_run_goes_on_bit_for_bit(tmp_path, checkpoint_folde
     (tmp_path / "c.toml").write_text(SHORT_RUN)
 
     def train(folder, resume=False):
-        flags = ["--run.dir", str(folder), "--model.path", str(checkpoint_folder)]
+        flags = ["--run.dir", str(folder), "--model.path", str(checkpoint_folder), "--train.method", "fixed"]
         cfg = config_file.load(tmp_path / "c.toml", flags)
         assert launch.train(cfg, resume, CopyTask(max_turns=3)) == 0
 
