@@ -1038,6 +1038,9 @@ class CheckpointConfig(Section):
 
     every: int = Field(50, ge=0)
     """Steps between checkpoints; 0: only at the end and on a signal."""
+    background: bool = True
+    """Write them beside the steps, which wait for a copy to host memory alone: of masters, moments and utility gradient, 12 to
+    20 bytes for each parameter of a process. false: the steps wait for the disk."""
     keep_last: int = Field(2, ge=1)
     """How many of the newest are kept."""
     keep_best: bool = True

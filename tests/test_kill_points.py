@@ -11,7 +11,7 @@ from fakes import CopyTask, make_checkpoint
 from kill_points import RECORDS, copied_at_each_change, differences, stopped
 from runs import cfg_for
 
-from amft_fast.run import checkpoint, launch
+from amft_fast.run import checkpoint, launch, saver
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
@@ -31,7 +31,9 @@ BLOCKS = (
     *("--train.method", "amft", "--controller.look_prompts", "2", "--meta.num_generations", "4"),
     *("--controller.imitation_share", "0.3", "--controller.confidence", "1e9"),
 )
+# Here one thread alone changes the folder; the writer beside the steps comes in whole, as late as it can (`late`).
 SHORT = (
+    *("--checkpoint.background", "false"),
     *("--train.steps", "4", "--train.warmup_steps", "1", "--eval.every", "2", "--eval.schedule_max_prompts", "1"),
     *("--eval.max_prompts", "1", "--log.samples_every", "1"),
 )
@@ -40,9 +42,11 @@ MORE = (
     *("--objective.kl_coef", "0.01", "--train.minibatches_per_rollout", "2", "--rollout.dynamic_sampling", "true"),
     *("--meta.memory", "0", "--meta.min_ess", "1"),  # held-out rollouts are drawn twice for a u
 )
+LATE = ("--checkpoint.background", "true")
 RUNS = {
     "saved at each step": (*LEARNED, *SHORT, *ALWAYS),
     "saved at each step, blocks": (*BLOCKS, *SHORT, *ALWAYS, "--train.steps", "6"),
+    "saved at each step, late": (*LEARNED, *SHORT, *ALWAYS, *LATE),
     "saved seldom": (*LEARNED, *SHORT, *MORE, "--checkpoint.every", "3"),
 }
 
@@ -50,6 +54,24 @@ RUNS = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+class Late:
+    """A thread that does nothing until it is waited for: by then the next steps have written their rows."""
+
+    def __init__(self, target, args, **_):
+        self.target, self.args = target, args
+
+    def start(self):
+        pass
+
+    def join(self, timeout=None):
+        self.target(*self.args)
+
+
+@pytest.fixture(autouse=True)
+def late(monkeypatch):
+    monkeypatch.setattr(saver, "Thread", Late)
 
 
 @pytest.fixture(autouse=True)

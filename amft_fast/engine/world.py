@@ -29,6 +29,13 @@ class World:
 
     rank: int = 0
     size: int = 1
+    group: Any = None  # of torch.distributed; None: the one that all processes have
+
+    def aside(self) -> World:
+        """The same processes over connections of their own, for a thread beside the loop. All ranks must call it."""
+        if self.size == 1:
+            return self
+        return World(self.rank, self.size, dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     @property
     def main(self) -> bool:
@@ -49,7 +56,7 @@ class World:
         except (InterruptedError, RolloutFailure) as e:
             error = e
         parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, (result, error))
+        dist.all_gather_object(parts, (result, error), self.group)
         for _, failed in parts:
             if failed is not None:
                 raise failed
@@ -67,7 +74,7 @@ class World:
         if self.size == 1:
             return items
         parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, items)
+        dist.all_gather_object(parts, items, self.group)
         return [x for part in parts for x in part]
 
     def broadcast(self, value: T) -> T:
@@ -75,7 +82,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def on_main(self, work: Callable[[], T]) -> T:
@@ -103,7 +110,7 @@ class World:
         if self.size == 1:
             return tensor
         out = tensor.clone()
-        dist.all_reduce(out, op)
+        dist.all_reduce(out, op, self.group)
         return out
 
     def any(self, flag: bool) -> bool:

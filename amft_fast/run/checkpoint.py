@@ -98,8 +98,12 @@ def _everywhere(world: World, folder: Path, step: int, work: Callable[[], Any]) 
         result = work()
     except (OSError, SafetensorError) as e:
         error = getattr(e, "strerror", None) or str(e)
+    except UserError as e:
+        error = e
     done = world.gather([(result, error)])
     errors = [e for _, e in done if e]
+    if errors and isinstance(errors[0], UserError):
+        raise errors[0]
     if errors:
         if world.main:
             shutil.rmtree(folder / (WRITING + name_of(step)), ignore_errors=True)  # its room is needed
@@ -111,18 +115,25 @@ def _everywhere(world: World, folder: Path, step: int, work: Callable[[], Any]) 
 
 
 def save(
-    folder: Path, step: int, tensors: Mapping[str, torch.Tensor | Part], state: dict[str, Any], world: World = ALONE
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, torch.Tensor | Part],
+    state: dict[str, Any],
+    world: World = ALONE,
+    first: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes the checkpoint of `step` under `folder` (made if missing, its parent is not), atomically, and returns its path.
 
-    Every rank calls it with its own tensors; `state` is rank 0's. They must see the same file system. Raises UserError, on all
-    ranks, when it cannot be written (no room, say); what was there before is then still there.
+    Every rank calls it with its own tensors; `state` and `first`, what must be done before, are of rank 0. They must see the
+    same file system. Raises UserError, on all ranks, when it cannot be written (no room, say); what was there before is then
+    still there.
     """
     final, aside = folder / name_of(step), folder / (WRITING + name_of(step))
     name = "state.safetensors" if world.size == 1 else f"rank-{world.rank:05d}.safetensors"
 
     def begin() -> None:
         if world.main:
+            first()
             folder.mkdir(exist_ok=True)
             _restore(folder)
             shutil.rmtree(aside, ignore_errors=True)

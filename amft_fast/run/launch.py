@@ -88,6 +88,7 @@ def go(
         # The report first: trackers keep it. Then they, for one's own callbacks may raise.
         files.listen([LiveReport(folder, files.say), *trackers.make(cfg, files.say), *listeners])
     started = finished = False
+    loop = None
     try:
         loop = Loop(cfg, parts, files)
         if found:
@@ -114,6 +115,8 @@ def go(
         finish(cfg, parts, loop, folder, task_name or cfg.task.name)
         finished = True
     finally:
+        if loop is not None:
+            loop.saver.settle()
         if started:
             files.tell("on_end", folder, finished)
         files.close()

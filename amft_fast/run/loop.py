@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from amft_fast.config import Config
 from amft_fast.engine.parts import Tensors
 from amft_fast.errors import RolloutFailure, UserError
 from amft_fast.interfaces import Task
-from amft_fast.run import checkpoint
 from amft_fast.run.evaluate import Evaluator
 from amft_fast.run.profiling import StepProfiler, static_bytes
 from amft_fast.run.recorder import Recorder, what_was_bad
+from amft_fast.run.saver import Saver
 from amft_fast.run.writers import RunFiles
 from amft_fast.trainer import Parts, Step, Trainer
 
@@ -36,6 +37,8 @@ class Loop:
             folder, p = files.folder / "profile", cfg.profile
             self.profiler = StepProfiler(folder, p.steps, p.skip, parts.engine.device, self.phases, p.rollouts)
         self.origin = {"seed": cfg.run.seed, "task": cfg.task.name, "data": fingerprint(parts.task)}
+        told = partial(files.tell, "on_checkpoint")
+        self.saver = Saver(files.checkpoints, cfg.checkpoint, self.world, files.sync, told)
         self.saved_step = -1
         self.wall_before = 0.0
         self.started = time.perf_counter()
@@ -49,7 +52,7 @@ class Loop:
         """Trains to the end, or until a stop was asked for; either way the state is saved."""
         trainer = self.trainer
         if self.evaluator.best_step == self.saved_step:  # a kill may have come before its link
-            self.mark_best()
+            self.saver.mark_best(self.saved_step)
         try:
             while True:
                 if self.evaluator.due(trainer):
@@ -57,8 +60,8 @@ class Loop:
                 if trainer.finished:
                     break
                 if self.checkpoint_due():
-                    self.save()
-                if self.world.any(self.should_stop()):
+                    self.save(wait=False)
+                if self.asked_to_stop():
                     raise InterruptedError
                 if trainer.step == self.cfg.train.warmup_steps:
                     self.after_warmup()
@@ -71,6 +74,13 @@ class Loop:
         except RolloutFailure as e:
             raise UserError(f"{e}; the state is saved in {self.save()}, go on with --resume") from e
         self.save()
+
+    def asked_to_stop(self) -> bool:
+        """Whether some rank was asked to. Raises UserError when the checkpoint that is being written beside has failed."""
+        stop, failed = self.world.max(torch.tensor([float(self.should_stop()), float(self.saver.failed)])).tolist()
+        if failed:
+            self.saver.wait()
+        return bool(stop)
 
     def after_warmup(self) -> None:
         """H* and what else a method wants of the policy after its warm-up."""
@@ -121,8 +131,7 @@ class Loop:
         success = (f"{split} {row['greedy']:.1%}/{row['sampled']:.1%}" for split, row in result.items())
         files.say(f"eval at {trainer.step}: " + "  ".join(success))
         if not whole and trainer.step > self.cfg.train.warmup_steps and self.evaluator.is_best(figures):
-            self.save()
-            self.mark_best()
+            self.save(wait=False, best=True)
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
@@ -130,27 +139,18 @@ class Loop:
         every, step = self.cfg.checkpoint.every, self.trainer.step
         return every > 0 and step > 0 and step % every == 0 and self.saved_step != step
 
-    def save(self) -> Path:
-        """The whole state: a run resumed from it goes on as if it had never stopped."""
+    def save(self, wait: bool = True, best: bool = False) -> Path:
+        """The whole state: a run resumed from it goes on as if it had never stopped. `wait`: until it is on disk; `best`: as
+        the best so far."""
         with self.phases("checkpoint"):
             tensors = self.trainer.tensors()
             if self.world.main:
                 tensors["rng.cpu"] = torch.get_rng_state()
             own = {"wall_s": self.wall, "alarms": self.recorder.alarms.state_dict()} | self.origin
             state = self.trainer.state_dict() | self.evaluator.state_dict() | own
-            if self.world.main:
-                self.files.sync()  # a checkpoint stands for the rows before it too
-            path = checkpoint.save(self.files.checkpoints, self.trainer.step, tensors, state, self.world)
-            if self.world.main:
-                checkpoint.prune(self.files.checkpoints, self.cfg.checkpoint.keep_last, path)
+            path = self.saver.save(self.trainer.step, tensors, state, best, wait)
             self.saved_step = self.trainer.step
-        self.files.tell("on_checkpoint", path)
         return path
-
-    def mark_best(self) -> None:
-        """The checkpoint saved last is the best."""
-        if self.world.main and self.cfg.checkpoint.keep_best:
-            checkpoint.mark_best(self.files.checkpoints, self.files.checkpoints / checkpoint.name_of(self.saved_step))
 
     def load(self, state: dict[str, Any], tensors: Tensors) -> None:
         """Takes up the state of a checkpoint. Raises UserError for that of another run, ValueError for another model's."""
