@@ -125,10 +125,16 @@ bench-gpu:
 	$(PYTHON) -m bench gpu --out $(OUT)
 
 # Makes the demos' base checkpoints anew (recipe and hash in their recipe.json).
-demo-base: $(READY)
+demo-base: $(VENV)/.ready-gym
 	$(BIN)/python -m amft_fast.tasks.general_points.pretrain --out configs/demo_base
 	$(BIN)/python -m amft_fast.tasks.virl.pretrain --out configs/demo_virl_base
 	$(BIN)/python -m amft_fast.tasks.general_points.vision_pretrain --out configs/demo_gp_vl_base
+	$(BIN)/python -m amft_fast.tasks.gym.pretrain --task chain_sum --out configs/demo_gym_chain_sum_base
+	$(BIN)/python -m amft_fast.tasks.gym.pretrain --task number_sorting --out configs/demo_gym_number_sorting_base
+
+$(VENV)/.ready-gym: $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev,gym]"
+	touch $@
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache

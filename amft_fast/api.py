@@ -145,23 +145,35 @@ def compare(
     out: str | Path = "runs/compare",
     cores: int | None = None,
     budget: int | None = None,
+    final_seeds: int | None = None,
+    finalists: int = 6,
+    stop_behind: float | None = None,
+    baseline: str | None = None,
+    sweep: str | None = None,
+    sweep_share: float = 0.5,
     **settings: Any,
 ) -> dict[str, Any]:
     """Several methods at equal compute, each run a process of its own; returns what compare.json holds.
 
-    Finished runs under `out` are kept. Rewards and tasks are named in the settings, as other processes must find them. Raises
-    UserError, also when a run fails.
+    The arguments are the options of the command. Finished runs under `out` are kept. Rewards and tasks are named in the
+    settings, as other processes must find them. Raises UserError, also when a run fails.
     """
     import os
 
+    from amft_fast.run.writers import replace_text
     from amft_fast.study import compare as study
+    from amft_fast.study.stages import Seeds
+    from amft_fast.study.sweep import parse_sweep
 
     cfg, _ = _config_and_task(config, None, None, (), None, settings, fresh=False)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     file = out / "config.toml"
-    file.write_text(config_file.to_toml(cfg))
-    if study.compare(str(file), list(methods), seeds, out, cores or os.cpu_count() or 1, budget, []):
+    replace_text(file, config_file.to_toml(cfg))
+    arms = Seeds(seeds, max(seeds, final_seeds or 0), finalists, stop_behind, baseline)
+    swept = None if sweep is None else parse_sweep(sweep, sweep_share)
+    design = study.Design(list(methods), arms, swept, budget, cores or os.cpu_count() or 1)
+    if study.compare(str(file), design, out, []):
         raise UserError(f"some runs of the comparison failed; their folders under {out} have a log.txt")
     return json.loads((out / "compare.json").read_text())
 

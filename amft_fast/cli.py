@@ -1,5 +1,5 @@
-"""The command line: amft-fast init | train | eval | compare | data | watch | export | convert | report | doctor | docs |
-completion."""
+"""The command line: amft-fast init | train | eval | compare | regret | data | watch | export | convert | report | doctor |
+docs | completion."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ NUMBERS = {
     "seeds": (1, 10**6),
     "cores": (1, 10**6),
     "budget": (1, config.MAX_INT),
+    "final_seeds": (1, 10**6),
+    "finalists": (1, 10**6),
+    "stop_behind": (0, 100),
+    "sweep_share": (1e-3, 1),
     "gpus": (1, 2**20),
     "gpu_memory": (1e-3, 1e9),
     "prompt_tokens": (1, 2**24),
@@ -64,7 +68,11 @@ def build_parser(add_settings: Callable[[argparse.ArgumentParser], None] | None 
     train.add_argument("config", nargs="?", help="TOML file; with --resume DIR the run's own config by default")
     train.add_argument("--dry-run", action="store_true", help="check and print the resolved config, do nothing else")
     train.add_argument(
-        "--resume", nargs="?", const="", metavar="DIR", help="go on from the newest checkpoint (of run.dir, or of DIR)"
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR|auto",
+        help="go on from the newest checkpoint (of run.dir, or of DIR); auto: for launchers that start a run again",
     )
 
     ev = commands.add_parser(
@@ -102,11 +110,33 @@ def build_parser(add_settings: Callable[[argparse.ArgumentParser], None] | None 
         help="comma-separated: method[:mu][+section.field=value...], e.g. rl,fixed:0.2,amft:0.9",
     )
     compare.add_argument("--seeds", type=int, default=3, help="seeds per method (default %(default)s)")
+    compare.add_argument("--final-seeds", type=int, help="seeds for the finalists and the baseline (default: --seeds)")
+    compare.add_argument(
+        "--finalists", type=int, default=6, help="how many methods ahead get --final-seeds (default %(default)s)"
+    )
+    compare.add_argument(
+        "--stop-behind",
+        type=float,
+        metavar="POINTS",
+        help="from two seeds on, none more for a method whose 95 %% interval is that far behind the best (default: never)",
+    )
+    compare.add_argument("--baseline", help="of --methods: what the others are held against (default: the best)")
+    compare.add_argument(
+        "--sweep", metavar="SECTION.FIELD=V,V...", help="first the best value of a setting for each method, on val"
+    )
+    compare.add_argument(
+        "--sweep-share", type=float, default=0.5, help="of the tokens, for each run of it (default %(default)s)"
+    )
+    compare.add_argument("--plan", action="store_true", dest="plan_only", help="print the plan, do nothing else")
     compare.add_argument("--out", default="runs/compare", help="folder of the study (default %(default)s)")
     compare.add_argument(
         "--cores", type=int, default=os.cpu_count(), help="runs at a time, one core each (default: all)"
     )
     compare.add_argument("--budget", type=int, help="tokens per run (default: what train.steps of fixed:0.5 take)")
+
+    regret = commands.add_parser("regret", help="what each method of several studies loses to the best of each")
+    regret.add_argument("studies", nargs="+", metavar="STUDY", help="folders that compare has written, one a regime")
+    regret.add_argument("--out", default="runs/regret", help="folder of the table (default %(default)s)")
 
     data = commands.add_parser(
         "data",
@@ -229,9 +259,12 @@ def _complain(error: UserError) -> int:
     return 2
 
 
+AUTO = "auto"  # of --resume; a folder of this name is ./auto
+
+
 def _train(args: argparse.Namespace, flags: list[str]) -> int:
     path = args.config
-    if args.resume:
+    if args.resume and args.resume != AUTO:
         if not Path(args.resume).is_dir():
             hint = f"; give a config before it: train {args.resume} --resume" if args.resume.endswith(".toml") else ""
             raise UserError(f"--resume: no run folder {args.resume!r}{hint}")
@@ -249,12 +282,13 @@ def _train(args: argparse.Namespace, flags: list[str]) -> int:
     from amft_fast.engine.world import leave
     from amft_fast.run.launch import train
 
-    code = train(cfg, resume=args.resume is not None)
+    code = train(cfg, resume=AUTO if args.resume == AUTO else args.resume is not None)
     leave()
     return code
 
 
 def _eval_benchmarks(args: argparse.Namespace, flags: list[str]) -> int:
+    from amft_fast.engine.world import leave
     from amft_fast.study import benchmarks
 
     if 0 < args.temperature < 1e-4:
@@ -268,7 +302,9 @@ def _eval_benchmarks(args: argparse.Namespace, flags: list[str]) -> int:
     given = {n: getattr(args, n) for n in (*names, "system_prompt", "keep_system", "thinking")}
     settings = benchmarks.Settings(args.target, rope_theta=cfg.model.rope_theta, **given)
     names = [n for n in args.benchmarks.split(",") if n]
-    return benchmarks.run(cfg, names, args.benchmarks_file, settings, out)
+    code = benchmarks.run(cfg, names, args.benchmarks_file, settings, out)
+    leave()
+    return code
 
 
 def _eval(args: argparse.Namespace, flags: list[str]) -> int:
@@ -277,6 +313,7 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
     cfg = config_file.load(args.target, [*flags, *(["--model.path", args.model] if args.model else [])])
     if args.out and not Path(args.out).absolute().parent.is_dir():
         raise UserError(f"--out: no folder {str(Path(args.out).parent)!r} to write to")
+    from amft_fast.engine.world import launched_rank, leave
     from amft_fast.run import launch
     from amft_fast.run.writers import replace_text
 
@@ -296,6 +333,9 @@ def _eval(args: argparse.Namespace, flags: list[str]) -> int:
         launch.evaluate(cfg, on_results=keep, say=_to_stderr)
     except InterruptedError as e:
         code = e.args[0]
+    leave()
+    if launched_rank():
+        return code
     if result:
         print(eval_table(result, cfg.eval.num_samples))
     if code:
@@ -325,7 +365,9 @@ def eval_table(result: dict[str, dict[str, float]], k: int) -> str:
 
 
 def _compare(args: argparse.Namespace, flags: list[str]) -> int:
-    from amft_fast.study.compare import compare
+    from amft_fast.study.compare import Design, compare
+    from amft_fast.study.stages import Seeds
+    from amft_fast.study.sweep import parse_sweep
 
     methods = [m for m in args.methods.split(",") if m]
     if not methods:
@@ -333,7 +375,20 @@ def _compare(args: argparse.Namespace, flags: list[str]) -> int:
     twice = next((m for m in methods if methods.count(m) > 1), None)
     if twice:
         raise UserError(f"--methods: {twice} is named twice")
-    return compare(args.config, methods, args.seeds, Path(args.out), args.cores, args.budget, flags)
+    last = args.seeds if args.final_seeds is None else args.final_seeds
+    if last < args.seeds:
+        raise UserError(f"--final-seeds must be at least --seeds, {args.seeds}, got {last}")
+    seeds = Seeds(args.seeds, last, args.finalists, args.stop_behind, args.baseline)
+    sweep = parse_sweep(args.sweep, args.sweep_share) if args.sweep else None
+    design = Design(methods, seeds, sweep, args.budget, args.cores)
+    return compare(args.config, design, Path(args.out), flags, args.plan_only)
+
+
+def _regret(args: argparse.Namespace, flags: list[str]) -> int:
+    from amft_fast.study.regret import write_regret
+
+    print(write_regret([Path(folder) for folder in args.studies], Path(args.out)))
+    return 0
 
 
 def _data(args: argparse.Namespace, flags: list[str]) -> int:
@@ -389,6 +444,7 @@ COMMANDS = {
     "train": _train,
     "eval": _eval,
     "compare": _compare,
+    "regret": _regret,
     "data": _data,
     "watch": _watch,
     "export": _export,

@@ -771,26 +771,22 @@ class ControllerConfig(Section):
     """First mu of the methods linear and cosine."""
     schedule_end: float = Field(0.1, ge=0, le=1)
     """Last mu of the methods linear and cosine."""
-    signal: Literal["trial", "lot", "balanced", "cosine", "rms", "raw", "random"] = "trial"
-    """How mu is learned. trial: 1 or 0, by what trials of both parts bring for the same compute (controller/trials.py); lot: a
+    signal: Literal["blocks", "lot", "balanced", "cosine", "rms", "raw", "random"] = "blocks"
+    """How mu is learned. blocks: 1 as long as imitation shows on held-out prompts, then 0 (controller/blocks.py); lot: a
     control that decides by lot at the same moments. The others move mu by the probe's dot-products over windows
     (controller/windows.py); random is a control with the sign of balanced drawn by lot."""
-    look_prompts: int = Field(64, ge=2, le=2**20)
-    """Held-out prompts of a look, with `meta.num_generations` answers each (trial)."""
-    look_share: float = Field(0.06, gt=0, le=1)
-    """Tokens of a look over those since the last one, while exploring (trial)."""
-    first_look: int = Field(8, ge=1)
-    """Updates that imitate before the first look at what they brought; the next come at twice as many each (trial)."""
-    min_alive: float = Field(0.05, ge=0, le=1)
-    """Share of the held-out prompts with answers of different reward under which nothing is explored (trial)."""
-    keep: float = Field(1.0)
-    """Student's t of the rise since the last look over which imitation goes on (trial)."""
-    trial_updates: int = Field(8, ge=1, le=4096)
-    """Updates that imitate in a trial (trial)."""
+    imitation_share: float = Field(0.06, gt=0, le=1)
+    """Share of the run's compute of the first block of imitation (blocks)."""
     confidence: float = Field(2.0, ge=0)
-    """Student's t over which a trial counts as evidence for imitation (trial)."""
-    ratio_cap: float = Field(5.0, gt=1)
-    """Bound of an answer's importance weight, and of its inverse, in a trial."""
+    """Student's t of the held-out reward's rise over which a block of imitation stays (blocks)."""
+    look_prompts: int | None = Field(None, ge=2, le=2**20)
+    """Held-out prompts of a look, with `meta.num_generations` answers each (blocks); default: twice `train.prompts_per_step`,
+    at most 64."""
+    min_alive: float = Field(0.05, ge=0, le=1)
+    """Share of the held-out prompts whose answers earned differently, or are all right, under which nothing is explored
+    (blocks)."""
+    solved: float = Field(0.9, ge=0, le=1)
+    """Share of right answers over which imitation that has shown before goes on (blocks)."""
     space: Literal["mu", "logit"] = "logit"
     """Whether steps are taken in mu itself or in its logit."""
     window: int = Field(5, ge=1)
@@ -1075,7 +1071,7 @@ class Config(Section):
     def _check(self) -> Config:
         c = self.controller
         learned = METHODS[self.train.method].learned
-        if learned and not c.mu_min <= c.mu_init <= c.mu_max:
+        if learned and not self.in_blocks and not c.mu_min <= c.mu_init <= c.mu_max:
             raise ValueError(
                 f"controller.mu_init must lie in [mu_min, mu_max] = [{c.mu_min}, {c.mu_max}], got {c.mu_init}"
             )
@@ -1088,8 +1084,6 @@ class Config(Section):
         self._check_mixture()
         if self.rollout.engine == "vllm" and self.objective.tis_cap is None and ":" not in self.objective.loss:
             self.objective = self.objective.model_copy(update={"tis_cap": 2.0})
-        if self.model.lora.rank and self.engine.kind == "deepspeed":
-            raise ValueError("model.lora.rank: engine.kind deepspeed does not train adapters; use engine.kind local")
         split = self.checkpoint.metric.partition("/")[0]
         if self.checkpoint.keep_best and self.eval.every and split not in self.eval.schedule_splits:
             raise ValueError(
@@ -1097,6 +1091,16 @@ class Config(Section):
                 f"got {self.checkpoint.metric!r}"
             )
         return self
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether mu is learned by blocks of imitation (controller/blocks.py)."""
+        return METHODS[self.train.method].learns_from_utility and self.controller.signal in ("blocks", "lot")
+
+    @property
+    def takes_utility(self) -> bool:
+        """Whether mu is learned from dot-products with the utility gradient (controller/windows.py)."""
+        return METHODS[self.train.method].learns_from_utility and not self.in_blocks
 
     @property
     def off_policy(self) -> bool:

@@ -78,7 +78,7 @@ def _chord_phi(x: float, k: Knobs) -> float:
 
 
 _ROWS = (
-    Method("amft", "AMFT, μ learned by its meta-gradient", learns_from_utility=True, learns_from_entropy=True),
+    Method("amft", "AMFT, μ learned", learns_from_utility=True, learns_from_entropy=True),
     Method("amft_no_meta", "AMFT without its meta-gradient", learns_from_entropy=True),
     Method("amft_no_entropy", "AMFT without its entropy term", learns_from_utility=True),
     Method("sft", "SFT, imitation alone", has_rl=False, shape=lambda x, k: 1.0),

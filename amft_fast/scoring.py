@@ -17,7 +17,8 @@ from torch import nn
 from amft_fast import losses, objective
 from amft_fast.config import Config
 from amft_fast.data.batch import Batch, TokenSequence, micro_batches, scatter
-from amft_fast.engine.parts import Tensors
+from amft_fast.engine.flat import KeptFactors
+from amft_fast.engine.parts import Part, Tensors
 from amft_fast.interfaces import Sample, UpdateEngine
 from amft_fast.model import attention
 from amft_fast.model.policy import Policy, Scores, fill
@@ -28,7 +29,9 @@ class Scorer:
 
     def __init__(self, cfg: Config, engine: UpdateEngine, policy: Policy, teacher: nn.Module | None = None) -> None:
         self.cfg, self.engine, self.policy, self.teacher = cfg, engine, policy, teacher
-        self.reference: nn.Module | None = None  # the policy after the warm-up, frozen, where something needs it
+        self.reference: nn.Module | KeptFactors | None = (
+            None  # the policy after the warm-up, frozen, where something needs it
+        )
         self.before_batch: Callable[[], object] = lambda: None  # a run may be stopped there, by an exception
 
     @property
@@ -47,7 +50,10 @@ class Scorer:
             yield batch
 
     def forward_only(
-        self, sequences: list[TokenSequence], model: nn.Module | None = None, temperature: float | None = None
+        self,
+        sequences: list[TokenSequence],
+        model: nn.Module | KeptFactors | None = None,
+        temperature: float | None = None,
     ) -> list[Scores]:
         """Log-probs, entropies and values of all trained tokens, without gradients; on every rank those of all ranks."""
         world, scores = self.engine.world, []
@@ -142,10 +148,12 @@ class Scorer:
     def keep_reference(self) -> None:
         """After the warm-up: the policy as it is now, for the KL term and the implicit reward."""
         if self.cfg.objective.kl_coef > 0 or self.cfg.log.implicit_reward:
-            self.reference = self.engine.plain_copy()
+            self.reference = self.engine.reference()
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The reference, for a checkpoint; rank 0 saves it whole."""
+    def tensors(self) -> dict[str, torch.Tensor | Part]:
+        """The reference, for a checkpoint: whole from rank 0, factors from every rank its part."""
+        if isinstance(self.reference, KeptFactors):
+            return {f"reference.{p.name}": p.saved_data(x) for p, x in self.engine.by_name(self.reference.flats)}
         if self.reference is None or not self.engine.world.main:
             return {}
         return {f"reference.{n}": p for n, p in self.reference.named_parameters()}
@@ -153,5 +161,8 @@ class Scorer:
     def load_tensors(self, tensors: Tensors) -> None:
         names = [k for k in tensors if k.startswith("reference.")]
         if names:
-            self.reference = self.engine.plain_copy()
-            fill(self.reference, ((k.removeprefix("reference."), tensors[k]) for k in names))
+            self.reference = self.engine.reference()
+            if isinstance(self.reference, KeptFactors):
+                self.reference = KeptFactors(self.engine.from_names(tensors, "reference."))
+            else:
+                fill(self.reference, ((k.removeprefix("reference."), tensors[k]) for k in names))

@@ -4,7 +4,7 @@ warm up on demos; H* ← entropy of the warmed-up policy on its own rollouts
 for each step:
     rollouts ← engine.generate(prompts, G per prompt);  A ← advantages(rewards)
     which demonstrations and rollouts enter, with which weights (mixtures/; all, by μ, unless a method says else)
-    a look at held-out prompts: does imitation or exploration bring more for the same compute? μ ← 1 or 0 (controller/trials.py)
+    after a block of imitation, a look at held-out prompts: it goes on, or it is taken back and μ ← 0 (controller/blocks.py)
     with a windowed signal, at the start of a window:  u ← ∇(−U) on held-out prompts, in two independent halves
     backward SFT micro-batches · μ      probe: ⟨u, g_SFT⟩
     backward RL micro-batches · (1−μ)   probe: ⟨u, g_RL⟩
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -47,6 +48,7 @@ from amft_fast.rollout.rollouts import Drawn, Rollouts
 from amft_fast.scoring import Scorer
 
 T = TypeVar("T")
+KEPT = "kept."  # before the names of what a block of imitation began with, in a checkpoint
 
 
 @dataclass
@@ -84,9 +86,6 @@ class Looked(NamedTuple):
     figures: dict[str, float]
     tokens: int
 
-    def __add__(self, other: Looked) -> Looked:
-        return Looked(self.figures | other.figures, self.tokens + other.tokens)
-
 
 class Trainer:
     """The method: its parts, its state, its step."""
@@ -106,9 +105,12 @@ class Trainer:
         self._check_needs(parts.task)
         self.rollouts = Rollouts(cfg, parts.rollout_engine, parts.task, parts.encoder, parts.engine.world, parts.phases)
         self.rollouts.generations, self.rollouts.hint = self.mixture.generations, self.mixture.hint
-        trials = isinstance(self.controller, controller.TrialController)
-        self.held_out = self._held_out(parts.task) if trials else None
-        self.utility_gradient = self._make_utility(parts.task) if self.controller.learned and not trials else None
+        self.held_out = self._validation_prompts(parts.task, look_prompts(cfg)) if cfg.in_blocks else []
+        self.kept: Any = None  # what a block of imitation began with
+        self.updates = 1  # of a step that imitates
+        self.utility_gradient = (
+            self._make_utility(parts.task) if self.controller.learned and not cfg.in_blocks else None
+        )
         self.validation = self._validation(parts.task) if isinstance(self.controller, controller.Switch) else []
         self.step = 0
         self.entropy_target: float | None = None  # H*
@@ -147,11 +149,6 @@ class Trainer:
                 f"method {self.cfg.train.method!r} needs at least 2 validation prompts, the task has {len(items)}"
             )
         return items
-
-    def _held_out(self, task: Task) -> HeldOut:
-        cfg = self.cfg
-        items = self._validation_prompts(task, cfg.controller.look_prompts)
-        return HeldOut(items, self.scorer, cfg.rollout.temperature, cfg.controller.ratio_cap)
 
     def _make_utility(self, task: Task) -> UtilityGradient:
         cfg = self.cfg
@@ -193,8 +190,7 @@ class Trainer:
     def train_step(self) -> Step:
         """Rollouts, advantages, `minibatches_per_rollout` updates, new weights to the rollout engine, μ's move."""
         begin = time.perf_counter()
-        with self.undone_on_stop():
-            self.look(self.step - self.cfg.train.warmup_steps)
+        self.look(self.step - self.cfg.train.warmup_steps)
         with self.undone_on_stop():
             return self._train_step(begin)
 
@@ -210,10 +206,11 @@ class Trainer:
         fresh = self.controller.starts_window(t)
         u = self.draw_utility() if fresh else self.utility
         self.rollouts.draw_ahead(self.next_step(mu))
-        sft = self.demos.take(cfg.demos_per_step) if mu > 0 and mixture.streams else []
+        updates = self.updates if mu == 1 and t >= 0 else 1  # a step has the compute of one that explores
+        sft = self.demos.take(cfg.demos_per_step * updates) if mu > 0 and mixture.streams else []
         with self.phases("advantage"):
             groups = groups_of(drawn.samples, self.scorer.judge(drawn.samples, mixture.kind))
-            m = cfg.minibatches_per_rollout
+            m = updates if updates > 1 else cfg.minibatches_per_rollout
             mixes = [mixture.mix(_share(sft, k, m), _share(groups, k, m), mu) for k in range(m)] + mixture.extra()
             sft, rl = ([s for mix in mixes for s in mix[part]] for part in (0, 1))
             scored = self.scorer.figures(sft, [s for group in groups for s in group.rollouts])
@@ -221,23 +218,23 @@ class Trainer:
             looked = self.look_at_noise(sft, groups)
 
         self.engine.set_lr(lr)
-        updates = []
+        done = []
         for k, mix in enumerate(mixes):
             probe = u if k == 0 and self.controller.probes(t) else None
             with self.phases("update"):
-                updates.append(self.update(mix, probe, k))
+                done.append(self.update(mix, probe, k))
         mu = fmean(mix.mu for mix in mixes)
         self.step += 1
         with self.phases("sync"):
             failure = self.rollouts.sync(self.engine.named_full_params(), self.step)
 
-        measured = read_updates(
-            updates, self.engine, self.cfg.objective.kl_coef > 0, self.policy.value_head is not None
-        )
+        measured = read_updates(done, self.engine, self.cfg.objective.kl_coef > 0, self.policy.value_head is not None)
         figures = measured.record | scored | looked.figures
         if t >= 0:
             dots, clip = measured.probe or (None, 1.0)  # ⟨u, g_SFT⟩, ⟨u, g_RL⟩ and the norms, of the first update
             figures |= self.controller.observe(t, dots, clip, lr, figures.get("entropy"), self.entropy_target)
+            if groups:
+                self.controller.explored(any(g.solved or np.ptp(g.rewards) > 0 for g in groups))
             self.mus = [*(self.mus[:1] or [mu]), mu]
             if self.cfg.objective.entropy_target is not None:
                 figures["entropy_coef"] = self.entropy_bonus.coef
@@ -261,9 +258,8 @@ class Trainer:
         one that draws ahead, finish their updates.
         """
         places = self.rollouts.stream, self.demos.stream
-        positions, rng, looked = [p.position for p in places], torch.get_rng_state(), self.looked
+        positions, rng = [p.position for p in places], torch.get_rng_state()
         states = [(part, deepcopy(part.state_dict())) for part in (self.controller, self.mixture)]
-        answers = self.held_out.cache.groups if self.held_out is not None else []
         self.undoable = self.engine.world.size == 1 and self.rollouts.ahead is None
         try:
             yield
@@ -272,9 +268,6 @@ class Trainer:
                 place.position = position
             for part, state in states:
                 part.load_state_dict(state)
-            if self.held_out is not None:
-                self.held_out.cache.groups = answers
-            self.looked = looked
             torch.set_rng_state(rng)
             self.engine.zero_grad()
             raise
@@ -296,46 +289,35 @@ class Trainer:
             return self.utility_gradient.compute(self.step, draw)
 
     def look(self, t: int) -> None:
-        """The controller is told what its parts bring on held-out prompts, where it asks before step t.
+        """The controller is told what held-out prompts earn, where it asks before step t, and its verdict is carried out.
 
         What it was told stays told when the step breaks off later on: the look is not taken again.
         """
-        c, held_out = self.controller, self.held_out
-        if held_out is None:
+        items = self.held_out
+        if not items or not self.controller.wants_look(t, self.clock):
             return
-        spent = self.tokens + self.looked.tokens
         with self.phases("utility"):
-            if c.wants_rate(t):
-                gains, scored = held_out.gains()
-                self.looked += Looked(c.explored(gains, spent), scored)
-            if c.wants_look(t, spent):
-                cost = held_out.draw(self.step, self._draw_held_out)
-                try_it, figures = c.drawn(held_out.rewards)
-                if try_it:
-                    trial = self.try_imitation()
-                    figures, cost = figures | trial.figures, cost + trial.tokens
-                self.looked += Looked(figures, cost)
-                c.looked(self.tokens + self.looked.tokens, cost)
+            with self.undone_on_stop():
+                samples = self.draw_held_out(items, self.step)
+            held_out = HeldOut.of(samples, len(items))
+            verdict, figures = self.controller.looked(held_out, self.clock)
+            self.looked, self.updates = Looked(figures, held_out.sampled), self.updates_of_a_step(samples)
+            kept, self.kept = self.kept, self.engine.snapshot() if verdict in ("begin", "stay") else None
+            if verdict == "back":
+                self.engine.restore(kept)
+                failure = self.rollouts.sync(self.engine.named_full_params(), self.step)
+                if failure is not None:
+                    raise failure
 
-    def try_imitation(self) -> Looked:
-        """Some updates on the demonstrations that come next, what they bring on the held-out prompts, and back again."""
-        cfg, before, place = self.cfg, self.engine.snapshot(), self.demos.stream.position
-        trained = 0
-        self.engine.set_lr(cfg.train.sft_lr or cfg.train.lr)
-        try:
-            for _ in range(cfg.controller.trial_updates):
-                sft = self.demos.take(cfg.train.demos_per_step)
-                trained += sum(len(s.ids) for s in sft)
-                sft, _ = self.weigh(Mix(sft, [], 1.0, 1.0, 0.0), 0)
-                self.sweep(sft)
-                self.engine.step()
-            gains, scored = self.held_out.gains()
-        finally:
-            self.engine.restore(before)
-            self.demos.stream.position = place
-        return Looked(self.controller.tried(gains, trained), trained + scored)
+    def updates_of_a_step(self, samples: list[Sample]) -> int:
+        """How many updates that imitate cost as many tokens as a step that explores, by answers like those to come."""
+        cfg = self.cfg
+        answer = fmean(len(s.prompt_ids) + len(s.response_ids) + sum(s.loss_mask) for s in samples)
+        demo = fmean(len(self._demo(i).ids) for i in range(min(len(self.demonstrations), 64)))
+        explores = cfg.train.prompts_per_step * cfg.rollout.num_generations * answer
+        return max(1, round(explores / (cfg.train.demos_per_step * demo)))
 
-    def _draw_held_out(self, items: list[Item], step: int) -> list[Sample]:
+    def draw_held_out(self, items: list[Item], step: int) -> list[Sample]:
         cfg = self.cfg
         return self.rollouts.sample(items, cfg.rollout.temperature, ("held out", step), cfg.meta.num_generations)
 
@@ -472,15 +454,17 @@ class Trainer:
             "mixture": self.mixture.state_dict(),
             "warmup_tokens": self.warmup_tokens,
             "mus": self.mus,
-            "held_out": self.held_out.state_dict() if self.held_out else [],
             "looked": list(self.looked),
+            "updates": self.updates,
             "tokens": self.tokens,
         }
 
     def tensors(self) -> dict[str, torch.Tensor | Part]:
         """This rank's tensors for a checkpoint."""
         utility = self.utility_gradient.tensors() if self.utility_gradient is not None else {}
-        return dict(self.engine.state_dict()) | utility | self.scorer.tensors()
+        kept = self.engine.saved_snapshot(self.kept) if self.kept else {}
+        kept = {KEPT + name: tensor for name, tensor in kept.items()}
+        return dict(self.engine.state_dict()) | kept | utility | self.scorer.tensors()
 
     def load(self, state: dict[str, Any], tensors: Tensors) -> None:
         """Takes up what `state_dict` and `tensors` gave. Raises UserError for another method's state, ValueError for another
@@ -489,6 +473,10 @@ class Trainer:
             raise UserError(
                 f"--resume: the checkpoint is of method {state['method']!r}, the config says {self.cfg.train.method!r}"
             )
+        kept = tensors.under(KEPT)
+        if kept:
+            self.engine.load_state_dict(kept)
+            self.kept = self.engine.snapshot()
         self.engine.load_state_dict(tensors)
         self.scorer.load_tensors(tensors)
         self.rollouts.load_state_dict(state)
@@ -499,9 +487,7 @@ class Trainer:
         self.step, self.entropy_target = state["step"], state["entropy_target"]
         self.entropy_bonus.coef = state.get("entropy_coef", self.entropy_bonus.coef)
         self.mixture.load_state_dict(state.get("mixture"))
-        if self.held_out is not None:
-            self.held_out.load_state_dict(state["held_out"])
-        self.looked = Looked(*state.get("looked", ({}, 0)))
+        self.looked, self.updates = Looked(*state.get("looked", ({}, 0))), state.get("updates", 1)
         self.warmup_tokens, self.tokens, self.mus = state["warmup_tokens"], state["tokens"], state["mus"]
         self.rollouts.engine.sync(self.engine.named_full_params(), self.step)
 
@@ -510,3 +496,8 @@ def _share(things: list[T], k: int, m: int) -> list[T]:
     """The k-th of m equal runs of the list."""
     n = len(things)
     return things[k * n // m : (k + 1) * n // m]
+
+
+def look_prompts(cfg: Config) -> int:
+    """Held-out prompts that μ is learned on in blocks."""
+    return cfg.controller.look_prompts or min(64, 2 * cfg.train.prompts_per_step)

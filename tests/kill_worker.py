@@ -25,7 +25,8 @@ from amft_fast.errors import UserError
 from amft_fast.run.launch import train
 
 FLAGS = [
-    *("--train.method", "amft", "--controller.window", "2", "--meta.prompts", "2", "--meta.num_generations", "4"),
+    *("--train.method", "amft", "--controller.look_prompts", "2", "--meta.num_generations", "4"),
+    *("--controller.imitation_share", "0.2", "--controller.confidence", "0"),
     *("--train.steps", "20", "--checkpoint.every", "1", "--checkpoint.keep_last", "1", "--eval.every", "5"),
     *("--eval.schedule_max_prompts", "1", "--eval.max_prompts", "1", "--log.every", "1"),
 ]

@@ -6,6 +6,7 @@ Every engine is held against the local one on the same sequences, and whole runs
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,12 +18,13 @@ from fakes import CopyTask, make_checkpoint
 from transformers import AutoModelForCausalLM
 
 from amft_fast import config_file, objective
-from amft_fast.config import EngineConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from amft_fast.config import EngineConfig, LoraConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from amft_fast.data.batch import micro_batches
 from amft_fast.engine import deepspeed
 from amft_fast.engine import world as distributed
 from amft_fast.engine.deepspeed import DeepSpeedEngine, zero_config
 from amft_fast.engine.local import LocalEngine
+from amft_fast.model import lora
 from amft_fast.model.policy import Policy, load_model, pick_dtype
 from amft_fast.multi_tensor import mixing_slope, named_sums
 from amft_fast.run import checkpoint, launch
@@ -147,9 +149,11 @@ def measure(engine, shake=leave):
     losses, probes = steps(engine, halves, shake)
     masters = whole(engine, [g.master for g in engine.groups])
     dtype = next(engine.policy.model.parameters()).dtype
-    for name, p in engine.named_full_params(max_bytes=2000):
-        assert torch.equal(p.flatten(), masters[name].to(dtype)), f"{name} is not its master, rounded"
-    return {"utility": u, "losses": losses, "probes": probes, "weights": masters}
+    full = {name: p.clone() for name, p in engine.named_full_params(max_bytes=2000)}
+    if not lora.adapted(engine.policy.model):
+        for name, p in full.items():
+            assert torch.equal(p.flatten(), masters[name].to(dtype)), f"{name} is not its master, rounded"
+    return {"utility": u, "losses": losses, "probes": probes, "weights": masters, "whole": full}
 
 
 def compare(got, want):
@@ -160,6 +164,7 @@ def compare(got, want):
             abs(x - signals(b)[k]) for a, b in zip(got["probes"], want["probes"]) for k, x in signals(a).items()
         ),
         "weights": far(got["weights"], want["weights"]),
+        "whole": far(got["whole"], want["whole"]),
     }
 
 
@@ -174,7 +179,21 @@ CASES = {
     **{f"offload-{s}": (ADAM, s, {"offload": True}) for s in (1, 2, 3)},
     "offload-bf16-2": (ADAM, 2, {"offload": True, "dtype": "bf16"}),
     **{f"bf16-{s}": (ADAM, s, {"dtype": "bf16"}) for s in (1, 2, 3)},
+    **{f"lora-{s}": (ADAM, s, {"lora": "all-linear"}) for s in (1, 2, 3)},
+    "lora-bf16-3": (ADAM, 3, {"lora": "all-linear", "dtype": "bf16", "small stay whole": True}),
+    "lora-embedding-3": (SGD, 3, {"lora": "embed_tokens", "tie": False}),
+    "lora-offload-2": (ADAM, 2, {"lora": "all-linear", "offload": True}),
 }
+
+
+def load(cfg):
+    """The model; adapters as after some training, no longer zero, and the same on all ranks."""
+    model = load_model(cfg, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for layer in lora.layers(model).values():
+        for p in lora.factors(layer).values():
+            torch.nn.init.normal_(p, std=0.1, generator=generator)
+    return model
 
 
 def engines(folder, world):
@@ -186,14 +205,13 @@ def engines(folder, world):
             path=str(folder / ("tied" if tie else "untied")),
             dtype=options.get("dtype", "fp32"),
             gradient_checkpointing=options.get("checkpointing", False),
+            lora=LoraConfig(rank=3, targets=[options["lora"]]) if "lora" in options else LoraConfig(),
         )
 
-        def build(model=model):
-            return load_model(model, torch.device("cpu"))
-
-        key = (cfg.optimizer, tie, value, model.dtype)
+        plain = model.model_copy(update={"lora": LoraConfig()})
+        key = (cfg.optimizer, tie, value, model.dtype, options.get("lora"))
         if key not in wanted:
-            alone = [LocalEngine(Policy(build(), OBJECTIVE, with_value=value), cfg, 0.05) for _ in range(2)]
+            alone = [LocalEngine(Policy(load(model), OBJECTIVE, with_value=value), cfg, 0.05) for _ in range(2)]
             shake = Shake(model.dtype)
             wanted[key], shaken = measure(alone[0]), measure(alone[1], shake)
             # What is compared is a sum itself (a loss over its tokens, a norm): its own rounding comes on top.
@@ -203,8 +221,8 @@ def engines(folder, world):
         deepspeed.zero_config = lambda *a, t=threshold: with_threshold(zero_config(*a), t)
         settings = EngineConfig(kind="deepspeed", zero_stage=stage, offload=options.get("offload", False))
         with deepspeed.cut_while_loading(settings, pick_dtype(model, torch.device("cpu")), torch.device("cpu")):
-            policy = Policy(build(), OBJECTIVE, with_value=value)
-        engine = DeepSpeedEngine(policy, cfg, settings, world, build, 0.05)
+            policy = Policy(load(model), OBJECTIVE, with_value=value)
+        engine = DeepSpeedEngine(policy, cfg, settings, world, partial(load_model, plain, torch.device("cpu")), 0.05)
         errors = compare(measure(engine), wanted[key])
         found[name] = {what: (error, bounds[key][what]) for what, error in errors.items()}
         if name == "untied-3":
@@ -228,7 +246,7 @@ def with_threshold(config, threshold):
 
 def gathered_at_once(engine):
     """Most bytes of whole parameters that are there at any time while they are gathered in groups of 3000 bytes."""
-    params = [p for _, p in engine._named_model()]
+    params = list(engine.policy.model.parameters())
     return max(sum(p.data.numel() * p.element_size() for p in params) for _ in engine.named_full_params(max_bytes=3000))
 
 
@@ -241,6 +259,7 @@ def exported(engine, folder):
 
 RUN = [
     *("--train.steps", "4", "--train.warmup_steps", "1", "--train.lr", "0.01", "--train.method", "amft"),
+    *("--controller.signal", "balanced"),
     *("--train.prompts_per_step", "3", "--train.demos_per_step", "3", "--rollout.num_generations", "3"),
     *("--rollout.max_new_tokens", "4", "--log.to", "[]", "--eval.every", "2", "--eval.num_samples", "2"),
     *("--checkpoint.every", "1", "--checkpoint.keep_last", "9", "--log.samples_every", "1", "--run.threads", "1"),
@@ -250,6 +269,7 @@ GAE = [
     *("--train.method", "fixed", "--advantage.kind", "gae", "--train.minibatches_per_rollout", "3"),
     *("--objective.kl_coef", "0.1", "--train.steps", "2", "--advantage.value_lr", "0.01"),
 ]
+LORA = ["--model.lora.rank", "3", "--objective.kl_coef", "0.1"]
 
 
 def train(folder, model, *flags, resume=False):
@@ -267,13 +287,15 @@ def runs(folder, world):
     for stage in (1, 2, 3):
         train(folder / f"zero{stage}", model, *zero(stage))
     train(folder / "gae3", model, *zero(3), *GAE)
-    for name, stage in (("again", 3), ("from3to2", 2)):
-        train(folder / name, model, *zero(3))
+    train(folder / "lora1", model, *zero(1), *LORA)
+    train(folder / "lora3", model, *zero(3), *LORA)
+    for name, stage, *flags in (("again", 3), ("from3to2", 2), ("lora3to1", 1, *LORA)):
+        train(folder / name, model, *zero(3), *flags)
         if world.main:
             for step in (4, 5):
                 (folder / name / "checkpoints" / f"step-{step:06d}" / "state.json").write_text("damaged")
         world.barrier()
-        train(folder / name, model, *zero(stage), resume=True)
+        train(folder / name, model, *zero(stage), *flags, resume=True)
     a, b = (checkpoint.load(folder / n / "checkpoints" / "step-000005")[0] for n in ("zero3", "again"))
     return {"resumed exactly": a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)}
 
@@ -295,6 +317,44 @@ def long(folder, world, steps, *options):
     train(folder / "long", folder / "tied", *flags, resume="--resume" in options)
 
 
+# Six steps without evaluations.
+MIXED = [
+    *(
+        "--train.steps",
+        "6",
+        "--train.warmup_steps",
+        "0",
+        "--eval.every",
+        "0",
+        "--eval.splits",
+        "[]",
+        "--checkpoint.every",
+        "0",
+    ),
+    *("--checkpoint.export", "false", "--mixture.relift_buffer", "2", "--mixture.gac_every", "2"),
+]
+# Two steps imitate and are taken back.
+BLOCKS = [
+    *("--train.method", "amft", "--controller.signal", "blocks", "--controller.look_prompts", "2"),
+    *("--controller.imitation_share", "0.34", "--controller.confidence", "1e9"),
+]
+KEPT = ("--checkpoint.every", "1", "--checkpoint.keep_last", "9")
+MIXTURES = ("hpt", "luffy", "relift", "prefix_rft", "gac")
+
+
+def mixtures(folder, world):
+    """A run of each method that mixes in a way of its own, at a stage each."""
+    for i, method in enumerate(MIXTURES):
+        train(folder / method, folder / "tied", *MIXED, "--train.method", method, *zero(1 + i % 3))
+    train(folder / "blocks", folder / "tied", *MIXED, *BLOCKS, *zero(3))
+    train(folder / "blocks3to2", folder / "tied", *MIXED, *BLOCKS, *KEPT, *zero(3))
+    if world.main:  # in the middle of the block that is taken back
+        for step in range(2, 7):
+            (folder / "blocks3to2" / "checkpoints" / f"step-{step:06d}" / "state.json").write_text("damaged")
+    world.barrier()
+    train(folder / "blocks3to2", folder / "tied", *MIXED, *BLOCKS, *KEPT, *zero(2), resume=True)
+
+
 def main(folder, *what):
     torch.set_num_threads(1)
     world = distributed.join(torch.device("cpu"))
@@ -303,7 +363,7 @@ def main(folder, *what):
         make_checkpoint(folder / "untied", tie=False)
     world.barrier()
     if what:
-        return long(folder, world, *what[1:])
+        return {"long": long, "mixtures": mixtures}[what[0]](folder, world, *what[1:])
     deepspeed.import_deepspeed(torch.device("cpu"))
     found = {"world": world.size, "engines": engines(folder, world)}
     if world.main:

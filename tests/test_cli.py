@@ -32,6 +32,12 @@ def run_folder(tmp_path):
     return folder
 
 
+def test_resume_auto_takes_the_config_s_own_folder(started, run_folder):
+    assert cli.main(["train", str(run_folder / "config.toml"), "--resume", "auto", "--train.steps", "9"]) == 0
+    cfg, resume = started[0]
+    assert resume == "auto" and cfg.train.steps == 9
+
+
 def test_settings_go_with_resume_as_the_readme_has_it(started, run_folder):
     assert cli.main(["train", "--resume", str(run_folder), "--train.steps", "9"]) == 0
     assert cli.main(["train", "--train.steps", "9", "--resume", str(run_folder)]) == 0

@@ -44,7 +44,10 @@ def test_flags_lie_over_the_file(tmp_path):
         ("clip_high", ["--objective.clip_high", "0"]),
         ("top_p", ["--rollout.top_p", "0.9"]),
         ("mu_min must be below mu_max", ["--controller.mu_min", "0.9", "--controller.mu_max", "0.1"]),
-        ("mu_init must lie in", ["--train.method", "amft", "--controller.mu_init", "0.99"]),
+        (
+            "mu_init must lie in",
+            ["--train.method", "amft", "--controller.signal", "balanced", "--controller.mu_init", "0.99"],
+        ),
         ("prompts_per_step must be divisible", ["--train.minibatches_per_rollout", "5"]),
         ("num_generations must be at least 2", ["--rollout.num_generations", "1"]),
         ("val_share", ["--task.general_points.val_share", "0.6", "--task.general_points.test_share", "0.5"]),

@@ -14,6 +14,7 @@ from amft_fast.multi_tensor import multi_tensor_dot
 BASE = {
     "--train.steps": "11",
     "--controller.space": "mu",
+    "--controller.signal": "balanced",
     "--controller.window": "10",
     "--controller.eta_mu": "0.3",
     "--controller.max_step": "0.05",

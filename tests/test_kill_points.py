@@ -27,6 +27,10 @@ LEARNED = (
     "--meta.num_generations",
     "4",
 )
+BLOCKS = (
+    *("--train.method", "amft", "--controller.look_prompts", "2", "--meta.num_generations", "4"),
+    *("--controller.imitation_share", "0.3", "--controller.confidence", "1e9"),
+)
 SHORT = (
     *("--train.steps", "4", "--train.warmup_steps", "1", "--eval.every", "2", "--eval.schedule_max_prompts", "1"),
     *("--eval.max_prompts", "1", "--log.samples_every", "1"),
@@ -38,6 +42,7 @@ MORE = (
 )
 RUNS = {
     "saved at each step": (*LEARNED, *SHORT, *ALWAYS),
+    "saved at each step, blocks": (*BLOCKS, *SHORT, *ALWAYS, "--train.steps", "6"),
     "saved seldom": (*LEARNED, *SHORT, *MORE, "--checkpoint.every", "3"),
 }
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import threading
 
 import pytest
 from holders import hold
@@ -21,6 +22,19 @@ def test_the_second_is_told_whose_the_folder_is_and_a_death_gives_it_back(tmp_pa
     with lock.locked(folder, pytest.fail):
         assert str(os.getpid()) in (folder / lock.FILE).read_text()
     assert (folder / lock.FILE).read_text() == ""
+
+
+def test_a_run_that_is_started_again_waits_for_the_one_before_to_end(tmp_path):
+    process, child = hold(tmp_path, "fork")
+    os.kill(child, signal.SIGKILL)
+    threading.Timer(0.5, process.kill).start()
+    with lock.locked(tmp_path, pytest.fail, patience=60):
+        assert process.wait() == -signal.SIGKILL
+    process, _ = hold(tmp_path)
+    with pytest.raises(UserError, match="in use by process"), lock.locked(tmp_path, pytest.fail, patience=0.3):
+        pass
+    process.kill()
+    process.wait()
 
 
 def test_a_child_that_outlives_it_does_not_hold_the_folder(tmp_path):

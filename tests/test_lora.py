@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from amft_fast.config import LoraConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from amft_fast.data.batch import micro_batches
+from amft_fast.engine.flat import KeptFactors
 from amft_fast.engine.local import LocalEngine
+from amft_fast.engine.parts import Tensors
 from amft_fast.errors import UserError
 from amft_fast.model import lora
 from amft_fast.model.policy import Policy, load_model
@@ -77,19 +79,21 @@ def test_merged_weights_have_plain_names_and_give_the_same(checkpoint_folder, tm
 def test_the_reference_stays_while_the_policy_moves_and_costs_the_factors_alone(checkpoint_folder):
     policy = make(checkpoint_folder)
     engine = LocalEngine(policy, TrainConfig(lr=1e-2))
-    then, reference = policy.logprobs(batch()).logprobs, engine.plain_copy()
+    then, reference = policy.logprobs(batch()).logprobs, engine.reference()
     for _ in range(2):
         engine.backward(batch())
         engine.step()
-    torch.testing.assert_close(policy.logprobs(batch(), reference).logprobs, then)
+    torch.testing.assert_close(engine.logprobs(batch(), reference).logprobs, then)
     now = policy.logprobs(batch()).logprobs
     assert (now - then).abs().max() > 1e-3
     torch.testing.assert_close(policy.logprobs(batch()).logprobs, now)  # the exchange left nothing behind
-    kept = {n: p.clone() for n, p in reference.named_parameters()}
-    assert sum(p.numel() for p in kept.values()) == sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    other = engine.plain_copy()
-    other.load_state_dict(kept)
-    torch.testing.assert_close(policy.logprobs(batch(), other).logprobs, then)
+    factors = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    assert sum(piece.size for piece, _ in engine.by_name(reference.flats)) == factors
+    kept = {f"reference.{piece.name}": piece.saved_data(x).clone() for piece, x in engine.by_name(reference.flats)}
+    other = KeptFactors(engine.from_names(Tensors.of(kept), "reference."))
+    torch.testing.assert_close(engine.logprobs(batch(), other).logprobs, then)
+    with pytest.raises(ValueError, match=r"there is no reference\."):
+        engine.from_names(Tensors.of({}), "reference.")
 
 
 def test_targets_that_do_not_fit_are_one_sentence(checkpoint_folder):
@@ -124,15 +128,23 @@ def test_an_embedding_s_factors_are_trained_and_exported(tmp_path, targets):
         rtol=1e-4,
         atol=1e-5,
     )
-    reference = engine.plain_copy()
-    torch.testing.assert_close(policy.logprobs(batch(), reference).logprobs, policy.logprobs(batch()).logprobs)
+    torch.testing.assert_close(engine.logprobs(batch(), engine.reference()).logprobs, policy.logprobs(batch()).logprobs)
 
 
 def test_a_run_with_adapters_and_a_reference_resumes_where_it_stopped(tmp_path, checkpoint_folder):
     """Three steps at once, and two and a third after a resume: the same factors; the export is plain and loads."""
     from transformers import AutoModelForCausalLM as Auto
 
-    flags = ["--model.lora.rank", "2", "--objective.kl_coef", "0.1", "--train.method", "amft", "--meta.prompts", "2"]
+    flags = [
+        "--model.lora.rank",
+        "2",
+        "--objective.kl_coef",
+        "0.1",
+        "--train.method",
+        "amft",
+        "--controller.look_prompts",
+        "2",
+    ]
     flags += [
         "--eval.every",
         "0",

@@ -162,6 +162,7 @@ def test_a_run_shows_its_long_phases_and_counts_all_answers(tmp_path, checkpoint
 
     monkeypatch.setattr(Phase, "stop", watch)
     flags = [
+        *("--controller.signal", "balanced"),
         *("--train.method", "amft", "--train.steps", "4", "--train.warmup_steps", "1", "--controller.window", "2"),
         *("--meta.prompts", "2", "--eval.every", "2", "--eval.num_samples", "2", "--profile.steps", "1"),
     ]

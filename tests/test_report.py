@@ -234,6 +234,31 @@ def test_command_prints_the_path(run_folder, capsys):
     assert capsys.readouterr().out.strip() == str(run / "report.html")
 
 
+def test_looks_at_held_out_prompts_have_charts(run_folder):
+    rows = [rl_step(i) for i in range(40)]
+    for i, (alive, right, reward) in zip((0, 3, 9), ((0.0, 0.0, 0.0), (0.1, 0.02, 0.02), (0.3, 0.05, 0.05))):
+        rows[i] |= {
+            "controller/alive": alive,
+            "controller/right": right,
+            "controller/reward": reward,
+            "time/utility": 0.05,
+        }
+        rows[i] |= {"controller/tokens": 500} | ({"controller/rise_t": 1.0 * i} if i else {})
+    run = run_folder(
+        config={"train": {"method": "amft", "steps": 40}}, **{"metrics.jsonl": lines(rows), "summary.json": None}
+    )
+    words = page(run).words
+    for text in (
+        "Why μ moved",
+        "Held-out reward",
+        "Rise of the held-out reward",
+        "confidence 2",
+        "The looks at held-out prompts took",
+    ):
+        assert text in words
+    assert "Change of logit(μ)" not in words and "mu_min 0.02" not in words
+
+
 def test_controller_section_comes_with_its_fields(run_folder):
     rows = [rl_step(i) for i in range(40)]
     names = ("signal", "stderr", "snr", "gate", "cos_sft", "cos_rl", "ess", "success", "useful_groups", "something_new")
@@ -245,7 +270,7 @@ def test_controller_section_comes_with_its_fields(run_folder):
             "controller/tokens": 500,
             "time/utility": 0.05,
         }
-    config = {"train": {"method": "amft", "steps": 40}}
+    config = {"train": {"method": "amft", "steps": 40}, "controller": {"signal": "balanced"}}
     run = run_folder(config=config, **{"metrics.jsonl": lines(rows), "summary.json": None})
     words = page(run).words
     assert "Why μ moved" in words and "took 0.5% of the recorded time and 5.0% of the tokens" in words

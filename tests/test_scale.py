@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,8 +13,10 @@ import pytest
 import scale_worker
 import torch
 from runs import lines, wait_until, without_times
+from transformers import AutoModelForCausalLM
 
 from amft_fast.run import checkpoint
+from amft_fast.run.export import export
 
 pytestmark = [
     pytest.mark.integration,
@@ -63,6 +66,7 @@ def alone(folder):
     """The same run in one process, with the local engine."""
     scale_worker.train(folder / "local", folder / "tied")
     scale_worker.train(folder / "gae", folder / "tied", *scale_worker.GAE)
+    scale_worker.train(folder / "lora", folder / "tied", *scale_worker.LORA)
     return folder
 
 
@@ -94,12 +98,8 @@ def test_the_export_gives_the_same_logits(found):
     assert found["engines"]["export"] < 32 * torch.finfo(torch.float32).eps
 
 
-@pytest.mark.parametrize(
-    ("name", "reference"), [("zero1", "local"), ("zero2", "local"), ("zero3", "local"), ("gae3", "gae")]
-)
-def test_a_run_of_two_ranks_follows_the_run_of_one(alone, name, reference):
-    """Three prompts and three demonstrations for two ranks; every figure, the controller's and the evaluations' too."""
-    want, got = (without_times(lines(alone / f)) for f in (reference, name))
+def assert_close(got, want):
+    """Every figure of every step."""
     assert len(got) == len(want) and all(a.keys() == b.keys() for a, b in zip(got, want))
     for a, b in zip(got, want):
         for key, value in b.items():
@@ -107,11 +107,23 @@ def test_a_run_of_two_ranks_follows_the_run_of_one(alone, name, reference):
                 # Weights are within 1.5e-5 after three steps (`Shake`), and figures hang on them smoothly. A signal-to-noise
                 # ratio divides by a difference, which magnifies rounding.
                 assert a[key] == pytest.approx(value, rel=1e-2 if "snr" in key or "gate" in key else 1e-4, abs=1e-5), (
-                    key
+                    b["step"],
+                    key,
                 )
             else:
-                assert a[key] == value, key
-    assert any("controller/mu_next" in r for r in want) == (reference == "local")
+                assert a[key] == value, (b["step"], key)
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [*((f"zero{s}", "local") for s in (1, 2, 3)), ("gae3", "gae"), ("lora1", "lora"), ("lora3", "lora")],
+)
+def test_a_run_of_two_ranks_follows_the_run_of_one(alone, name, reference):
+    """Three prompts and three demonstrations for two ranks; every figure, the controller's and the evaluations' too."""
+    want, got = (without_times(lines(alone / f)) for f in (reference, name))
+    assert_close(got, want)
+    assert any("controller/mu_next" in r for r in want) == (reference != "gae")
+    assert any(r.get("ref_kl", 0) > 0 for r in want) == (reference != "local")
     evals = [without_times(lines(alone / f, "evals.jsonl")) for f in (reference, name)]
     assert len(evals[0]) == len(evals[1])
     for a, b in zip(*evals):
@@ -120,6 +132,40 @@ def test_a_run_of_two_ranks_follows_the_run_of_one(alone, name, reference):
     assert len(samples[0]) == len(samples[1])
     for a, b in zip(*samples):  # advantages of gae come of values, and hang on rounding as figures do
         assert a.pop("advantage") == pytest.approx(b.pop("advantage"), rel=1e-4, abs=1e-5) and a == b
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Runs of the methods that mix in ways of their own, of two processes and (`METHOD-alone`) of one."""
+    folder = tmp_path_factory.mktemp("mixtures")
+    process = launch(folder, "mixtures")
+    out = finish(process, 1500)
+    assert process.returncode == 0, out[-4000:]
+    for method in scale_worker.MIXTURES:
+        scale_worker.train(folder / f"{method}-alone", folder / "tied", *scale_worker.MIXED, "--train.method", method)
+    scale_worker.train(folder / "blocks-alone", folder / "tied", *scale_worker.MIXED, *scale_worker.BLOCKS)
+    return folder
+
+
+@pytest.mark.parametrize("method", scale_worker.MIXTURES)
+def test_a_mixture_takes_the_same_steps_on_two_ranks(mixed, method):
+    """Three prompts of three answers for two ranks, so groups are cut between them; every figure of every step."""
+    want, got = (without_times(lines(mixed / name)) for name in (f"{method}-alone", method))
+    assert len(want) == 6
+    assert_close(got, want)
+    mus = {r["mu"] for r in want}
+    if method in ("hpt", "relift"):  # some steps imitate, and some do not
+        assert 0 in mus and len(mus) > 1
+    if method == "gac":
+        assert len(mus) > 1, "the noise of the gradients was looked at, over both ranks"
+
+
+@pytest.mark.parametrize("name", ["blocks", "blocks3to2"])
+def test_what_ranks_share_is_taken_back_on_all(mixed, name):
+    """The weights that a block of imitation began with, in two shards; also from a checkpoint, cut another way."""
+    want, got = (without_times(lines(mixed / run)) for run in ("blocks-alone", name))
+    assert [r["mu"] for r in want] == [1, 1, 1, 0, 0, 0]
+    assert_close(got, want)
 
 
 def test_a_resumed_run_of_the_same_shape_goes_on_bit_for_bit(folder, found):
@@ -138,23 +184,38 @@ def close_to(folder, name, other="zero3"):
 
 def test_a_run_is_resumed_at_another_stage(folder):
     close_to(folder, "from3to2")
+    close_to(folder, "lora3to1", "lora3")  # the reference's factors too
 
 
-def test_a_run_of_two_ranks_is_resumed_by_one(folder):
+@pytest.mark.parametrize(("name", "flags"), [("zero3", []), ("lora3", scale_worker.LORA)], ids=["weights", "adapters"])
+def test_a_run_of_two_ranks_is_resumed_by_one(folder, name, flags):
     """From a checkpoint of ZeRO-3 in two parts to the local engine, in the middle of a window of the controller."""
-    import shutil
-
-    shutil.copytree(folder / "zero3", folder / "from2to1", symlinks=True)
+    to = f"{name}-alone"
+    shutil.copytree(folder / name, folder / to, symlinks=True)
     for step in (3, 4, 5):
-        (folder / "from2to1" / "checkpoints" / f"step-{step:06d}" / "state.json").write_text("damaged")
-    scale_worker.train(folder / "from2to1", folder / "tied", resume=True)
-    close_to(folder, "from2to1")
-    assert [r["step"] for r in lines(folder / "from2to1")] == list(range(5))
+        (folder / to / "checkpoints" / f"step-{step:06d}" / "state.json").write_text("damaged")
+    scale_worker.train(folder / to, folder / "tied", *flags, resume=True)
+    close_to(folder, to, name)
+    assert [r["step"] for r in lines(folder / to)] == list(range(5))
+
+
+def test_adapters_of_two_ranks_are_exported_merged_and_as_a_peft_folder(folder):
+    """The run's own export, that of its checkpoint, and the factors beside the base give one and the same model."""
+    peft = pytest.importorskip("peft")
+    run, ids = folder / "lora3", torch.arange(5, 13)[None]
+    adapter = export(run, adapter=True, out=folder / "adapter", say=lambda text: None)
+    merged = export(run, out=folder / "merged", say=lambda text: None)
+    base = AutoModelForCausalLM.from_pretrained(folder / "tied")
+    with torch.no_grad():
+        plain = base(ids).logits
+        logits = [AutoModelForCausalLM.from_pretrained(p)(ids).logits for p in (run / "model", merged)]
+        logits.append(peft.PeftModel.from_pretrained(base, adapter)(ids).logits)
+    assert scale_worker.far(plain, logits[0]) > 1e-3
+    for other in logits[1:]:
+        assert scale_worker.far(other, logits[0]) < 1e-5
 
 
 def test_a_checkpoint_with_one_rank_s_file_missing_or_damaged_is_passed_over(folder):
-    import shutil
-
     path = folder / "zero2" / "checkpoints"
     assert sorted(p.name for p in (path / "step-000005").iterdir()) == [
         "rank-00000.safetensors", "rank-00001.safetensors", "state.json",

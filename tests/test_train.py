@@ -25,7 +25,7 @@ from amft_fast.run import checkpoint
 def test_each_method_runs_and_leaves_what_it_should(tmp_path, checkpoint_folder, method):
     cfg = cfg_for(
         tmp_path, checkpoint_folder, "--train.method", method, "--checkpoint.export", "true", "--train.sft_share", "0.5",
-        "--controller.window", "2", "--meta.prompts", "2",
+        "--controller.signal", "balanced", "--controller.window", "2", "--meta.prompts", "2",
         "--mixture.chord_steps", "3", "--mixture.gac_every", "2",
     )  # fmt: skip
     assert train(cfg) == 0
@@ -103,7 +103,18 @@ def test_each_advantage_runs_with_two_minibatches(tmp_path, checkpoint_folder, k
 def test_published_hyper_parameters_leave_mu_where_it_is_and_say_so(tmp_path, checkpoint_folder, capsys):
     """The controller of configs/published.toml on a task where demonstrations are all that helps."""
     published = config_file.load(Path(__file__).parent.parent / "configs" / "published.toml")
-    cfg = cfg_for(tmp_path, checkpoint_folder, "--train.method", "amft", "--train.steps", "50", "--eval.every", "0")
+    cfg = cfg_for(
+        tmp_path,
+        checkpoint_folder,
+        "--train.method",
+        "amft",
+        "--controller.signal",
+        "raw",
+        "--train.steps",
+        "50",
+        "--eval.every",
+        "0",
+    )
     cfg = cfg.model_copy(update={"controller": published.controller, "meta": published.meta})
     cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"lr": published.train.lr})})
     assert train(cfg) == 0
@@ -178,6 +189,7 @@ def test_mu_follows_what_helps_on_constructed_problems(tmp_path, checkpoint_fold
     monkeypatch.setattr(Trainer, "draw_utility", draw_utility)
     cfg = cfg_for(
         tmp_path, checkpoint_folder, "--train.method", "amft_no_entropy", "--train.warmup_steps", "0", "--train.steps", "40",
+        "--controller.signal", "balanced",
         "--train.lr", "1e-3", "--eval.every", "0", "--meta.prompts", "4", "--meta.num_generations", "32",
         "--meta.refresh_share", "1", "--rollout.num_generations", "8", "--rollout.max_new_tokens", "2",
         "--controller.snr_gate", "0" if goes != "nowhere" else "2",
@@ -209,7 +221,17 @@ def test_sft_learns_the_demonstrations(tmp_path, checkpoint_folder):
     "flags",
     [
         (),
-        ("--train.method", "amft", "--controller.window", "3", "--meta.prompts", "2"),
+        (
+            "--train.method",
+            "amft",
+            "--controller.signal",
+            "balanced",
+            "--controller.window",
+            "3",
+            "--meta.prompts",
+            "2",
+        ),
+        ("--train.method", "amft", "--controller.look_prompts", "2", "--controller.imitation_share", "0.5"),
         ("--advantage.kind", "gae", "--train.minibatches_per_rollout", "2"),
         ("--objective.kl_coef", "0.1"),
     ],

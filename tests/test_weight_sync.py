@@ -1,5 +1,6 @@
 """Weights on their way to vLLM, without vLLM: names, order, packing, padding, the fan-out, versions, broken transfers."""
 
+import copy
 import threading
 
 import pytest
@@ -9,7 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3ForCausalLM
 
+from amft_fast.config import LoraConfig, ObjectiveConfig, TrainConfig
+from amft_fast.engine.local import LocalEngine
 from amft_fast.errors import UserError
+from amft_fast.model import lora
+from amft_fast.model.policy import Policy
 from amft_fast.rollout.vllm import weight_sync as ws
 from amft_fast.rollout.vllm.channels import GlooChannel, broadcast, gloo_group, meet
 from amft_fast.rollout.vllm.head_padding import HeadPadding, padding_for
@@ -39,6 +44,21 @@ def test_every_tensor_goes_once_in_layer_order_and_the_head_with_its_embedding(m
         assert names.index("lm_head.weight") == names.index("model.embed_tokens.weight") + 1
     layers = [n for n in names if ".layers." in n]
     assert layers == sorted(layers, key=lambda n: int(n.split(".")[2]))
+
+
+def test_adapters_are_sent_merged_under_the_names_of_a_model_without(model):
+    pytest.importorskip("peft")
+    adapted = lora.add(copy.deepcopy(model), LoraConfig(rank=2))
+    for layer in lora.layers(adapted).values():
+        for p in lora.factors(layer).values():
+            torch.nn.init.normal_(p, std=0.1)
+    wire = ws.Wire(adapted)
+    assert wire.specs == ws.Wire(model).specs
+    engine = LocalEngine(Policy(adapted, ObjectiveConfig()), TrainConfig())
+    before, sent = dict(named(model)), dict(wire.stream(engine.named_full_params()))
+    for name, layer in lora.layers(adapted).items():
+        want = before[f"{name}.weight"] + layer.get_delta_weight("default")
+        torch.testing.assert_close(sent[f"{name}.weight"], want)
 
 
 def test_a_tensor_that_is_missing_too_much_or_wrong_is_named(model):

@@ -6,13 +6,13 @@ from functools import partial
 
 from amft_fast.config import Config
 from amft_fast.controller.base import Controller
+from amft_fast.controller.blocks import BlockController
 from amft_fast.controller.noise import NoiseOptimal
 from amft_fast.controller.schedules import Schedule, Switch
-from amft_fast.controller.trials import TrialController
 from amft_fast.controller.windows import MetaController
 from amft_fast.methods import METHODS, Knobs
 
-__all__ = ["Controller", "MetaController", "NoiseOptimal", "Schedule", "Switch", "TrialController", "inert", "make"]
+__all__ = ["BlockController", "Controller", "MetaController", "NoiseOptimal", "Schedule", "Switch", "inert", "make"]
 
 
 def inert(cfg: Config) -> str | None:
@@ -32,8 +32,8 @@ def make(cfg: Config) -> Controller:
     method = METHODS[t.method]
     if method.learns_from_noise:
         return NoiseOptimal(cfg)
-    if method.learns_from_utility and c.signal in ("trial", "lot"):
-        return TrialController(cfg)
+    if cfg.in_blocks:
+        return BlockController(cfg)
     if method.shape is None:
         return MetaController(cfg, meta=method.learns_from_utility, entropy=method.learns_from_entropy)
     m = cfg.mixture

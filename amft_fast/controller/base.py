@@ -31,6 +31,9 @@ class Controller:
         """Whether `noise` is to be told of this step's gradients."""
         return False
 
+    def explored(self, alive: bool) -> None:
+        """After a step with rollouts: whether some answers to a prompt earned differently, or were right."""
+
     def observe(self, *measured: Any) -> dict[str, float]:
         return {}
 
@@ -39,3 +42,8 @@ class Controller:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what `state_dict` gave."""
+
+
+def named(figures: dict[str, float]) -> dict[str, float]:
+    """As a step's record has them."""
+    return {f"controller/{k}": v for k, v in figures.items()}

@@ -21,6 +21,7 @@ LIVE, BUCKET = 10**9, 5 * 10**8
 # Beside tensors: CUDA context, cuBLAS and NCCL buffers (or Python with torch on a CPU), and the allocator's holes.
 CONTEXT = {"cuda": 2e9, "cpu": 0.4e9}
 HOLES = 0.05
+MOMENTS = {"adamw": 8, "sgd": 0}  # of fp32, of a parameter
 # Of a GPU by its name, in dense bf16 as its vendor states it.
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
@@ -215,7 +216,7 @@ def memory(cfg: Config, shape: Shape, machine: Machine) -> Memory:
         static += [engine] if stays else []
     else:
         phases["rollouts"] = _rollouts(cfg, shape, at, machine)
-    if METHODS[cfg.train.method].learns_from_utility:
+    if cfg.takes_utility:
         # Two old halves of u are in `static`; new ones are taken beside them, and once more when the cache is redrawn.
         copies = 1 if cfg.meta.memory > 0 else 3
         words = f"{copies} new half" if copies == 1 else f"{copies} new halves"
@@ -231,13 +232,13 @@ def _states(cfg: Config, shape: Shape, at: Layout) -> tuple[list[Part], float]:
     b, mixed = at.width, at.width == 2
     count = shape.parameters if at.stage else shape.flat  # the local engine's flat buffers are aligned
     cut = at.of_ranks(1)
-    moments = {"adamw": 8, "sgd": 0}[cfg.train.optimizer] * count
+    moments = MOMENTS[cfg.train.optimizer] * count
     owned = [
         Part("masters", at.share(4 * count, 1) if mixed else 0, f"fp32, 4 P{cut}"),
         Part("gradients", at.share(4 * count, 1), f"fp32, 4 P{cut}"),
         Part("optimizer moments", at.share(moments, 1), f"fp32, {moments // count} P{cut}"),
     ]
-    if METHODS[cfg.train.method].learns_from_utility:
+    if cfg.takes_utility:
         owned += [
             Part("u, two halves", at.share(8 * count, 1), f"fp32, 8 P{cut}"),
             Part("gradient of the SFT sweep", at.share(4 * count, 1), f"fp32, 4 P{cut}"),
@@ -361,7 +362,9 @@ def flops(cfg: Config, shape: Shape, machine: Machine) -> dict[str, float]:
         "SFT": both(demos),
         "old and reference log-probs": extra * forward(prompts * g),
     }
-    if method.learns_from_utility:
+    if cfg.in_blocks:  # a step does one of the two, for the same
+        out.pop("SFT")
+    if cfg.takes_utility:
         fresh = meta.refresh_share * meta.prompts
         drawn = rollout_flops(shape, fresh, meta.num_generations, prompt, response, image)
         trained = (fresh if meta.memory > 0 else meta.prompts) * meta.num_generations

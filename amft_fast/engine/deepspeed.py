@@ -23,9 +23,10 @@ from torch import nn
 
 from amft_fast.config import EngineConfig, ObjectiveConfig, TrainConfig
 from amft_fast.data.batch import Batch
-from amft_fast.engine.flat import FlatEngine, Piece, split_parameters
+from amft_fast.engine.flat import FlatEngine, KeptFactors, Piece, split_parameters
 from amft_fast.engine.world import World
 from amft_fast.errors import UserError
+from amft_fast.model import lora
 from amft_fast.model.policy import Policy, PolicyOutput, fill
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -117,7 +118,7 @@ class ShardGroup:
 class DeepSpeedEngine(FlatEngine):
     """Updates a `Policy` that is cut over the processes of `world`; see `UpdateEngine` in interfaces.py.
 
-    `build_model` makes a plain model of the policy's kind, for copies that are not cut.
+    `build_model` makes a plain model of the policy's kind, without adapters, for copies that are not cut.
     """
 
     def __init__(
@@ -205,8 +206,13 @@ class DeepSpeedEngine(FlatEngine):
             z.micro_step_id = -1
         z.zero_grad()
 
-    def logprobs(self, batch: Batch, model: nn.Module | None = None, temperature: float | None = None) -> PolicyOutput:
+    def logprobs(
+        self, batch: Batch, model: nn.Module | KeptFactors | None = None, temperature: float | None = None
+    ) -> PolicyOutput:
         """`Policy.logprobs`; every rank must call it equally often. `model`: a plain one."""
+        if isinstance(model, KeptFactors):
+            with self._as_kept(model):
+                return self.logprobs(batch, None, temperature)
         batch = batch.to(self.device)
         if model is not None:
             return self.policy.logprobs(batch, model, temperature)
@@ -253,20 +259,20 @@ class DeepSpeedEngine(FlatEngine):
             yield from super().named_full_params()
             return
         for group in self._runs(max_bytes):
-            with self.library.zero.GatheredParameters([p for _, p in group]):
-                for name, p in group:
-                    yield name, p.detach()
+            with self.library.zero.GatheredParameters([p for x in group for p in x.sources]):
+                for x in group:
+                    yield x.name, x.value()
 
-    def _runs(self, max_bytes: int) -> Iterator[list[tuple[str, nn.Parameter]]]:
-        """Neighbouring parameters of at most `max_bytes` in all."""
-        group: list[tuple[str, nn.Parameter]] = []
+    def _runs(self, max_bytes: int) -> Iterator[list[lora.Plain]]:
+        """Neighbouring parameters of at most `max_bytes` in all, with the factors that belong to them."""
+        group: list[lora.Plain] = []
         size = 0
-        for name, p in self._named_model():
-            bytes_ = p.ds_numel * p.element_size()
+        for x in lora.plain(self.policy.model):
+            bytes_ = sum(p.ds_numel * p.element_size() for p in x.sources)
             if group and size + bytes_ > max_bytes:
                 yield group
                 group, size = [], 0
-            group.append((name, p))
+            group.append(x)
             size += bytes_
         if group:
             yield group
@@ -279,7 +285,8 @@ class DeepSpeedEngine(FlatEngine):
         self.world.barrier()
 
     def plain_copy(self) -> nn.Module:
-        """The model as it is now, whole on this rank and frozen. At stage 3 it takes the memory that ZeRO saves."""
+        """The model as it is now, adapters merged, whole on this rank and frozen. At stage 3 it takes the memory that ZeRO
+        saves."""
         model = self.build_model().requires_grad_(False).eval()
         fill(model, self.named_full_params())
         return model

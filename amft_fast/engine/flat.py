@@ -8,6 +8,7 @@ kernel each per group, whatever the number of tensors, and the same code at ever
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
@@ -80,6 +81,13 @@ def split_parameters(policy: Policy, cfg: TrainConfig) -> list[Named]:
     plain = [x for x in body if not decays(x[1])]
     found = [Named(decay, cfg.weight_decay, False), Named(plain, 0.0, False), Named(value, 0.0, True)]
     return [n for n in found if n.params]
+
+
+@dataclass(frozen=True)
+class KeptFactors:
+    """An adapted policy as it was: this rank's part of its factors, one flat tensor per group; all else is the policy's own."""
+
+    flats: list[torch.Tensor]
 
 
 class FlatEngine:
@@ -186,43 +194,37 @@ class FlatEngine:
         """After a step: the parameters of the forward pass follow their masters."""
         raise NotImplementedError
 
-    # ------------------------------------------------------------------------------------------------- there and back
-
-    def snapshot(self) -> list[Any]:
-        """All that updates change, copied: masters and moments, the optimizer's count, the guard's counters."""
-        states = [self.optimizer.state.get(g.master, {}) for g in self.all_groups]
-        kept = [(g.master.clone(), {k: v.clone() for k, v in s.items()}) for g, s in zip(self.all_groups, states)]
-        return [kept, self.bad_in_row, self.bad_total, self.attempts, self.skipped]
-
-    @torch.no_grad()
-    def restore(self, snapshot: list[Any]) -> None:
-        """Back to where `snapshot` was taken, to the bit."""
-        kept, self.bad_in_row, self.bad_total, self.attempts, self.skipped = snapshot
-        for g, (master, state) in zip(self.all_groups, kept):
-            g.master.copy_(master)
-            if state:
-                self.optimizer.state[g.master] = state
-            else:
-                self.optimizer.state.pop(g.master, None)
-        self.zero_grad()
-        self.publish()
-
     def named_full_params(self, max_bytes: int = 1 << 30) -> Iterator[tuple[str, torch.Tensor]]:
         """(HF name, tensor) of the whole model in layer order, adapters merged into the weights (a copy of one at a time); else
         nothing is copied here, so `max_bytes` does not bind."""
-        if lora.adapted(self.policy.model):
-            yield from lora.merged(self.policy.model)
-            return
-        for name, p in self._named_model():
-            yield name, p.detach()
+        for x in lora.plain(self.policy.model):
+            yield x.name, x.value()
 
-    def _named_model(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The model's parameters by the names transformers gives them, a shared one once."""
-        seen: set[int] = set()
-        for name, p in self.policy.model.named_parameters(remove_duplicate=False):
-            if id(p) not in seen:
-                seen.add(id(p))
-                yield name, p
+    def reference(self) -> nn.Module | KeptFactors:
+        """The policy as it is now, for `logprobs(model=...)`: a frozen copy, or of an adapted one its factors alone."""
+        if lora.adapted(self.policy.model):
+            return KeptFactors([g.master.clone() for g in self.groups])
+        return self.plain_copy()
+
+    def plain_copy(self) -> nn.Module:
+        """The model as it is now, whole and frozen."""
+        raise NotImplementedError
+
+    @contextmanager
+    def _as_kept(self, kept: KeptFactors) -> Iterator[None]:
+        """The policy with the factors that were kept, meanwhile."""
+        current = [g.master.clone() for g in self.groups]
+        self._set_masters(kept.flats)
+        try:
+            yield
+        finally:
+            self._set_masters(current)
+
+    @torch.no_grad()
+    def _set_masters(self, flats: list[torch.Tensor]) -> None:
+        for g, flat in zip(self.groups, flats):
+            g.master.copy_(flat)
+        self.publish()
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks."""
@@ -237,9 +239,11 @@ class FlatEngine:
                 yield piece, piece.of(flat)
 
     def from_names(self, state: Tensors, prefix: str) -> list[torch.Tensor]:
-        """The flat tensors that `by_name` told the pieces of, from a checkpoint."""
+        """The flat tensors that `by_name` told the pieces of, from a checkpoint. Raises ValueError naming one that it lacks."""
         flats = [torch.zeros_like(g.grad) for g in self.groups]
         for piece, part in self.by_name(flats):
+            if prefix + piece.name not in state:
+                raise ValueError(f"checkpoint: there is no {prefix}{piece.name}")
             part.copy_(state.part(prefix + piece.name, piece.start, piece.size))
         return flats
 
@@ -250,6 +254,27 @@ class FlatEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """What to save: masters and moments by parameter name (this rank's parts of them), the guard's counters."""
+        return self.saved_snapshot(self._state())
+
+    def saved_snapshot(self, snapshot: dict[str, Any]) -> dict[str, Any]:
+        """What of a snapshot this rank saves: the parts of others are theirs, and what all have is the first one's."""
+        common = () if self.world.main else ("guard.", "optimizer.")
+        return {k: v for k, v in snapshot.items() if not k.startswith(common)}
+
+    def snapshot(self) -> dict[str, Any]:
+        """This rank's part of all that updates change, copied to host memory; `load_state_dict` takes the ranks' parts together
+        and `restore` this one alone."""
+        return {
+            k: Part(v.data.to("cpu", copy=True), v.start, v.shape) if isinstance(v, Part) else v.to("cpu", copy=True)
+            for k, v in self._state().items()
+        }
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Back to where `snapshot` was taken, to the bit."""
+        self.zero_grad()
+        self.load_state_dict(snapshot)
+
+    def _state(self) -> dict[str, Any]:
         tensors: dict[str, Any] = {}
         for g in self.all_groups:
             flats = {"param": g.master} | {
@@ -257,8 +282,6 @@ class FlatEngine:
             }
             for key, flat in flats.items():
                 tensors |= {f"{key}.{piece.name}": piece.saved(flat) for piece in g.pieces}
-        if not self.world.main:
-            return tensors
         steps = self.optimizer.state.get(self.all_groups[0].master, {}).get("step")
         if steps is not None:
             tensors["optimizer.step"] = torch.as_tensor(float(steps))
@@ -284,6 +307,8 @@ class FlatEngine:
                 piece.of(g.master).copy_(state.part(f"param.{piece.name}", piece.start, piece.size))
             if "optimizer.step" in state:
                 self.optimizer.state[g.master] = self._loaded_moments(g, state)
+            else:
+                self.optimizer.state.pop(g.master, None)
         self.publish()
         self.attempts, self.skipped = int(state["guard.attempts"]), int(state["guard.bad_total"])
         self.bad_in_row = state["guard.bad_in_row"].to(self.device)

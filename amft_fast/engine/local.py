@@ -5,6 +5,7 @@ All trainable parameters share one flat fp32 gradient (and, in bf16 training, on
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from amft_fast.config import ObjectiveConfig, TrainConfig
 from amft_fast.data.batch import Batch
-from amft_fast.engine.flat import FlatEngine, Piece, split_parameters
+from amft_fast.engine.flat import FlatEngine, KeptFactors, Piece, split_parameters
 from amft_fast.model import lora
 from amft_fast.model.policy import Policy, PolicyOutput
 
@@ -91,8 +92,13 @@ class LocalEngine(FlatEngine):
         out.loss.backward()
         return out._replace(loss=out.loss.detach())
 
-    def logprobs(self, batch: Batch, model: nn.Module | None = None, temperature: float | None = None) -> PolicyOutput:
+    def logprobs(
+        self, batch: Batch, model: nn.Module | KeptFactors | None = None, temperature: float | None = None
+    ) -> PolicyOutput:
         """`Policy.logprobs`: no loss, no gradients."""
+        if isinstance(model, KeptFactors):
+            with self._as_kept(model):
+                return self.logprobs(batch, None, temperature)
         return self.policy.logprobs(batch.to(self.device), model, temperature)
 
     def publish(self) -> None:
@@ -104,5 +110,4 @@ class LocalEngine(FlatEngine):
         lora.export(self.policy.model, folder)
 
     def plain_copy(self) -> nn.Module:
-        """The model as it is now, frozen; of an adapted one its adapters alone are copied."""
-        return lora.frozen_copy(self.policy.model)
+        return copy.deepcopy(self.policy.model).requires_grad_(False).eval()

@@ -68,6 +68,12 @@ class Tensors(Mapping[str, torch.Tensor]):
     def __getitem__(self, key: str) -> torch.Tensor:
         return self.part(key, 0, prod(self.shapes[key])).view(self.shapes[key])
 
+    def under(self, prefix: str) -> Tensors:
+        """Those whose names begin so, without it."""
+        names = {k: k.removeprefix(prefix) for k in self.shapes if k.startswith(prefix)}
+        parts = {short: self._parts[k] for k, short in names.items()}
+        return Tensors(parts, {short: self.shapes[k] for k, short in names.items()})
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 

@@ -20,6 +20,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from amft_fast.engine.world import World
 from amft_fast.errors import UserError
@@ -30,11 +32,15 @@ _MEETING_S = 60.0  # for a neighbour to come; all ranks begin at once
 _KEEPALIVE = (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
 
 
-class Watch:
-    """Watches the next rank while a run goes on; `leave` ends that without alarm."""
+# What to do after a death: of training, of an evaluation.
+RESUME, AGAIN = "Go on from the last checkpoint with --resume", "Give the same command again"
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+
+class Watch:
+    """Watches the next rank while a run goes on; `leave` ends that without alarm. `advice`: what to do after a death."""
+
+    def __init__(self, world: World, advice: str = RESUME) -> None:
+        self.world, self.advice = world, advice
         if world.size == 1:
             return
         secret = world.broadcast(secrets.token_bytes(32))
@@ -62,7 +68,7 @@ class Watch:
         if not heard:
             print(
                 f"amft-fast: rank {self.watched} of {self.world.size} ({self.where}) has died in the middle of the run; the "
-                "others end too. Go on from the last checkpoint with --resume",
+                f"others end too. {self.advice}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -82,6 +88,19 @@ class Watch:
     def _tell(self, word: bytes) -> None:
         with contextlib.suppress(OSError):  # the one behind may have gone already
             self.behind.sendall(word)
+
+
+@contextmanager
+def watched(world: World, advice: str = RESUME) -> Iterator[World]:
+    """The ranks watch each other meanwhile."""
+    watch = Watch(world, advice)
+    try:
+        yield world
+    except RuntimeError:
+        watch.explain()
+        raise
+    finally:
+        watch.leave()
 
 
 def meet(

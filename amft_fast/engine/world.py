@@ -78,6 +78,19 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0, on every rank; a UserError of it is raised on all of them."""
+        result: Any = None
+        error: UserError | None = None
+        try:
+            result = work() if self.main else None
+        except UserError as e:
+            error = e
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            raise error
+        return result
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in a new tensor."""
         return self._reduced(tensor, dist.ReduceOp.SUM)
@@ -134,7 +147,7 @@ def join(device: torch.device) -> World:
         missing = []
     if missing:
         raise UserError(
-            f"engine.kind deepspeed: {', '.join(missing)} not set; start with torchrun or the deepspeed launcher"
+            f"several processes: {', '.join(missing)} not set; start them with torchrun or the deepspeed launcher"
         )
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -142,5 +155,21 @@ def join(device: torch.device) -> World:
             store = dist.HashStore()
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
         else:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            dist.init_process_group(backend, timeout=TIMEOUT, **_meeting_point())
     return World(dist.get_rank(), dist.get_world_size())
+
+
+def _meeting_point() -> dict[str, Any]:
+    """Where the ranks meet, when torch's own way would be wrong.
+
+    torchrun with a fixed --master-port keeps its store when it starts the workers again (torch 2.13), where they find the
+    addresses of the dead and wait for ever. So each start has keys of its own. With several nodes their counts of starts may
+    differ, and --rdzv-backend c10d, which makes a new store each time, is the way.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("LOCAL_WORLD_SIZE") != env["WORLD_SIZE"]:
+        return {}
+    rank, size = launched_rank(), launched_size()
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), size, is_master=False, timeout=TIMEOUT)
+    start = f"start {env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return {"store": dist.PrefixStore(start, store), "rank": rank, "world_size": size}

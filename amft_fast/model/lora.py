@@ -7,11 +7,9 @@ moments, no dW in the head and no v in the probe.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -82,24 +80,36 @@ def adapted(model: nn.Module) -> bool:
     return bool(layers(model))
 
 
-@torch.no_grad()
-def merged(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name as without adapters, tensor) of all parameters, the adapters' products added: what other engines and files want.
+class Plain(NamedTuple):
+    """A parameter of the model as it is without adapters."""
 
-    One merged weight is made at a time.
-    """
+    name: str
+    param: nn.Parameter
+    layer: nn.Module | None = None  # whose adapter's product belongs to it
+
+    @property
+    def sources(self) -> list[nn.Parameter]:
+        """All that its value is made of."""
+        return [self.param, *(factors(self.layer).values() if self.layer is not None else ())]
+
+    @torch.no_grad()
+    def value(self) -> torch.Tensor:
+        """The tensor, an adapter's product added (a copy then)."""
+        weight = self.param.detach()
+        if self.layer is None:
+            return weight
+        return (weight.float() + self.layer.get_delta_weight("default").float()).to(weight.dtype)
+
+
+def plain(model: nn.Module) -> Iterator[Plain]:
+    """All parameters as without adapters, by the names that transformers gives them, a shared one once."""
     found, own = layers(model), _factors_of(model)
     for name, p in model.named_parameters():
-        layer_name, base, rest = name.partition(".base_layer.")
-        if not base:
-            if id(p) not in own:
-                yield name, p.detach()
-            continue
-        weight = p.detach()
-        if rest == "weight":
-            delta = found[layer_name].get_delta_weight("default")
-            weight = (weight.float() + delta.float()).to(weight.dtype)
-        yield f"{layer_name}.{rest}", weight
+        layer, base, rest = name.partition(".base_layer.")
+        if base:
+            yield Plain(f"{layer}.{rest}", p, found[layer] if rest == "weight" else None)
+        elif id(p) not in own:
+            yield Plain(name, p)
 
 
 def export(model: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -107,7 +117,7 @@ def export(model: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> 
     the model has too from then on."""
     state = {}
     if adapted(model):
-        state = {"state_dict": {name: p.to(dtype or p.dtype) for name, p in merged(model)}}
+        state = {"state_dict": {x.name: x.value().to(dtype or x.param.dtype) for x in plain(model)}}
     (model if dtype is None else model.to(dtype)).save_pretrained(folder, **state)
 
 
@@ -120,53 +130,3 @@ def export_adapter(model: nn.Module, cfg: LoraConfig, base: str, folder: Path, d
     named = {n.replace(".default", ""): p for n, p in model.named_parameters() if id(p) in own}
     state = {f"base_model.model.{n}": p.detach().to(dtype).contiguous() for n, p in named.items()}
     save_file(state, folder / "adapter_model.safetensors")
-
-
-class AdapterReference(nn.Module):
-    """The policy as its adapters were when this was made: their factors alone are kept, the rest is the policy's own.
-
-    Stands where a frozen copy of the model would stand (`Policy.logprobs(model=...)`).
-    """
-
-    base_model_prefix = "backbone"
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.config = model.config
-        self._model = [model]  # in a list: the policy's modules are not this one's
-        self.kept = nn.ParameterDict(
-            {
-                f"{name}.{n}".replace(".", "/"): nn.Parameter(p.detach().clone(), requires_grad=False)
-                for name, layer in layers(model).items()
-                for n, p in factors(layer).items()
-            }
-        )
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self._model[0].get_output_embeddings()
-
-    def backbone(self, **inputs):
-        """The policy's own forward pass, its adapters exchanged for the kept ones meanwhile."""
-        with self._exchanged():
-            model = self._model[0]
-            return getattr(model, model.base_model_prefix)(**inputs)
-
-    @contextmanager
-    def _exchanged(self) -> Iterator[None]:
-        current = {}
-        for name, layer in layers(self._model[0]).items():
-            for n, p in factors(layer).items():
-                current[p] = p.data
-                p.data = self.kept[f"{name}.{n}".replace(".", "/")].data
-        try:
-            yield
-        finally:
-            for p, data in current.items():
-                p.data = data
-
-
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """The model as it is now, for log-probs without gradient: a copy, or of an adapted model a copy of its adapters."""
-    if adapted(model):
-        return AdapterReference(model)
-    return copy.deepcopy(model).requires_grad_(False).eval()

@@ -47,6 +47,29 @@ CONTROLLER = (
         include=(0.0,),
     ),
 )
+BLOCKS = (
+    Plot(
+        "Held-out reward",
+        (("controller/reward", "reward"),),
+        "Mean over answers to held-out prompts, at each look: before a block of imitation and after it.",
+    ),
+    Plot(
+        "Rise of the held-out reward",
+        (("controller/rise_t", "Student's t"),),
+        "Over the block that has ended, paired by prompt: above the line it stayed, below it was taken back, but where the "
+        "policy was dead or all but perfect.",
+        guides=(("confidence", "controller.confidence"),),
+        include=(0.0,),
+    ),
+    Plot(
+        "Held-out prompts",
+        (("controller/alive", "alive"), ("controller/right", "answers right")),
+        "A prompt is alive when its answers earned differently or are all right. Where few are, there is nothing to explore.",
+        guides=(("min_alive", "controller.min_alive"), ("solved", "controller.solved")),
+        include=(0.0, 1.0),
+        percent=True,
+    ),
+)
 # Told by other charts already, or counted in the section's first sentence.
 _TOLD = {"controller/mu_next", "controller/entropy", "controller/tokens", "controller/stderr"}
 
@@ -60,13 +83,17 @@ def controller_section(record: Record) -> Section | None:
     fields = record.fields("controller/")
     if not fields:
         return None
+    if "controller/alive" in fields:
+        return grid("Why μ moved", draw_all(record, BLOCKS), _controller_cost(record, "The looks at held-out prompts"))
     body = _moves(record) + _signal(record)
     shown = {f for plot in CONTROLLER for f, _ in plot.fields} | _TOLD
     shown |= {f"controller/{name}" for name in ("mu_meta", "mu_entropy", "signal", "snr")}
     others = [
         Plot(f.removeprefix("controller/"), ((f, f.removeprefix("controller/")),)) for f in fields if f not in shown
     ]
-    return grid("Why μ moved", body + draw_all(record, (*CONTROLLER, *others)), _controller_cost(record))
+    return grid(
+        "Why μ moved", body + draw_all(record, (*CONTROLLER, *others)), _controller_cost(record, "The utility gradient")
+    )
 
 
 def _moves(record: Record) -> Markup:
@@ -108,11 +135,11 @@ def _signal(record: Record) -> Markup:
     )
 
 
-def _controller_cost(record: Record) -> str:
+def _controller_cost(record: Record, what: str) -> str:
     """What the controller took, in a sentence."""
     seconds = sum(sum(s) for s in phase_seconds(record).values())
     utility = sum(y or 0.0 for y in record.series("time/utility")[1])
     tokens = sum(y or 0.0 for y in record.series("controller/tokens")[1])
     parts = [f"{utility / seconds:.1%} of the recorded time"] if utility and seconds else []
     parts += [f"{tokens / record.tokens:.1%} of the tokens"] if tokens and record.tokens else []
-    return f"The utility gradient took {' and '.join(parts)}." if parts else ""
+    return f"{what} took {' and '.join(parts)}." if parts else ""

@@ -173,12 +173,13 @@ def mix_section(record: Record) -> Section | None:
     """μ, entropy against H*, reward: what the method is about."""
     xs, mus = record.series("mu")
     method = METHODS.get(str(record.setting("train.method")))
+    signal = record.setting("controller.signal")
     bounds = [Guide(n, v) for n in ("mu_min", "mu_max") if (v := finite(record.setting(f"controller.{n}"))) is not None]
     body = line_chart(
         "Mixing weight μ",
         [Line("μ", xs, mus, 1)],
         "1 imitates demonstrations alone, 0 learns from rewards alone.",
-        guides=bounds if method is not None and method.learned else (),
+        guides=bounds if method is not None and method.learned and signal not in ("blocks", "lot") else (),
         log=False,
         include=(0.0, 1.0),
         shaded=warmup(record),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -64,18 +64,7 @@ def build(cfg: Config, should_stop: Callable[[], bool], task: Task | None = None
     `resume`: for a run that goes on."""
     device, own = pick_device(cfg.run.device), own_loss_of(cfg)
     world = join_world(cfg, device)
-    if cfg.run.threads:
-        torch.set_num_threads(cfg.run.threads)
-    torch.manual_seed(cfg.run.seed)
-    encoder = load_encoder(cfg.model)
-    check_setting(encoder.context, cfg.rollout.max_new_tokens)
-    with phase("reading the data", shown=world.main, bars=cfg.log.progress):
-        task = make_task(cfg.task) if task is None else task
-        said = task.prepare(encoder, cfg.rollout.max_new_tokens) if hasattr(task, "prepare") else []
-    splits = [s for s in dict.fromkeys(("train", *(cfg.eval.splits or task.splits))) if s in task.splits]
-    said += check_prompts(encoder, task, splits, cfg.rollout.max_new_tokens)
-    if said and world.main:
-        print("\n".join(said))
+    encoder, task = read_data(cfg, world, task)
     cut = cut_while_loading(cfg.engine, pick_dtype(cfg.model, device), device)
     with phase("loading the model", shown=world.main, bars=cfg.log.progress) as loading, weights_loaded(loading), cut:
         model = load_model(cfg.model, device)
@@ -88,6 +77,48 @@ def build(cfg: Config, should_stop: Callable[[], bool], task: Task | None = None
         rollout_engine = make_rollouts(cfg, policy.model, engine, encoder, should_stop)
     teacher = load_teacher(cfg, encoder, device) if cfg.advantage.teacher else None
     return Parts(task, encoder, policy, engine, rollout_engine, Phases(device), should_stop, teacher)
+
+
+def read_data(cfg: Config, world: World, task: Task | None = None) -> tuple[Encoder, Task]:
+    """The encoder, and the task (the config's, or the one given) as it is asked with it; threads and seed are set before."""
+    if cfg.run.threads:
+        torch.set_num_threads(cfg.run.threads)
+    torch.manual_seed(cfg.run.seed)
+    encoder = load_encoder(cfg.model)
+    check_setting(encoder.context, cfg.rollout.max_new_tokens)
+    with phase("reading the data", shown=world.main, bars=cfg.log.progress):
+        task = make_task(cfg.task) if task is None else task
+        said = task.prepare(encoder, cfg.rollout.max_new_tokens) if hasattr(task, "prepare") else []
+    splits = [s for s in dict.fromkeys(("train", *(cfg.eval.splits or task.splits))) if s in task.splits]
+    said += check_prompts(encoder, task, splits, cfg.rollout.max_new_tokens)
+    if said and world.main:
+        print("\n".join(said))
+    return encoder, task
+
+
+class FixedWeights:
+    """A model that is not trained and whole on every rank, as the rollout engines ask for their weights."""
+
+    cut = False
+
+    def __init__(self, model: torch.nn.Module, world: World) -> None:
+        self.model, self.rank, self.world_size = model, world.rank, world.size
+
+    def named_full_params(self, max_bytes: int = 1 << 30) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.model.named_parameters()
+
+
+def join_readers(cfg: Config) -> World:
+    """The processes of an evaluation: all that a launcher has started, whatever engine.kind says."""
+    return join(pick_device(cfg.run.device)) if launched_size() > 1 else ALONE
+
+
+def make_reader(cfg: Config, world: World, encoder: Encoder, should_stop: Callable[[], bool]) -> RolloutEngine:
+    """The rollout engine of a model that is not trained."""
+    plain = cfg.model.model_copy(update={"lora": LoraConfig()})  # fresh adapters change nothing
+    with phase("loading the model", shown=world.main, bars=cfg.log.progress) as loading, weights_loaded(loading):
+        model = load_model(plain, pick_device(cfg.run.device)).eval()
+    return make_rollouts(cfg, model, FixedWeights(model, world), encoder, should_stop)
 
 
 def load_teacher(cfg: Config, encoder: Encoder, device: torch.device) -> torch.nn.Module:
@@ -155,6 +186,7 @@ def make_engine(cfg: Config, policy: Policy, world: World, device: torch.device)
             "engine.kind deepspeed trains vision-language models with model.vision frozen and engine.zero_stage 1 or 2 only, "
             f"got {cfg.model.vision} and {cfg.engine.zero_stage}"
         )
+    plain = cfg.model.model_copy(update={"lora": LoraConfig()})
     return DeepSpeedEngine(
-        policy, cfg.train, cfg.engine, world, lambda: load_model(cfg.model, device), cfg.advantage.value_lr
+        policy, cfg.train, cfg.engine, world, lambda: load_model(plain, device), cfg.advantage.value_lr
     )

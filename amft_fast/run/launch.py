@@ -6,20 +6,20 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 
 from amft_fast.config import Config
 from amft_fast.controller import inert
-from amft_fast.engine.watch import Watch
+from amft_fast.engine.watch import AGAIN, watched
 from amft_fast.engine.world import launched_rank
 from amft_fast.errors import UserError
 from amft_fast.interfaces import Task
 from amft_fast.report.page import write_report
 from amft_fast.rollout.context import check_demos
 from amft_fast.run import checkpoint, trackers
-from amft_fast.run.build import build
+from amft_fast.run.build import build, join_readers, make_reader, read_data
 from amft_fast.run.evaluate import WHOLE, check_splits, count_answers, of_config
 from amft_fast.run.evaluate import evaluate as evaluate_splits
 from amft_fast.run.export import save_encoder
@@ -32,16 +32,24 @@ from amft_fast.run.signals import StopSignal
 from amft_fast.run.writers import NoFiles, RunFiles, replace_text
 from amft_fast.trainer import Parts
 
+# How long a run that a launcher starts again waits for the process before it to leave the folder.
+PATIENCE_S = 60.0
 
-def train(cfg: Config, resume: bool = False, task: Task | None = None, listeners: Sequence[Any] = ()) -> int:
+
+def train(
+    cfg: Config, resume: bool | Literal["auto"] = False, task: Task | None = None, listeners: Sequence[Any] = ()
+) -> int:
     """Runs (or goes on with) the training that `cfg` describes; returns the process's exit code.
 
+    `resume`: go on from the newest checkpoint, or begin where there is none; "auto": so that a launcher may start the same
+    command again, a process that is just ending there is waited for.
     `task` takes the place of the one that the config names; `listeners` are told how it goes (run/listeners.py). 0: done; 129,
     130 or 143: stopped by SIGHUP, SIGINT or SIGTERM with the state saved. Signal handlers are as before when this returns.
     Raises UserError for what the user can mend.
     """
     folder = Path(cfg.run.dir)
-    with StopSignal() as stop, locked(folder) if launched_rank() == 0 else nullcontext():
+    patience, resume = PATIENCE_S if resume == "auto" else 0.0, bool(resume)
+    with StopSignal() as stop, locked(folder, patience=patience) if launched_rank() == 0 else nullcontext():
         if launched_rank() == 0:
             check_folder(cfg, resume)
             trackers.check(cfg)
@@ -49,8 +57,7 @@ def train(cfg: Config, resume: bool = False, task: Task | None = None, listeners
         world = parts.engine.world
         if cfg.train.method != "rl" or cfg.train.warmup_steps:
             check_demos(parts.encoder, parts.task)
-        watch = Watch(world)
-        try:
+        with watched(world):
             if world.main:
                 warn = getattr(parts.task, "warn_of_base", lambda path: None)
                 print(*filter(None, (inert(cfg), warn(cfg.model.path))), sep="\n", end="")
@@ -58,11 +65,6 @@ def train(cfg: Config, resume: bool = False, task: Task | None = None, listeners
             code = go(cfg, resume, folder, parts, stop, listeners, name)
             world.barrier()
             return code
-        except RuntimeError:
-            watch.explain()
-            raise
-        finally:
-            watch.leave()
 
 
 def go(
@@ -166,36 +168,33 @@ def evaluate(
     """{split: figures} of `model.path` on the config's task or on `task`, by the settings of `eval`.
 
     `on_results` is given, before the first split and after each, the results so far and the splits that are still missing;
-    `say` is told how it goes. Raises UserError, and InterruptedError with the exit code when it was stopped.
+    `say` is told how it goes. The processes of a launcher share the answers; each gets all figures, and rank 0 alone calls
+    `on_results` and `say`. Raises UserError, and InterruptedError with the exit code when it was stopped.
     """
-    with StopSignal() as stop:
-        parts = build(cfg, stop, task)
+    with StopSignal() as stop, watched(join_readers(cfg), AGAIN) as world:
+        encoder, task = read_data(cfg, world, task)
+        engine = make_reader(cfg, world, encoder, stop)
         e = cfg.eval
-        splits = check_splits("eval.splits", e.splits, parts.task)
-        answers = count_answers(parts.task, splits, e.max_prompts, e.num_samples)
-        tell = say or (lambda text: None)
+        splits = check_splits("eval.splits", e.splits, task)
+        answers = len(world.share(count_answers(task, splits, e.max_prompts, e.num_samples)))
+        shown = say is not None and world.main
+        tell = say if shown else lambda text: None
+        keep = on_results if world.main else lambda results, missing: None
         results: dict[str, dict[str, float]] = {}
         try:
-            with phase(
-                "evaluating", answers, "answers", shown=say is not None, bars=cfg.log.progress, say=tell
-            ) as progress:
+            with phase("evaluating", answers, "answers", shown=shown, bars=cfg.log.progress, say=tell) as progress:
                 for i, split in enumerate(splits):
-                    on_results(results, splits[i:])
+                    keep(results, splits[i:])
                     tell(f"evaluating {split} ...")
                     results |= evaluate_splits(
-                        parts.rollout_engine,
-                        parts.task,
-                        parts.encoder,
-                        [split],
-                        **of_config(cfg),
-                        on_answer=progress.advance,
+                        engine, task, encoder, [split], **of_config(cfg), on_answer=progress.advance, world=world
                     )
-                on_results(results, [])
+                keep(results, [])
             return results
         except InterruptedError:
             raise InterruptedError(stop.exit_code) from None
         finally:
-            parts.rollout_engine.close()
+            engine.close()
 
 
 def results_table(summary: dict[str, Any]) -> str:

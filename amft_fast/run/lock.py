@@ -6,9 +6,11 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from amft_fast.errors import UserError
 
@@ -18,8 +20,8 @@ _TAKEN = (errno.EAGAIN, errno.EACCES)
 
 
 @contextmanager
-def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
-    """Holds a run's folder, which is made if missing, for this process.
+def locked(folder: Path, say: Callable[[str], None] = print, patience: float = 0.0) -> Iterator[None]:
+    """Holds a run's folder, which is made if missing, for this process; waits `patience` seconds for another to let it go.
 
     Raises UserError that names the process that holds it, or when the folder cannot be written. On a file system without locks
     `say` tells so, and nothing is held.
@@ -31,7 +33,7 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
         raise UserError(f"run.dir {str(folder)!r} cannot be written: {e.strerror}") from None
     with file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file, patience)
         except OSError as e:
             if e.errno in _TAKEN:
                 file.seek(0)
@@ -51,6 +53,18 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
             yield
         finally:
             os.ftruncate(file.fileno(), 0)
+
+
+def _take(file: TextIO, patience: float) -> None:
+    """Locks the file. Raises OSError when it is taken, and stays so."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno not in _TAKEN or time.monotonic() > end:
+                raise
+        time.sleep(0.2)
 
 
 def is_held(folder: Path) -> bool | None:

@@ -170,7 +170,12 @@ def _figures(m: Monitor) -> Panel:
 
 
 def _mu(m: Monitor) -> Text:
-    """The two parts of μ's last move."""
+    """Why μ is where it is: the last look at held-out prompts, or the two parts of its last move."""
+    alive, reward = m.record.last("controller/alive"), m.record.last("controller/reward")
+    if alive is not None and reward is not None:
+        rise = m.record.last("controller/rise_t")
+        told = f"held-out reward {reward:.3g}, {alive:.0%} of the prompts alive"
+        return Text(told + ("" if rise is None else f", rise {rise:+.1f} standard errors"))
     meta, entropy = m.record.last("controller/mu_meta"), m.record.last("controller/mu_entropy")
     if meta is None or entropy is None:
         return Text("μ follows a schedule" if m.record.done else "", style="dim")

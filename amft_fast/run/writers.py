@@ -32,11 +32,16 @@ def replace_text(path: Path, text: str) -> None:
 
     Raises UserError when it cannot be written.
     """
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, held: bytes) -> None:
+    """`replace_text` of a file that is no text."""
     aside = path.with_name(f".{path.name}.part")
     try:
         try:
             with aside.open("wb") as f:
-                f.write(text.encode())
+                f.write(held)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(aside, path)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from amft_fast.engine.world import ALONE, World
 from amft_fast.errors import UserError
 from amft_fast.interfaces import Item, RolloutEngine, Sample, Sampling
 from amft_fast.rollout import episodes
@@ -69,16 +71,22 @@ def evaluate(
     out: Path,
     at_once: int = 512,
     say: Callable[[str], None] = print,
+    world: World = ALONE,
 ) -> dict[str, dict[str, Any]]:
     """Draws what is missing in `out`, writes the results there, and returns the figures of each benchmark.
 
-    `at_once`: samples asked of the engine in one call; a call's answers are on disk before the next. Raises UserError when
-    `out` holds answers drawn with other settings, InterruptedError when the engine was stopped.
+    `at_once`: samples asked of a rank's engine in one call; a call's answers are on disk before the next. The ranks of `world`
+    share them, rank 0 alone reads and writes in `out`. Raises UserError when `out` holds answers drawn with other settings,
+    InterruptedError when an engine was stopped.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out {str(out)!r} cannot be written: {e.strerror}") from None
+
+    def make_folder() -> None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--out {str(out)!r} cannot be written: {e.strerror}") from None
+
+    world.on_main(make_folder)
     prompting = Prompting(settings.system_prompt, settings.keep_system, settings.thinking)
     prompting.opened = opened_thought(encoder.tokenizer)
     results = {}
@@ -86,43 +94,54 @@ def evaluate(
         task = BenchmarkTask(benchmark, prompting, settings.limit)
         for line in (*task.tally.lines(), *check_prompts(encoder, task, ("test",), settings.max_new_tokens, LENGTH)):
             say(line)
-        answers = _draw(engine, encoder, task, benchmark, settings, out / f"{benchmark.name}.jsonl", at_once, say)
+        answers = _draw(
+            engine, encoder, task, benchmark, settings, out / f"{benchmark.name}.jsonl", at_once, say, world
+        )
         results[benchmark.name] = figures(answers) | {"examples": examples(answers)}
         say(f"{benchmark.name}: {_percent(results[benchmark.name]['mean'])}")
-    write_results(out, settings, results)
+    world.on_main(lambda: write_results(out, settings, results))
     return results
 
 
-def _draw(engine, encoder, task, benchmark: Benchmark, settings: Settings, path: Path, at_once: int, say) -> Answers:
+def _draw(
+    engine, encoder, task, benchmark: Benchmark, settings: Settings, path: Path, at_once: int, say, world: World
+) -> Answers:
     """All answers to one benchmark, the ones in its file and new ones, which go there."""
     n = settings.samples or benchmark.samples
     head = {"settings": asdict(settings) | {"samples": n, "source": benchmark.source, "keep": benchmark.keep}}
     items = list(task.prompts("test"))
-    done = _read(path, head, n)
+    done = world.on_main(lambda: _read(path, head, n))
     answers = Answers(benchmark, n, {i.id: done[i.id] for i in items if i.id in done})
     left = [item for item in items if item.id not in done]
     if answers.rows and left:
         say(f"{benchmark.name}: going on, {len(answers.rows)} of {len(items)} problems are answered in {path}")
     sampling = Sampling(settings.temperature, settings.top_p, stop_token_ids=encoder.stop_token_ids)
-    drawing = phase(benchmark.name, len(left) * n, "answers", say=say)
-    with path.open("a", encoding="utf-8") as file, drawing as progress:
-        for chunk in _chunks(left, max(1, at_once // n)):
-            drawn = episodes.run(
-                engine,
-                task,
-                chunk,
-                encoder,
-                sampling,
-                num_generations=n,
-                max_new_tokens=settings.max_new_tokens,
-                seed_parts=(settings.seed, "benchmark", benchmark.name),
-                on_answer=progress.advance,
+    mine = len(world.share(len(left) * n))
+    drawing = phase(benchmark.name, mine, "answers", shown=world.main, say=say)
+    with path.open("a", encoding="utf-8") if world.main else nullcontext() as file, drawing as progress:
+        for chunk in _chunks(left, max(1, at_once * world.size // n)):
+            drawn = world.spread(
+                len(chunk) * n,
+                lambda mine, chunk=chunk: episodes.run(
+                    engine,
+                    task,
+                    chunk,
+                    encoder,
+                    sampling,
+                    num_generations=n,
+                    max_new_tokens=settings.max_new_tokens,
+                    seed_parts=(settings.seed, "benchmark", benchmark.name),
+                    only=mine,
+                    on_answer=progress.advance,
+                ),
             )
             for i, item in enumerate(chunk):
                 rows = [_row(item, k, sample) for k, sample in enumerate(drawn[i * n : (i + 1) * n])]
                 answers.rows[item.id] = rows
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
-            file.flush()
+                if file is not None:
+                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+            if file is not None:
+                file.flush()
             say(f"{benchmark.name}: {len(answers.rows)} of {len(items)} problems")
     return answers
 
@@ -297,42 +316,30 @@ def write_results(out: Path, settings: Settings, results: dict[str, dict[str, An
 # ------------------------------------------------------------------------------------------------------------- the command
 
 
-class _Weights:
-    """A model that is not trained, as the rollout engines ask for their weights."""
-
-    rank, world_size, cut = 0, 1, False
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def named_full_params(self, max_bytes: int = 1 << 30) -> Iterator[tuple[str, Any]]:
-        return self.model.named_parameters()
-
-
 def run(cfg: Config, names: Sequence[str], benchmarks_file: str | None, settings: Settings, out: Path) -> int:
-    """Evaluates the model of `cfg` on the benchmarks `names`; returns the exit code."""
+    """Evaluates the model of `cfg` on the benchmarks `names`, in all processes of the launcher; returns the exit code."""
     import torch
 
-    from amft_fast.model.policy import load_model
+    from amft_fast.engine.watch import AGAIN, watched
     from amft_fast.rollout.encoder import load_encoder
-    from amft_fast.run.build import make_rollouts, pick_device
+    from amft_fast.run.build import join_readers, make_reader
     from amft_fast.run.signals import StopSignal
     from amft_fast.tasks.math.benchmarks import chosen, default_benchmarks_file
 
     benchmarks = chosen(benchmarks_file or default_benchmarks_file(), names)
-    with StopSignal() as stop:
+    with StopSignal() as stop, watched(join_readers(cfg), AGAIN) as world:
+        say = print if world.main else lambda text: None
         if cfg.run.threads:
             torch.set_num_threads(cfg.run.threads)
         encoder = load_encoder(cfg.model, vision=False)
-        model = load_model(cfg.model, pick_device(cfg.run.device)).eval()
-        engine = make_rollouts(cfg, model, _Weights(model), encoder, stop)
+        engine = make_reader(cfg, world, encoder, stop)
         try:
-            results = evaluate(engine, encoder, benchmarks, settings, out, cfg.rollout.max_batch)
+            results = evaluate(engine, encoder, benchmarks, settings, out, cfg.rollout.max_batch, say, world)
         except InterruptedError:
-            print(f"stopped; the same command goes on from what is in {out}")
+            say(f"stopped; the same command goes on from what is in {out}")
             return stop.exit_code
         finally:
             engine.close()
-    print(aligned(table(results)))
-    print(f"results: {out / 'results.html'}")
+    say(aligned(table(results)))
+    say(f"results: {out / 'results.html'}")
     return 0

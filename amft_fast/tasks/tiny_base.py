@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -61,12 +62,37 @@ def word_tokenizer(words: Iterable[str], max_length: int = 256) -> PreTrainedTok
 
     Decoding puts spaces between tokens, which verifiers pass over. Knows `apply_chat_template`.
     """
-    vocabulary = {word: i for i, word in enumerate((*SPECIALS, *words))}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=UNK))
     pieces = tokenizers.Regex(r"[0-9]+|[A-Za-z]+|[^\s0-9A-Za-z]")
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+    split = tokenizers.pre_tokenizers.Sequence(
         [tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.Split(pieces, "isolated")]
     )
+    return _tokenizer(words, split, None, max_length)
+
+
+def piece_tokenizer(pieces: Sequence[str], max_length: int = 256) -> PreTrainedTokenizerFast:
+    """One token for each of these pieces of text, spaces and all, of those that fit the longest; anything else is `<unk>`.
+
+    Decoding puts them together as they are. Knows `apply_chat_template`.
+    """
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_any_of(pieces)), "isolated")
+    return _tokenizer(pieces, split, tokenizers.decoders.Fuse(), max_length)
+
+
+def split_pieces(pieces: Sequence[str]) -> Callable[[str], list[str]]:
+    """What cuts a text as `piece_tokenizer` does; what is no piece is left out."""
+    return re.compile(_any_of(pieces)).findall
+
+
+def _any_of(pieces: Sequence[str]) -> str:
+    return "|".join(re.escape(piece) for piece in sorted(pieces, key=len, reverse=True))
+
+
+def _tokenizer(words: Iterable[str], split: Any, decoder: Any, max_length: int) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate((*SPECIALS, *words))}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=UNK))
+    backend.pre_tokenizer = split
+    if decoder is not None:
+        backend.decoder = decoder
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
@@ -80,11 +106,14 @@ def word_tokenizer(words: Iterable[str], max_length: int = 256) -> PreTrainedTok
     )
 
 
-def encode_turns(turns: Iterable[Turn], vocabulary: dict[str, int]) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation, as the chat template writes it, and for each whether it is trained on."""
+def encode_turns(
+    turns: Iterable[Turn], vocabulary: dict[str, int], split: Callable[[str], list[str]] = str.split
+) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation, as the chat template writes it, and for each whether it is trained on; `split` cuts a text
+    into what the vocabulary has."""
     words, trained = [BOS], [False]
     for role, text, train in turns:
-        content = text.split() + ([EOS] if role == ASSISTANT else [])
+        content = split(text) + ([EOS] if role == ASSISTANT else [])
         words += [role, *content]
         trained += [False] + [train] * len(content)
     return [vocabulary[word] for word in words], trained

@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from amft_fast.errors import UserError
+from amft_fast.model import lora
 from amft_fast.rollout.vllm.head_padding import HeadPadding
 
 VLLM_VERSION = "0.32"
@@ -64,7 +65,8 @@ class TensorSpec:
 
 
 class Wire:
-    """The policy's tensors as the engines take them: HF names in layer order, heads padded, tied embeddings sent twice.
+    """The policy's tensors as the engines take them: HF names in layer order, adapters merged, heads padded, tied embeddings
+    sent twice.
 
     vLLM is told that nothing is tied, for on a CPU its prepacked `lm_head` would silently keep the old weights:
     `lm_head.weight` follows the embedding that it shares its memory with.
@@ -75,8 +77,8 @@ class Wire:
         self.tied = _tied_names(model)
         self.sources = [
             # Under ZeRO-3 a parameter's own shape is (0,), its full one is ds_shape.
-            TensorSpec(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape)))
-            for name, p in model.named_parameters()
+            TensorSpec(x.name, x.param.dtype, tuple(getattr(x.param, "ds_shape", x.param.shape)))
+            for x in lora.plain(model)
         ]
         self.specs = [spec for source in self.sources for spec in self._sent(source)]
         check_order([s.name for s in self.specs])

@@ -1,0 +1,266 @@
+"""Blocks of imitation: what is decided at each look, and that what is taken back leaves no trace."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from fakes import CopyTask, make_checkpoint
+from runs import cfg_for, lines, steps, taken_up, train, trainer_of
+
+from amft_fast import config_file, controller
+from amft_fast.controller.blocks import student
+from amft_fast.engine.parts import Tensors
+from amft_fast.held_out import HeldOut
+from amft_fast.interfaces import Sample
+
+pytestmark = pytest.mark.cpu_isa
+
+
+def make(*flags):
+    return controller.make(config_file.load(None, ["--train.method", "amft", "--train.steps", "100", *flags]))
+
+
+def held_out(reward, alive=1.0, spread=0.3, prompts=20, right=0.5):
+    """Prompts with this mean reward, of which this share is alive."""
+    rewards = reward + spread * np.cos(np.arange(prompts) * 2.0)
+    return HeldOut(rewards, np.arange(prompts) < alive * prompts, right, 0)
+
+
+def looks(c, results, until=100.0):
+    """Feeds these results at the looks that are asked for; returns their clocks, the verdicts, and μ after them."""
+    clock, seen = 0.0, []
+    results = iter(results)
+    while clock < until:
+        if c.wants_look(int(clock), clock):
+            verdict, _ = c.looked(next(results), clock)
+            seen.append((clock, verdict, c.mu(clock)))
+        clock += 1
+    return seen
+
+
+# ------------------------------------------------------------------------------------------------------ the decisions
+
+
+def test_a_block_that_shows_is_doubled_and_the_first_that_does_not_is_taken_back():
+    results = [held_out(x) for x in (0.1, 0.3, 0.6, 0.6)]
+    seen = looks(make("--controller.imitation_share", "0.05"), results)
+    assert seen == [(0, "begin", 1), (5, "stay", 1), (10, "stay", 1), (20, "back", 0)]
+
+
+def test_imitation_that_does_not_show_costs_one_block():
+    assert looks(make(), [held_out(0.3), held_out(0.3)]) == [(0, "begin", 1), (6, "back", 0)]
+
+
+@pytest.mark.parametrize(("rise", "want"), [(0.02, "back"), (0.2, "stay"), (-0.5, "back")])
+def test_the_rise_must_stand_out_of_its_noise(rise, want):
+    c, rng = make(), np.random.default_rng(0)
+    before = held_out(0.3)
+    c.looked(before, 0.0)
+    after = before._replace(rewards=before.rewards + rise + 0.2 * rng.normal(size=20))
+    verdict, figures = c.looked(after, 6.0)
+    assert verdict == want and figures["controller/rise_t"] == pytest.approx(student(after.rewards - before.rewards))
+
+
+def test_the_dead_are_imitated_until_they_live():
+    """Whatever the rise; what woke them stays, though few prompts have any success yet."""
+    dead, woken = held_out(0.0, alive=0.0, spread=0.0), held_out(0.001, alive=0.1, spread=0.0)
+    seen = looks(make(), [dead, dead, dead, woken, woken])
+    assert [(clock, verdict) for clock, verdict, _ in seen] == [
+        (0, "begin"),
+        (6, "stay"),
+        (12, "stay"),
+        (24, "stay"),
+        (48, "back"),
+    ]
+
+
+def test_what_imitation_has_all_but_solved_is_not_explored():
+    solved, flags = held_out(0.97, right=0.97), ("--controller.solved", "0.95")
+    seen = looks(make(*flags), [held_out(0.3), solved, solved, solved, held_out(0.94, right=0.94)])
+    assert [verdict for _, verdict, _ in seen] == ["begin", "stay", "stay", "stay", "back"]
+    assert [clock for clock, _, _ in seen] == [0, 6, 12, 24, 48]
+    assert looks(make(*flags), [solved, solved])[-1] == (6, "back", 0), "a base that is as good by itself"
+
+
+def test_what_dies_while_it_explores_is_imitated_again():
+    c = make("--controller.window", "3")
+    c.looked(held_out(0.3), 0.0)
+    c.looked(held_out(0.3), 6.0)
+    for alive in (False, False, True, False, False):
+        c.explored(alive)
+        assert not c.wants_look(20, 20.0)
+    c.explored(False)
+    assert c.wants_look(20, 20.0)
+    assert c.looked(held_out(0.3), 20.0)[0] == "none" and c.mu(20) == 0 and not c.wants_look(21, 21.0)
+    for _ in range(3):
+        c.explored(False)
+    verdict, _ = c.looked(held_out(0.0, alive=0.0), 30.0)
+    assert verdict == "begin" and c.mu(30) == 1 and not c.wants_look(35, 35.0) and c.wants_look(36, 36.0)
+
+
+def test_the_control_decides_by_lot_and_the_state_is_plain_json():
+    verdicts = set()
+    for seed in range(12):
+        c = make("--controller.signal", "lot", "--run.seed", str(seed))
+        c.looked(held_out(0.1), 0.0)
+        verdicts.add(c.looked(held_out(0.5), 6.0)[0])
+    assert verdicts == {"stay", "back"}
+    c = make()
+    for taken in (0, 1):
+        again = make()
+        again.load_state_dict(json.loads(json.dumps(c.state_dict())))
+        assert again.state_dict() == c.state_dict() and again.wants_look(0, 0.0) == c.wants_look(0, 0.0) == (not taken)
+        c.looked(held_out(0.1), 0.0)
+
+
+def test_students_t():
+    values = np.array([1.0, 2.0, 4.0, 5.0])
+    assert student(values) == pytest.approx(3 / (np.sqrt(10 / 3) / 2)) and student(np.ones(5)) == 0 == student(
+        np.zeros(5)
+    )
+
+
+def test_what_is_alive():
+    """Answers that earned differently, and answers that are all right."""
+    rows = [((0, 0), (False, False)), ((0, 1), (False, True)), ((1, 1), (True, True)), ((0.2, 0.4), (False, False))]
+    samples = [
+        Sample([1, 2], [3, 4], [1, 0], [0.0, 0.0], 0, "stop", str(i), i, reward=r, success=s)
+        for i, (rewards, right) in enumerate(rows)
+        for r, s in zip(rewards, right)
+    ]
+    found = HeldOut.of(samples, 4)
+    assert found.alive.tolist() == [False, True, True, True] and found.sampled == 8
+    assert found.right == 3 / 8
+    assert found.rewards == pytest.approx([0, 0.5, 1, 0.3])
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+AMFT = ("--train.method", "amft", "--controller.look_prompts", "2", "--train.warmup_steps", "0")
+SHOWS, NEVER = ("--controller.confidence", "0"), ("--controller.confidence", "1e9")
+
+
+class Alive(CopyTask):
+    """Any answer is right or wrong by its letters, so that groups have spread from the beginning."""
+
+    def start(self, item):
+        episode = super().start(item)
+        step = episode.step
+
+        def judged(text):
+            return replace(step(text), reward=float(sum(map(ord, text)) % 2))
+
+        episode.step = judged
+        return episode
+
+
+class Known(CopyTask):
+    """Held-out prompts are those of the training data."""
+
+    def prompts(self, split):
+        return super().prompts("train" if split == "val" else split)
+
+
+def weights(trainer):
+    return [g.master.clone() for g in trainer.engine.groups]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_run_that_took_imitation_back_is_where_it_was(tmp_path, checkpoint_folder, optimizer):
+    """Its first step that explores is the first step of RL alone at the same number: the same samples, loss and gradient."""
+    flags = (
+        *AMFT,
+        *NEVER,
+        "--train.steps",
+        "20",
+        "--controller.imitation_share",
+        "0.1",
+        "--train.optimizer",
+        optimizer,
+    )
+    amft = trainer_of(cfg_for(tmp_path, checkpoint_folder, *flags), Alive())
+    begin = weights(amft)
+    done = steps(amft, 2)
+    assert [s.mu for s in done] == [1, 1] and not all(map(torch.equal, weights(amft), begin))
+    rl = trainer_of(cfg_for(tmp_path, checkpoint_folder, *flags[2:], "--train.method", "rl"), Alive())
+    rl.step = 2
+    for a, b in zip(steps(rl, 3), steps(amft, 3)):
+        assert b.mu == 0 and [s.response_ids for s in b.drawn.samples] == [s.response_ids for s in a.drawn.samples]
+        assert all(b.figures[k] == a.figures[k] for k in ("loss", "grad_norm", "entropy"))
+        extra = b.tokens - a.tokens
+        assert 0 < extra <= 2 * 8 * 4 if "controller/reward" in b.figures else extra == 0, "the tokens of the look"
+    assert all(map(torch.equal, weights(rl), weights(amft))) and amft.kept is None
+
+
+def test_a_step_that_imitates_has_the_compute_of_one_that_explores(tmp_path, checkpoint_folder):
+    flags = (*AMFT, "--train.steps", "40", "--train.prompts_per_step", "8", "--controller.imitation_share", "0.05")
+    trainer = trainer_of(cfg_for(tmp_path, checkpoint_folder, *flags, *NEVER), Alive())
+    done = steps(trainer, 6)
+    imitating, exploring = ([s for s in done if s.mu == mu] for mu in (1, 0))
+    cost = lambda steps: np.mean([s.figures["tokens_trained"] + s.figures["tokens_sampled"] for s in steps])  # noqa: E731
+    assert len(imitating) == 2 and trainer.updates > 3 and trainer.engine.attempts == 4, (
+        "and what was taken back is not counted"
+    )
+    assert cost(imitating) == pytest.approx(cost(exploring), rel=0.4)
+
+
+def test_the_dead_are_imitated_to_life_and_the_solved_are_not_explored(tmp_path, checkpoint_folder):
+    flags = (
+        *AMFT,
+        "--controller.min_alive",
+        "0.9",
+        "--controller.look_prompts",
+        "4",
+        "--train.steps",
+        "40",
+        "--eval.every",
+        "0",
+    )
+    assert train(cfg_for(tmp_path, checkpoint_folder, *flags), task=Known()) == 0
+    records = lines(tmp_path)
+    mus, alive = [r["mu"] for r in records], [r["controller/alive"] for r in records if "controller/alive" in r]
+    assert set(mus) == {1.0} and alive[-1] == 1
+    assert all("success" not in r and "sft_loss" in r for r in records), "and no rollouts were paid for"
+    assert json.loads((tmp_path / "summary.json").read_text())["end"]["train"]["greedy"] == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("done", [0, 2])
+def test_back_to_the_bit(tmp_path, optimizer, done):
+    cfg = cfg_for(
+        tmp_path, make_checkpoint(tmp_path / "model"), "--train.optimizer", optimizer, "--train.warmup_steps", "0"
+    )
+    trainer, other = trainer_of(cfg), trainer_of(cfg)
+    steps(trainer, done), steps(other, done)
+    kept = trainer.engine.snapshot()
+    steps(trainer, 2)
+    trainer.engine.restore(kept)
+    mine, theirs = trainer.engine.state_dict(), other.engine.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(torch.as_tensor(mine[k]), torch.as_tensor(theirs[k])) for k in mine)
+    assert all(torch.equal(a, b) for a, b in zip(trainer.policy.parameters(), other.policy.parameters()))
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 4])
+def test_a_checkpoint_holds_what_may_be_taken_back(tmp_path, checkpoint_folder, at):
+    """Taken up before, in and after the block."""
+    flags = (*AMFT, *NEVER, "--train.steps", "20", "--controller.imitation_share", "0.15")
+    cfg = cfg_for(tmp_path, checkpoint_folder, *flags)
+    whole = trainer_of(cfg, Alive())
+    steps(whole, at)
+    cut = taken_up(whole, Alive())
+    assert (cut.kept is None) == (whole.kept is None) == (at in (0, 4))
+    for a, b in zip(steps(whole, 5 - at), steps(cut, 5 - at)):
+        assert a.mu == b.mu and a.tokens == b.tokens and a.figures["loss"] == b.figures["loss"]
+    assert all(map(torch.equal, weights(whole), weights(cut)))
+
+
+def test_tensors_under_a_prefix():
+    found = Tensors.of({"kept.a": torch.ones(2, 3), "a": torch.zeros(2, 3), "kept.b": torch.arange(3)}).under("kept.")
+    assert (
+        set(found) == {"a", "b"}
+        and torch.equal(found["a"], torch.ones(2, 3))
+        and found.part("b", 1, 2).tolist() == [1, 2]
+    )
