@@ -79,6 +79,10 @@ def test_a_phases_eta_is_what_is_left_at_its_pace(monkeypatch):
         phase.advance()
     assert phase.text() == "evaluating: 100/400 answers  eta 1m30s"
     assert Phase("loading", None, "", False, print).text() == "loading  0m00s so far"
+    drawing = Phase("in step 3", None, "answers drawn", False, print)
+    drawing.advance(7)
+    now[0] += 31
+    assert drawing.text() == "in step 3: 7 answers drawn  0m31s so far"
 
 
 def wait_for(condition):

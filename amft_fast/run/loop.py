@@ -17,6 +17,7 @@ from amft_fast.errors import RolloutFailure, UserError
 from amft_fast.interfaces import Task
 from amft_fast.run.evaluate import Evaluator
 from amft_fast.run.profiling import StepProfiler, static_bytes
+from amft_fast.run.progress import LONG
 from amft_fast.run.recorder import Recorder, what_was_bad
 from amft_fast.run.saver import Saver
 from amft_fast.run.writers import RunFiles
@@ -99,7 +100,13 @@ class Loop:
         row that were not finite."""
         if self.profiler is not None:
             self.profiler.begin()
-        step = self.trainer.train_step()
+        rollouts, number = self.trainer.rollouts, self.trainer.step + 1
+        with self.files.progress.phase(f"in step {number}", None, "answers drawn", LONG) as phase:
+            rollouts.on_answer = phase.advance
+            try:
+                step = self.trainer.train_step()
+            finally:
+                rollouts.on_answer = lambda: None
         record = self.recorder.step(step, self.trainer, self.evaluator.answers_left())
         if self.profiler is not None:
             with self.files.progress.phase("reading the profile", 100, "%") as phase:

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 QUIET = 2.0  # seconds
+LONG = 30.0  # seconds, of a step: what is longer says how far it is
 PAUSES = (8.0, 20.0, 30.0)  # between a phase's plain lines: the first ones, then the last of these
 RECENT = 50  # steps that the pace is taken over
 ASIDE = 20.0  # steps that what has been done aside in a run's first steps is spread over: it gets rarer
@@ -101,6 +102,8 @@ class Phase:
     def text(self) -> str:
         """`evaluating: 120/400 answers  eta 1m20s`."""
         counted = f": {self.done:.0f}/{self.total:.0f} {self.unit}" if self.total else ""
+        if self.done and not self.total:
+            counted = f": {self.done:.0f} {self.unit}"
         eta = self.eta()
         return f"{self.what}{counted}  " + (
             f"{clock_text(self.seconds)} so far" if eta is None else f"eta {clock_text(eta)}"
@@ -150,9 +153,10 @@ def phase(
     shown: bool = True,
     bars: bool | None = None,
     say: Callable[[str], None] = lambda text: print(text, flush=True),
+    quiet: float = QUIET,
 ) -> Iterator[Phase]:
-    """Shows the progress of what is done within. `shown`: false on ranks other than 0."""
-    current = Phase(what, total, unit, on_terminal(bars), say)
+    """Shows the progress of what is done within. `shown`: false on ranks other than 0. `quiet`: seconds without a word."""
+    current = Phase(what, total, unit, on_terminal(bars), say, quiet)
     if not shown:
         yield current
         return
@@ -240,9 +244,9 @@ class Progress:
         self.pace.evaluation(answers, seconds)
 
     @contextmanager
-    def phase(self, what: str, total: float | None = None, unit: str = "") -> Iterator[Phase]:
-        """A phase between the steps."""
-        with phase(what, total, unit, bars=self.bar is not None, say=self.say) as current:
+    def phase(self, what: str, total: float | None = None, unit: str = "", quiet: float = QUIET) -> Iterator[Phase]:
+        """A phase between the steps, or a step that is longer than `quiet` seconds."""
+        with phase(what, total, unit, bars=self.bar is not None, say=self.say, quiet=quiet) as current:
             yield current
 
     def say(self, text: str) -> None:
