@@ -54,7 +54,9 @@ def write_comparison(out: Path, page: Page, runs: Sequence[tuple[str, Path]]) ->
     data = {label: [read_run(f, page.budget) for name, f in runs if name == label] for label in labels}
     baseline = page.seeds.baseline if page.seeds.baseline in data else best(scores(data, main_split(data), "sampled"))
     found = differences(data, baseline)
-    tables = [success_table(data, page), difference_table(data, baseline, found)]
+    tables = [success_table(data, page)]
+    if found:
+        tables.append(difference_table(data, baseline, found))
     if page.chosen.figures:
         tables.append(sweep_table(page.sweep, page.chosen))
     notes = [*NOTES, *stage_notes(page, main_split(data))]
