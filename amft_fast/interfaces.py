@@ -152,8 +152,8 @@ class Sample:
 
     `response_ids` holds everything after the prompt: the policy's tokens (`loss_mask` 1) and, between turns, the
     verifier's (`loss_mask` 0). `behavior_logprobs` are log-probs of the distribution sampled from, natural log, 0.0 where
-    the mask is 0. `reward` is the sum over turns, and so is `entropy`, of the distributions that the policy's tokens were drawn
-    from (None where an engine does not tell).
+    the mask is 0. With many ranks these and `prompt_ids` are arrays (rollouts.pack). `reward` is the sum over turns, and so
+    is `entropy`, of the distributions that the policy's tokens were drawn from (None where an engine does not tell).
     """
 
     prompt_ids: list[int]
@@ -173,6 +173,10 @@ class Sample:
     success: bool = False
     info: dict[str, Any] = field(default_factory=dict)
     text: str = ""
+
+    def lists(self) -> dict[str, list]:
+        """Its tokens as JSON has them."""
+        return {k: list(getattr(self, k)) for k in ("prompt_ids", "response_ids", "loss_mask", "behavior_logprobs")}
 
 
 @dataclass(frozen=True)

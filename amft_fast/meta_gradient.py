@@ -81,12 +81,14 @@ class RolloutCache:
 
     def state_dict(self) -> list[dict[str, Any]]:
         """All cached rollouts as JSON values: importance weights need the very tokens and log-probs."""
-        keep = ("prompt_ids", "response_ids", "loss_mask", "behavior_logprobs", "reward", "success", "prompt_id")
+        keep = ("reward", "success", "prompt_id")
         state = []
         for g in self.groups:
             pack = PackedImages()
             samples = [
-                {k: getattr(s, k) for k in keep} | {"turns": [asdict(t) for t in s.turns], "images": pack.put(s.images)}
+                s.lists()
+                | {k: getattr(s, k) for k in keep}
+                | {"turns": [asdict(t) for t in s.turns], "images": pack.put(s.images)}
                 for s in g.samples
             ]
             state.append({"item": g.item, "step": g.step, "samples": samples, "images": pack.packed})

@@ -44,7 +44,7 @@ class Ahead:
     def state_dict(self) -> list[dict[str, Any]] | None:
         """What waits to be used, as JSON values: its weights are gone, so it cannot be drawn again as it was."""
         drawn = self.result()
-        return None if drawn is None else [asdict(sample) for sample in drawn]
+        return None if drawn is None else [asdict(sample) | sample.lists() for sample in drawn]
 
     def load_state_dict(self, state: list[dict[str, Any]] | None) -> None:
         self.future = None

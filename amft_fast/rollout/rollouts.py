@@ -6,7 +6,9 @@ it is asked, the task only judges.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,6 +31,24 @@ class Drawn(NamedTuple):
 
     samples: list[Sample]
     figures: dict[str, float]
+
+
+def pack(samples: list[Sample]) -> list[Sample]:
+    """The same samples with their tokens in arrays: 13 bytes a token instead of 80, and unpickled without a look at each.
+
+    What many ranks hold of each other; lists and arrays are read alike.
+    """
+    prompts: dict[int, array] = {}  # one for all answers to a prompt
+    return [
+        replace(
+            s,
+            prompt_ids=prompts.setdefault(id(s.prompt_ids), array("i", s.prompt_ids)),
+            response_ids=array("i", s.response_ids),
+            loss_mask=array("b", s.loss_mask),
+            behavior_logprobs=array("d", s.behavior_logprobs),
+        )
+        for s in samples
+    ]
 
 
 class Rollouts:
@@ -102,7 +122,7 @@ class Rollouts:
         hint = None
         if purpose[0] == "train" and self.hint is not None:
             hint = partial(self.hint, step=purpose[1])
-        return episodes.run(
+        samples = episodes.run(
             self.engine,
             self.task,
             items,
@@ -115,6 +135,7 @@ class Rollouts:
             hint=hint,
             on_answer=lambda: self.on_answer(),
         )
+        return samples if self.world.size == 1 else pack(samples)
 
     # -------------------------------------------------------------------------------------------------------- weights
 
