@@ -4,7 +4,7 @@ warm up on demos; H* ← entropy of the warmed-up policy on its own rollouts
 for each step:
     rollouts ← engine.generate(prompts, G per prompt);  A ← advantages(rewards)
     which demonstrations and rollouts enter, with which weights (mixtures/; all, by μ, unless a method says else)
-    after a block of imitation, a look at held-out prompts: it goes on, or it is taken back and μ ← 0 (controller/blocks.py)
+    after a block of one of the two, a look at held-out prompts: on, or back and μ ← the other (controller/blocks.py)
     with a windowed signal, at the start of a window:  u ← ∇(−U) on held-out prompts, in two independent halves
     backward SFT micro-batches · μ      probe: ⟨u, g_SFT⟩
     backward RL micro-batches · (1−μ)   probe: ⟨u, g_RL⟩
@@ -48,7 +48,7 @@ from amft_fast.rollout.rollouts import Drawn, Rollouts
 from amft_fast.scoring import Scorer
 
 T = TypeVar("T")
-KEPT = "kept."  # before the names of what a block of imitation began with, in a checkpoint
+KEPT = "kept."  # before the names of what a block may be taken back to, in a checkpoint
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Trainer:
         self.rollouts = Rollouts(cfg, parts.rollout_engine, parts.task, parts.encoder, parts.engine.world, parts.phases)
         self.rollouts.generations, self.rollouts.hint = self.mixture.generations, self.mixture.hint
         self.held_out = self._validation_prompts(parts.task, look_prompts(cfg)) if cfg.in_blocks else []
-        self.kept: Any = None  # what a block of imitation began with
+        self.kept: Any = None  # weights and moments that a block may be taken back to
         self.updates = 1  # of a step that imitates
         self.utility_gradient = (
             self._make_utility(parts.task) if self.controller.learned and not cfg.in_blocks else None
@@ -306,9 +306,10 @@ class Trainer:
             held_out = HeldOut.of(samples, len(items))
             verdict, figures = self.controller.looked(held_out, self.clock)
             self.looked, self.updates = Looked(figures, held_out.sampled), self.updates_of_a_step(samples)
-            kept, self.kept = self.kept, self.engine.snapshot() if verdict in ("begin", "stay") else None
-            if verdict == "back":
-                self.engine.restore(kept)
+            if verdict == "keep":
+                self.kept = self.engine.snapshot()
+            elif verdict == "back":
+                self.engine.restore(self.kept)
                 failure = self.rollouts.sync(self.engine.named_full_params(), self.step)
                 if failure is not None:
                     raise failure

@@ -34,7 +34,10 @@ def looks(c, results, until=100.0):
     results = iter(results)
     while clock < until:
         if c.wants_look(int(clock), clock):
-            verdict, _ = c.looked(next(results), clock)
+            result = next(results, None)
+            if result is None:
+                break
+            verdict, _ = c.looked(result, clock)
             seen.append((clock, verdict, c.mu(clock)))
         clock += 1
     return seen
@@ -46,14 +49,14 @@ def looks(c, results, until=100.0):
 def test_a_block_that_shows_is_doubled_and_the_first_that_does_not_is_taken_back():
     results = [held_out(x) for x in (0.1, 0.3, 0.6, 0.6)]
     seen = looks(make("--controller.imitation_share", "0.05"), results)
-    assert seen == [(0, "begin", 1), (5, "stay", 1), (10, "stay", 1), (20, "back", 0)]
+    assert seen == [(0, "keep", 1), (5, "keep", 1), (10, "keep", 1), (20, "back", 0)]
 
 
 def test_imitation_that_does_not_show_costs_one_block():
-    assert looks(make(), [held_out(0.3), held_out(0.3)]) == [(0, "begin", 1), (6, "back", 0)]
+    assert looks(make(), [held_out(0.3), held_out(0.3)]) == [(0, "keep", 1), (6, "back", 0)]
 
 
-@pytest.mark.parametrize(("rise", "want"), [(0.02, "back"), (0.2, "stay"), (-0.5, "back")])
+@pytest.mark.parametrize(("rise", "want"), [(0.02, "back"), (0.2, "keep"), (-0.5, "back")])
 def test_the_rise_must_stand_out_of_its_noise(rise, want):
     c, rng = make(), np.random.default_rng(0)
     before = held_out(0.3)
@@ -68,10 +71,10 @@ def test_the_dead_are_imitated_until_they_live():
     dead, woken = held_out(0.0, alive=0.0, spread=0.0), held_out(0.001, alive=0.1, spread=0.0)
     seen = looks(make(), [dead, dead, dead, woken, woken])
     assert [(clock, verdict) for clock, verdict, _ in seen] == [
-        (0, "begin"),
-        (6, "stay"),
-        (12, "stay"),
-        (24, "stay"),
+        (0, "keep"),
+        (6, "keep"),
+        (12, "keep"),
+        (24, "keep"),
         (48, "back"),
     ]
 
@@ -79,9 +82,27 @@ def test_the_dead_are_imitated_until_they_live():
 def test_what_imitation_has_all_but_solved_is_not_explored():
     solved, flags = held_out(0.97, right=0.97), ("--controller.solved", "0.95")
     seen = looks(make(*flags), [held_out(0.3), solved, solved, solved, held_out(0.94, right=0.94)])
-    assert [verdict for _, verdict, _ in seen] == ["begin", "stay", "stay", "stay", "back"]
+    assert [verdict for _, verdict, _ in seen] == ["keep", "keep", "keep", "keep", "back"]
     assert [clock for clock, _, _ in seen] == [0, 6, 12, 24, 48]
     assert looks(make(*flags), [solved, solved])[-1] == (6, "back", 0), "a base that is as good by itself"
+
+
+def test_exploring_goes_on_while_it_does_not_fall():
+    """In blocks that double; what has risen is kept."""
+    results = [held_out(x) for x in (0.3, 0.3, 0.31, 0.5, 0.48)]
+    results[2] = results[2]._replace(rewards=results[2].rewards + 0.2 * np.cos(np.arange(20) * 3.0))
+    results[4] = results[4]._replace(rewards=results[4].rewards + 0.2 * np.cos(np.arange(20) * 3.0))
+    seen = looks(make(), results, until=97)
+    assert seen == [(0, "keep", 1), (6, "back", 0), (12, "go on", 0), (24, "keep", 0), (48, "go on", 0)]
+
+
+def test_exploring_that_falls_is_taken_back_and_imitation_has_another_try_of_twice_the_length():
+    """And then stays where it does not fall, for exploring is no better."""
+    flat = held_out(0.3)._replace(rewards=held_out(0.3).rewards + 0.1 * np.cos(np.arange(20) * 3.0))
+    seen = looks(make(), [held_out(0.3), held_out(0.3), held_out(0.1), flat, held_out(0.5)], until=49)
+    assert seen == [(0, "keep", 1), (6, "back", 0), (12, "back", 1), (24, "keep", 1), (36, "keep", 1)]
+    both = looks(make(), [held_out(0.3), held_out(0.3), held_out(0.1), held_out(0.2), held_out(0.4)], until=31)
+    assert both == [(0, "keep", 1), (6, "back", 0), (12, "back", 1), (24, "back", 0), (30, "keep", 0)]
 
 
 def test_what_dies_while_it_explores_is_imitated_again():
@@ -90,14 +111,14 @@ def test_what_dies_while_it_explores_is_imitated_again():
     c.looked(held_out(0.3), 6.0)
     for alive in (False, False, True, False, False):
         c.explored(alive)
-        assert not c.wants_look(20, 20.0)
+        assert not c.wants_look(11, 11.0)
     c.explored(False)
-    assert c.wants_look(20, 20.0)
-    assert c.looked(held_out(0.3), 20.0)[0] == "none" and c.mu(20) == 0 and not c.wants_look(21, 21.0)
+    assert c.wants_look(11, 11.0)
+    assert c.looked(held_out(0.3), 11.0)[0] == "go on" and c.mu(11) == 0 and not c.wants_look(12, 12.0)
     for _ in range(3):
         c.explored(False)
-    verdict, _ = c.looked(held_out(0.0, alive=0.0), 30.0)
-    assert verdict == "begin" and c.mu(30) == 1 and not c.wants_look(35, 35.0) and c.wants_look(36, 36.0)
+    verdict, _ = c.looked(held_out(0.0, alive=0.0), 15.0)
+    assert verdict == "keep" and c.mu(15) == 1 and not c.wants_look(20, 20.0) and c.wants_look(21, 21.0)
 
 
 def test_the_control_decides_by_lot_and_the_state_is_plain_json():
@@ -106,7 +127,7 @@ def test_the_control_decides_by_lot_and_the_state_is_plain_json():
         c = make("--controller.signal", "lot", "--run.seed", str(seed))
         c.looked(held_out(0.1), 0.0)
         verdicts.add(c.looked(held_out(0.5), 6.0)[0])
-    assert verdicts == {"stay", "back"}
+    assert verdicts == {"keep", "back"}
     c = make()
     for taken in (0, 1):
         again = make()
@@ -191,7 +212,7 @@ def test_a_run_that_took_imitation_back_is_where_it_was(tmp_path, checkpoint_fol
         assert all(b.figures[k] == a.figures[k] for k in ("loss", "grad_norm", "entropy"))
         extra = b.tokens - a.tokens
         assert 0 < extra <= 2 * 8 * 4 if "controller/reward" in b.figures else extra == 0, "the tokens of the look"
-    assert all(map(torch.equal, weights(rl), weights(amft))) and amft.kept is None
+    assert all(map(torch.equal, weights(rl), weights(amft))) and amft.kept is not None
 
 
 def test_a_step_that_imitates_has_the_compute_of_one_that_explores(tmp_path, checkpoint_folder):
@@ -251,7 +272,7 @@ def test_a_checkpoint_holds_what_may_be_taken_back(tmp_path, checkpoint_folder, 
     whole = trainer_of(cfg, Alive())
     steps(whole, at)
     cut = taken_up(whole, Alive())
-    assert (cut.kept is None) == (whole.kept is None) == (at in (0, 4))
+    assert (cut.kept is None) == (whole.kept is None) == (at == 0)
     for a, b in zip(steps(whole, 5 - at), steps(cut, 5 - at)):
         assert a.mu == b.mu and a.tokens == b.tokens and a.figures["loss"] == b.figures["loss"]
     assert all(map(torch.equal, weights(whole), weights(cut)))

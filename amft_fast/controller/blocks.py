@@ -1,19 +1,22 @@
 """Imitate as long as it shows, take back what did not, then explore: μ is 1 or 0, and what is absent costs nothing.
 
 A run begins with a look at held-out prompts (their mean rewards, on answers drawn for it) and a block of imitation,
-`imitation_share` of the run's compute. Then there is another look:
+`imitation_share` of the run's compute. At the end of each block there is another look. Rewards have risen or fallen, since the
+look at the weights that are kept, where Student's t, paired by prompt, is beyond `confidence`.
 
-    shown      the mean reward has risen (paired by prompt, Student's t over `confidence`), or what was dead has come alive:
-               the block stays, and another begins that brings as much imitation again as there was up to here
-    dead       the answers to all but `min_alive` of the prompts earned the same and are not right: there is nothing to
-               explore from, so that the block stays and another begins
-    solved     over `solved` of the answers are right, and a block before this one has stayed: there are few mistakes left
-               to learn from, and what imitation has brought can be lost, so that it stays too and another begins
-    not shown  weights and optimizer go back to where the block began, and from there on the run explores
+    imitating  risen, or come alive      these weights are kept, and as much imitation again as there was so far
+               dead                      the same: there is nothing to explore from. The answers to all but `min_alive` of the
+                                         prompts earned the same and are not right
+               solved                    the same: over `solved` of the answers are right and imitation has made them so. There
+                                         are few mistakes left to learn from, and what is there can be lost
+               else                      back to the kept weights and moments, and explore
+    exploring  fallen                    back to the kept ones, and imitate: twice as long as when it last did not show. From
+                                         here on imitation is taken back where it falls, not where it does not rise
+               risen                     these are kept; exploring goes on
+               else                      exploring goes on
 
-So imitation costs at most the last block, `imitation_share` where it is of no use at all; it ends after at most twice what was
-of use; and exploring begins where imitation last did some good, not where it had done some harm. If for `window` steps no
-answer of a step earns more than another and none is right, a look is taken and, where it says dead, imitation begins again.
+Blocks of exploring double from `imitation_share` on. If for `window` steps no answer of a step earns more than another and none
+is right, a look is taken at once, and imitation begins again where it says dead.
 
 A step has the compute of one that explores, whatever it does: one that imitates makes as many updates as cost the same.
 """
@@ -30,7 +33,7 @@ from amft_fast.controller.base import Controller, named
 from amft_fast.data.stream import sample_seed
 from amft_fast.held_out import HeldOut
 
-Verdict = Literal["begin", "stay", "back", "none"]
+Verdict = Literal["keep", "back", "go on"]
 
 
 class BlockController(Controller):
@@ -41,52 +44,64 @@ class BlockController(Controller):
     def __init__(self, cfg: Config) -> None:
         self.cfg, self.c = cfg, cfg.controller
         self.value = self.c.mu_init  # until the first look
-        self.imitated = 0.0  # compute in steps, what was taken back left out
-        self.block = 0.0  # length of the present block, in steps
-        self.ends = -math.inf  # clock at which it ends
-        self.rewards: list[float] = []  # of each prompt, at the beginning of the block
-        self.was_dead = False
+        self.block = self.shortest  # length of the present block, in steps
+        self.ends = 0.0  # clock at which it ends
+        self.rewards: list[float] = []  # of each prompt, at the weights that are kept
+        self.was_dead = False  # these
+        self.imitated = 0.0  # steps of imitation in them
+        self.in_vain = 0.0  # length of the last block of imitation that was taken back
+        self.fell = False  # whether exploring has been taken back since
         self.barren = 0  # steps in a row whose answers taught nothing
+
+    @property
+    def shortest(self) -> float:
+        return self.c.imitation_share * self.cfg.train.steps
 
     def mu(self, clock: float) -> float:
         return self.value
 
     def wants_look(self, step: int, clock: float) -> bool:
         """Whether answers to the held-out prompts are to be drawn before this step."""
-        if step < self.c.start_step:
-            return False
-        return clock >= self.ends if self.value > 0 else self.barren >= self.c.window
+        return step >= self.c.start_step and (clock >= self.ends or self.barren >= self.c.window)
 
     def looked(self, held_out: HeldOut, clock: float) -> tuple[Verdict, dict[str, float]]:
-        """What becomes of the weights: a block begins with them, they stay and another begins, they go back to where the block
-        began, or nothing; and figures."""
+        """What becomes of the weights: they are kept, they go back to those that are, or neither; and figures."""
         alive = float(held_out.alive.mean())
-        figures = {
-            "alive": alive,
-            "right": held_out.right,
-            "reward": float(held_out.rewards.mean()),
-            "tokens": held_out.sampled,
-        }
-        dead, solved = alive < self.c.min_alive, held_out.right > self.c.solved and self.imitated > 0
-        first, exploring = not self.rewards, self.value == 0
-        self.barren = 0
-        if exploring and not dead:
-            verdict: Verdict = "none"
-        elif first or exploring:
-            verdict = "begin"
-        else:
-            t = student(held_out.rewards - np.array(self.rewards))
+        figures = {"alive": alive, "right": held_out.right, "reward": float(held_out.rewards.mean())}
+        first, dead = not self.rewards, alive < self.c.min_alive
+        t = 0.0 if first else student(held_out.rewards - np.array(self.rewards))
+        if not first:
             figures["rise_t"] = t
-            shown = self._lot() if self.c.signal == "lot" else t > self.c.confidence or self.was_dead
-            verdict = "stay" if shown or dead or solved else "back"
-        if verdict == "back":
-            self.value = 0.0
-        elif verdict != "none":
-            done = 0.0 if verdict == "begin" else self.imitated + self.block
-            self.block = max(done, self.c.imitation_share * self.cfg.train.steps)
-            self.imitated, self.ends, self.value = done, clock + self.block, 1.0
+        if first or (dead and self.value == 0):
+            verdict = self._imitate("keep", self.shortest)
+        elif self.value == 0:
+            verdict = self._explored(t)
+        else:
+            solved = held_out.right > self.c.solved and self.imitated > 0
+            verdict = self._imitated(t, dead or solved)
+        if verdict == "keep":
             self.rewards, self.was_dead = held_out.rewards.tolist(), dead
-        return verdict, named(figures | {"mu_next": self.value})
+        self.barren, self.ends = 0, clock + self.block
+        return verdict, named(figures | {"tokens": held_out.sampled, "mu_next": self.value})
+
+    def _imitated(self, t: float, goes_on: bool) -> Verdict:
+        shown = self._lot() if self.c.signal == "lot" else t > self.c.confidence or self.was_dead
+        if shown or goes_on or (self.fell and t > -self.c.confidence):
+            self.imitated += self.block
+            return self._imitate("keep", max(self.imitated, self.shortest))
+        self.value, self.in_vain, self.fell, self.block = 0.0, self.block, False, self.shortest
+        return "back"
+
+    def _explored(self, t: float) -> Verdict:
+        if t < -self.c.confidence:
+            self.fell = True
+            return self._imitate("back", max(2 * self.in_vain, self.shortest))
+        self.block *= 2
+        return "keep" if t > self.c.confidence else "go on"
+
+    def _imitate(self, verdict: Verdict, block: float) -> Verdict:
+        self.value, self.block = 1.0, block
+        return verdict
 
     def _lot(self) -> bool:
         return bool(sample_seed(self.cfg.run.seed, "lot", *self.rewards) % 2)
@@ -96,13 +111,12 @@ class BlockController(Controller):
         self.barren = 0 if alive else self.barren + 1
 
     def state_dict(self) -> dict[str, Any]:
-        state = {k: getattr(self, k) for k in ("value", "imitated", "block", "rewards", "was_dead", "barren")}
-        return state | {"ends": self.ends if math.isfinite(self.ends) else None}
+        names = ("value", "block", "ends", "rewards", "was_dead", "imitated", "in_vain", "fell", "barren")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for key, value in state.items():
-            setattr(self, key, value)
-        self.ends = -math.inf if self.ends is None else self.ends
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
 def student(values: np.ndarray) -> float:
