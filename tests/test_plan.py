@@ -345,6 +345,18 @@ def test_a_step_that_explores_imitates_nothing():
     assert set(plan.flops(cfg, shape, Machine(1, 1e9))) == {"rollouts", "RL"}
 
 
+def test_what_a_block_may_be_taken_back_to_lies_on_the_host():
+    """Masters and moments once more, 12 bytes a parameter; on a CPU that is the process's own memory."""
+    shape = plan_shapes.find("Qwen/Qwen2.5-Math-7B")
+    at = {name: settings(controller__signal=name) for name in ("blocks", "balanced")}
+    gpu, cpu = (
+        {n: plan.memory(cfg, shape, m) for n, cfg in at.items()}
+        for m in (Machine(1, 1e9), Machine(1, 1e9, device="cpu"))
+    )
+    assert gpu["blocks"].host == pytest.approx(12 * shape.parameters, rel=1e-3) and gpu["balanced"].host == 0
+    assert part(cpu["blocks"].static, "kept weights and moments") == pytest.approx(12 * shape.parameters, rel=1e-3)
+
+
 def test_passes_that_a_loss_of_whole_sequences_takes():
     """None before the first of two updates, so half a pass a step; the entropies of all tokens, a whole one; beside the one for
     old log-probs, which two updates take anyway."""

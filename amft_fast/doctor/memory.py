@@ -198,6 +198,14 @@ def memory(cfg: Config, shape: Shape, machine: Machine) -> Memory:
     """Memory per GPU (per process on a CPU), part by part."""
     at = Layout.of(cfg, machine)
     static, host = _states(cfg, shape, at)
+    if cfg.in_blocks:
+        kept = at.share((4 + MOMENTS[cfg.train.optimizer]) * (shape.parameters if at.stage else shape.flat), 1)
+        if machine.device == "cpu":
+            static.append(
+                Part("kept weights and moments", kept, f"fp32, what a block may be taken back to{at.of_ranks(1)}")
+            )
+        else:
+            host += kept * min(at.ranks, 8)
     one_half = 0 if at.offload else at.share(4 * shape.flat, 1)
     kept, worst = layers_bytes(cfg, shape, at, machine.image_tokens)
     head = final_norm_bytes(shape, at) + head_bytes(shape, at, machine.device, machine.memory)

@@ -147,8 +147,13 @@ def report(cfg: Config, shape: Shape, machine: Machine, memory: Memory) -> str:
     rows = ", ".join(f"{name} {size(static + total(parts))}" for name, parts in memory.phases.items())
     lines.append(f"  without margin, by phase: {rows}")
     if memory.host:
-        lines.append(f"  and on the host, with engine.offload: {size(memory.host)} per node of 8 GPUs")
+        lines.append(f"  and on the host, {_on_host(cfg)}: {size(memory.host)} per node of 8 GPUs")
     return "\n".join([*lines, "", *_compute(cfg, shape, machine)])
+
+
+def _on_host(cfg: Config) -> str:
+    parts = [("states", cfg.engine.offload), ("what a block may be taken back to", cfg.in_blocks)]
+    return " and ".join(name for name, there in parts if there)
 
 
 def _title(cfg: Config, shape: Shape, machine: Machine) -> str:
