@@ -778,11 +778,12 @@ class ControllerConfig(Section):
     imitation_share: float = Field(0.06, gt=0, le=1)
     """Share of the run's compute of the first block of imitation (blocks)."""
     confidence: float = Field(2.0, ge=0)
-    """Student's t of the held-out reward's rise over which a block of imitation stays (blocks)."""
+    """Student's t of the held-out reward's rise over which a block of imitation stays (half of it, once one has stayed), and of
+    its fall over which exploring is taken back (blocks)."""
     look_prompts: int | None = Field(None, ge=2, le=2**20)
     """Held-out prompts of a look, with `meta.num_generations` answers each (blocks); default: twice `train.prompts_per_step`,
     at most 64."""
-    min_alive: float = Field(0.05, ge=0, le=1)
+    min_alive: float = Field(0.1, ge=0, le=1)
     """Share of the held-out prompts whose answers earned differently, or are all right, under which nothing is explored
     (blocks)."""
     solved: float = Field(0.9, ge=0, le=1)

@@ -56,6 +56,20 @@ def test_imitation_that_does_not_show_costs_one_block():
     assert looks(make(), [held_out(0.3), held_out(0.3)]) == [(0, "keep", 1), (6, "back", 0)]
 
 
+def test_imitation_that_has_shown_before_is_given_the_benefit_of_the_doubt():
+    """A rise of t = 1.5."""
+    c, rng = make(), np.random.default_rng(1)
+    noise = rng.normal(size=20)
+    noise = (noise - noise.mean()) / noise.std(ddof=1) * np.sqrt(20)
+    a, b = held_out(0.1), held_out(0.5)
+    assert [c.looked(x, clock)[0] for x, clock in ((a, 0.0), (b, 6.0))] == ["keep", "keep"]
+    verdict, figures = c.looked(b._replace(rewards=b.rewards + 0.1 * (1.5 + noise)), 12.0)
+    assert figures["controller/rise_t"] == pytest.approx(1.5) and verdict == "keep"
+    first = make()
+    first.looked(b, 0.0)
+    assert first.looked(b._replace(rewards=b.rewards + 0.1 * (1.5 + noise)), 6.0)[0] == "back"
+
+
 @pytest.mark.parametrize(("rise", "want"), [(0.02, "back"), (0.2, "keep"), (-0.5, "back")])
 def test_the_rise_must_stand_out_of_its_noise(rise, want):
     c, rng = make(), np.random.default_rng(0)

@@ -4,7 +4,8 @@ A run begins with a look at held-out prompts (their mean rewards, on answers dra
 `imitation_share` of the run's compute. At the end of each block there is another look. Rewards have risen or fallen, since the
 look at the weights that are kept, where Student's t, paired by prompt, is beyond `confidence`.
 
-    imitating  risen, or come alive      these weights are kept, and as much imitation again as there was so far
+    imitating  risen, or come alive      these weights are kept, and as much imitation again as there was so far; from the
+                                         second block on half of `confidence` will do, since imitation has shown before
                dead                      the same: there is nothing to explore from. The answers to all but `min_alive` of the
                                          prompts earned the same and are not right
                solved                    the same: over `solved` of the answers are right and imitation has made them so. There
@@ -85,7 +86,8 @@ class BlockController(Controller):
         return verdict, named(figures | {"tokens": held_out.sampled, "mu_next": self.value})
 
     def _imitated(self, t: float, goes_on: bool) -> Verdict:
-        shown = self._lot() if self.c.signal == "lot" else t > self.c.confidence or self.was_dead
+        asked = self.c.confidence / 2 if self.imitated else self.c.confidence
+        shown = self._lot() if self.c.signal == "lot" else t > asked or self.was_dead
         if shown or goes_on or (self.fell and t > -self.c.confidence):
             self.imitated += self.block
             return self._imitate("keep", max(self.imitated, self.shortest))
