@@ -57,7 +57,16 @@ def test_a_run_keeps_its_page_and_leaves_one_that_rests(tmp_path, checkpoint_fol
         def on_checkpoint(self, path):
             seen.append((path.name, is_live(tmp_path / "run")))
 
-    cfg = cfg_for(tmp_path / "run", checkpoint_folder, "--checkpoint.keep_best", "false", "--train.steps", "2")
+    cfg = cfg_for(
+        tmp_path / "run",
+        checkpoint_folder,
+        "--checkpoint.keep_best",
+        "false",
+        "--checkpoint.background",
+        "false",
+        "--train.steps",
+        "2",
+    )
     assert launch.train(cfg, False, CopyTask(), [Look()]) == 0
     assert seen == [(0, True), (2, True), ("step-000002", True), (4, True), ("step-000004", True)]
     assert not is_live(tmp_path / "run")

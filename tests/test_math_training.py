@@ -267,7 +267,13 @@ def test_the_sample_shares_no_problem_between_training_and_evaluation():
 
 
 TINY = str(ROOT / "configs" / "math_tiny.toml")
-FEW = ["--eval.max_prompts=8", "--eval.schedule_max_prompts=8", "--log.to=[]", "--train.warmup_steps=4"]
+FEW = [
+    "--train.method=fixed",
+    "--eval.max_prompts=8",
+    "--eval.schedule_max_prompts=8",
+    "--log.to=[]",
+    "--train.warmup_steps=4",
+]
 
 
 def read(path):

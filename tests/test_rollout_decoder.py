@@ -118,7 +118,7 @@ def test_a_row_that_ends_is_replaced_at_once(monkeypatch):
     engine = engine_by(model, True, monkeypatch, max_batch=3)
     step, prompts = DecoderReader.step, Decoder.read
     monkeypatch.setattr(DecoderReader, "step", lambda self, tokens: (seen.append(len(tokens)), step(self, tokens))[1])
-    monkeypatch.setattr(Decoder, "read", lambda self, p, keep: (read.extend(p), prompts(self, p, keep))[1])
+    monkeypatch.setattr(Decoder, "read", lambda self, p, *more: (read.extend(p), prompts(self, p, *more))[1])
     requests = [Request((2, 5, 3) if i < 7 else (2, 4), i, 3 + i % 4) for i in range(12)]
     engine.generate(requests, Sampling())
     assert seen[: -seen[::-1].index(3)] == [3] * (len(seen) - seen[::-1].index(3))  # full until the last have begun
@@ -303,8 +303,8 @@ def stand_ins(monkeypatch):
 
     made = DecoderReader.__init__
 
-    def with_graphs(self, decoder, room, capacity):
-        made(self, decoder, graphs.padded_rows(room), capacity)
+    def with_graphs(self, decoder, room, *more):
+        made(self, decoder, graphs.padded_rows(room), *more)
         self.graphs = graphs.Graphs(self._step, graphs.padded_rows(room), self.logits.device)
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", StandInGraph)
