@@ -97,7 +97,6 @@ class Trainer:
         self.scorer = Scorer(cfg, parts.engine, parts.policy, parts.teacher)
         self.scorer.before_batch = self._stop_if_asked
         self.undoable = False  # whether what is under way can be broken off
-        self.done: list[Update] = []  # of a step that is not done yet
         self.demonstrations = parts.task.demos("train")
         order = Stream(max(len(self.demonstrations), 1), cfg.run.seed, "demos")
         self.demos = Loader(order, self._demo, cfg.train.data_workers)
@@ -219,13 +218,11 @@ class Trainer:
             looked = self.look_at_noise(sft, groups)
 
         self.engine.set_lr(lr)
-        undoable, repeatable = self.undoable, mu == 1 and not self.cfg.log.implicit_reward
-        for k, mix in list(enumerate(mixes))[len(self.done) :]:
+        done = []
+        for k, mix in enumerate(mixes):
             probe = u if k == 0 and self.controller.probes(t) else None
             with self.phases("update"):
-                self.done.append(self.update(mix, probe, k))
-            self.undoable = undoable and repeatable
-        self.undoable, done, self.done = False, self.done, []
+                done.append(self.update(mix, probe, k))
         mu = fmean(mix.mu for mix in mixes)
         self.step += 1
         with self.phases("sync"):
@@ -257,9 +254,8 @@ class Trainer:
         """What a stop or a failing rollout engine breaks off in here leaves all as it was: on resume it is done again, and the
         same comes of it.
 
-        A stop may come while answers are drawn and, up to the optimizer's step, between micro-batches; in a step without
-        rollouts also later, for its updates so far are kept (`done`). Several processes, and one that draws ahead, finish their
-        updates.
+        A stop may come while answers are drawn and, up to the optimizer's step, between micro-batches. Several processes, and
+        one that draws ahead, finish their updates.
         """
         places = self.rollouts.stream, self.demos.stream
         positions, rng = [p.position for p in places], torch.get_rng_state()
@@ -464,7 +460,6 @@ class Trainer:
             "looked": list(self.looked),
             "updates": self.updates,
             "tokens": self.tokens,
-            "done": [update.saved() for update in self.done],
         }
 
     def tensors(self) -> dict[str, torch.Tensor | Part]:
@@ -497,7 +492,6 @@ class Trainer:
         self.mixture.load_state_dict(state.get("mixture"))
         self.looked, self.updates = Looked(*state.get("looked", ({}, 0))), state.get("updates", 1)
         self.warmup_tokens, self.tokens, self.mus = state["warmup_tokens"], state["tokens"], state["mus"]
-        self.done = [Update.of(saved, self.engine.device) for saved in state.get("done", [])]
         self.rollouts.engine.sync(self.engine.named_full_params(), self.step)
 
 

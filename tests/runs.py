@@ -16,7 +16,7 @@ from amft_fast.engine.parts import Part, Tensors
 from amft_fast.interfaces import Task
 from amft_fast.run import launch
 from amft_fast.run.build import build
-from amft_fast.trainer import Parts, Step, Trainer
+from amft_fast.trainer import Step, Trainer
 
 TIMES = ("seconds", "tokens_per_s", "rollout_tokens_per_s", "update_tokens_per_s", "wall_s")
 
@@ -53,14 +53,14 @@ def steps(trainer: Trainer, count: int) -> list[Step]:
     return done
 
 
-def taken_up(trainer: Trainer, task: Task | None = None, parts: Parts | None = None) -> Trainer:
+def taken_up(trainer: Trainer, task: Task | None = None) -> Trainer:
     """Another trainer with this one's state, as a checkpoint would have carried it."""
     state = json.loads(json.dumps(trainer.state_dict())) | {"step": trainer.step}
     tensors = {
         name: Part(v.data.clone(), v.start, v.shape) if isinstance(v, Part) else v.detach().clone()
         for name, v in trainer.tensors().items()
     }
-    other = trainer_of(trainer.cfg, task) if parts is None else Trainer(trainer.cfg, parts)
+    other = trainer_of(trainer.cfg, task)
     other.load(state, Tensors.of(tensors))
     return other
 

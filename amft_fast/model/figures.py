@@ -30,16 +30,6 @@ class Update(NamedTuple):
     probe: tuple[torch.Tensor, torch.Tensor] | None
     left_out: LeftOut = LeftOut()
 
-    def saved(self) -> list[Any]:
-        """As JSON values, of one without a probe."""
-        return [self.sums.tolist(), self.maxes.tolist(), float(self.norm), list(self.left_out)]
-
-    @classmethod
-    def of(cls, saved: list[Any], device: torch.device) -> Update:
-        """What `saved` gave."""
-        sums, maxes = (torch.tensor(x, dtype=torch.float64, device=device) for x in saved[:2])
-        return cls(sums, maxes, torch.tensor(saved[2], dtype=torch.float32, device=device), None, LeftOut(*saved[3]))
-
 
 class Measured(NamedTuple):
     """What a step's updates measured: `record` for metrics.jsonl, the updates skipped in a row, the probe or None."""
