@@ -17,7 +17,7 @@ async def short(completions):
 
 
 def again():
-    runs.append(train(model, rows, [exact, short], **settings | {"train": settings["train"] | {"steps": 1}}))
+    runs.append(train(model, rows, [exact, short], **settings | {"train": settings["train"] | {"steps": 1, "method": "fixed"}}))
 
 
 runs, before = [], signal.getsignal(signal.SIGINT)

@@ -262,7 +262,14 @@ def test_peak_of_a_whole_run(flags, tmp_path):
     """Three probed steps of the trainer: the update's peak, states included, is the planned one; no phase is above its plan."""
     folder, steps = str(ROOT / "configs" / "demo_base"), 3
     sizes = ["train.prompts_per_step=16", "train.demos_per_step=16", "rollout.max_batch=128", "meta.prompts=16"]
-    rest = ["eval.every=0", "eval.max_prompts=8", "eval.num_samples=1", f"train.steps={steps}", "controller.window=2"]
+    rest = [
+        "eval.every=0",
+        "eval.max_prompts=8",
+        "eval.num_samples=1",
+        f"train.steps={steps}",
+        "controller.window=2",
+        "controller.signal=balanced",
+    ]
     own = [f"run.dir={tmp_path}", f"model.path={folder}", "log.to=[]", "run.device=cpu"]
     own += ["train.packing=false", "train.skip_flat=false"]  # the plan is of all rollouts, in padded rows
     cfg = load(ROOT / "configs" / "demo.toml", [f"--{x}" for x in sizes + rest + own] + flags)
