@@ -311,11 +311,9 @@ class Trainer:
                     raise failure
 
     def updates_of_a_step(self, samples: list[Sample]) -> int:
-        """How many updates that imitate cost as many tokens as a step that explores, by answers like those to come. The answers
-        to a prompt share its tokens, where rows are packed."""
+        """How many updates that imitate cost as many tokens as a step that explores, by answers like those to come."""
         cfg = self.cfg
-        times = 1 / cfg.rollout.num_generations if self.scorer.packed else 1.0
-        answer = fmean(times * len(s.prompt_ids) + len(s.response_ids) + sum(s.loss_mask) for s in samples)
+        answer = fmean(len(s.prompt_ids) + len(s.response_ids) + sum(s.loss_mask) for s in samples)
         demo = fmean(len(self._demo(i).ids) for i in range(min(len(self.demonstrations), 64)))
         explores = cfg.train.prompts_per_step * cfg.rollout.num_generations * answer
         return max(1, round(explores / (cfg.train.demos_per_step * demo)))
