@@ -100,7 +100,7 @@ def check(argv: list[str]) -> None:
         return
     rest, flags = config_file.split_flags(argv)
     args = cli.build_parser().parse_args(rest)
-    if args.command == "convert":  # takes no config
+    if args.command in ("convert", "regret"):  # take no config
         return
     if getattr(args, "benchmarks", None):
         from amft_fast.tasks.math.benchmarks import chosen, default_benchmarks_file
