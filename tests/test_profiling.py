@@ -50,7 +50,8 @@ def test_a_profiled_run_says_where_the_time_went(tmp_path, checkpoint_folder, ca
     assert {"amft.update", "amft.rollout", "aten::mm"} <= traced
     # Which operations are the dearest depends on what else the machine does; that those named did run does not.
     dearest = [row.split()[0] for row in text.partition("  operation\n")[2].splitlines()[: profiling.TOP]]
-    assert len(dearest) == profiling.TOP and set(dearest) <= traced
+    # A name may have a blank in it: autograd::engine::evaluate_function: MmBackward0.
+    assert len(dearest) == profiling.TOP and all(any(str(t).split()[:1] == [d] for t in traced) for d in dearest)
     assert "rollouts are made of is left out" in text and not within(events, "amft.rollout")
     assert {"aten::mm", "[memory]"} <= within(events, "amft.update")
 
