@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fakes import CopyTask, ScriptedEngine, make_checkpoint
+from runs import cfg_for, lines, train
 from transformers import AutoTokenizer
 
 from amft_fast import config_file, controller
@@ -18,7 +19,6 @@ from amft_fast.rollout.encoder import Encoder
 from amft_fast.run.build import build
 from amft_fast.run.signals import SIGNALS, StopSignal
 from amft_fast.trainer import Trainer
-from runs import cfg_for, lines, train
 
 
 def at(step, *flags, tokens=0):
