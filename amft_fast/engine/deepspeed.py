@@ -23,7 +23,7 @@ from torch import nn
 
 from amft_fast.config import EngineConfig, ObjectiveConfig, TrainConfig
 from amft_fast.data.batch import Batch
-from amft_fast.engine.flat import FlatEngine, KeptFactors, Piece, split_parameters
+from amft_fast.engine.flat import FlatEngine, Piece, split_parameters
 from amft_fast.engine.world import World
 from amft_fast.errors import UserError
 from amft_fast.model import lora
@@ -206,16 +206,7 @@ class DeepSpeedEngine(FlatEngine):
             z.micro_step_id = -1
         z.zero_grad()
 
-    def logprobs(
-        self, batch: Batch, model: nn.Module | KeptFactors | None = None, temperature: float | None = None
-    ) -> PolicyOutput:
-        """`Policy.logprobs`; every rank must call it equally often. `model`: a plain one."""
-        if isinstance(model, KeptFactors):
-            with self._as_kept(model):
-                return self.logprobs(batch, None, temperature)
-        batch = batch.to(self.device)
-        if model is not None:
-            return self.policy.logprobs(batch, model, temperature)
+    def _own_logprobs(self, batch: Batch, temperature: float | None) -> PolicyOutput:
         with torch.no_grad():
             return self.zero(batch, scores_only=True, temperature=temperature)
 

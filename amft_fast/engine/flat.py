@@ -18,10 +18,11 @@ from torch import nn
 
 from amft_fast import ops
 from amft_fast.config import TrainConfig
+from amft_fast.data.batch import Batch
 from amft_fast.engine.parts import Part, Tensors
 from amft_fast.engine.world import ALONE, World
 from amft_fast.model import lora
-from amft_fast.model.policy import Policy
+from amft_fast.model.policy import Policy, PolicyOutput
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -163,6 +164,22 @@ class FlatEngine:
         ]
         beta1, beta2 = self.cfg.adam_betas
         return ops.AdamState(*moments, beta1, beta2, self.cfg.adam_eps, self.attempts - self.skipped + 1, clip)
+
+    def logprobs(
+        self, batch: Batch, model: nn.Module | KeptFactors | None = None, temperature: float | None = None
+    ) -> PolicyOutput:
+        """`Policy.logprobs`, without gradients; every rank must call it equally often. `model`: a plain one, or factors of
+        this one's; default: the policy as it is."""
+        if isinstance(model, KeptFactors):
+            with self._as_kept(model):
+                return self.logprobs(batch, None, temperature)
+        batch = batch.to(self.device)
+        if model is not None:
+            return self.policy.logprobs(batch, model, temperature)
+        return self._own_logprobs(batch, temperature)
+
+    def _own_logprobs(self, batch: Batch, temperature: float | None) -> PolicyOutput:
+        return self.policy.logprobs(batch, None, temperature)
 
     def _norm(self) -> torch.Tensor:
         return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.grad) for g in self.all_groups]))

@@ -13,7 +13,7 @@ from torch import nn
 
 from amft_fast.config import ObjectiveConfig, TrainConfig
 from amft_fast.data.batch import Batch
-from amft_fast.engine.flat import FlatEngine, KeptFactors, Piece, split_parameters
+from amft_fast.engine.flat import FlatEngine, Piece, split_parameters
 from amft_fast.model import lora
 from amft_fast.model.policy import Policy, PolicyOutput
 
@@ -91,15 +91,6 @@ class LocalEngine(FlatEngine):
         out = self.policy(batch.to(self.device), objective)
         out.loss.backward()
         return out._replace(loss=out.loss.detach())
-
-    def logprobs(
-        self, batch: Batch, model: nn.Module | KeptFactors | None = None, temperature: float | None = None
-    ) -> PolicyOutput:
-        """`Policy.logprobs`: no loss, no gradients."""
-        if isinstance(model, KeptFactors):
-            with self._as_kept(model):
-                return self.logprobs(batch, None, temperature)
-        return self.policy.logprobs(batch.to(self.device), model, temperature)
 
     def publish(self) -> None:
         for g in self.all_groups:
