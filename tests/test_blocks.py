@@ -10,7 +10,7 @@ from fakes import CopyTask, make_checkpoint
 from runs import cfg_for, lines, steps, taken_up, train, trainer_of
 
 from amft_fast import config_file, controller
-from amft_fast.controller.blocks import student
+from amft_fast.controller.statistics import student
 from amft_fast.engine.parts import Tensors
 from amft_fast.held_out import HeldOut
 from amft_fast.interfaces import Sample

@@ -24,13 +24,13 @@ A step has the compute of one that explores, whatever it does: one that imitates
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import numpy as np
 
 from amft_fast.config import Config
 from amft_fast.controller.base import Controller, named
+from amft_fast.controller.statistics import student
 from amft_fast.data.stream import sample_seed
 from amft_fast.held_out import HeldOut
 
@@ -119,9 +119,3 @@ class BlockController(Controller):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
-
-
-def student(values: np.ndarray) -> float:
-    """Mean over its standard error; 0 where there is no spread to judge by."""
-    error = float(values.std(ddof=1)) / math.sqrt(len(values))
-    return float(values.mean()) / error if error > 0 else 0.0

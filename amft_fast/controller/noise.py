@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from amft_fast.config import Config
-from amft_fast.controller.base import Controller
+from amft_fast.controller.base import Controller, named
 from amft_fast.controller.statistics import ratio
 
 
@@ -44,7 +44,7 @@ class NoiseOptimal(Controller):
             step = min(max(best - self.value, -self.mixture.gac_max_step), self.mixture.gac_max_step)
             self.value = min(max(self.value + step, self.c.mu_min), self.c.mu_max)
         figures = {"var_sft": sft / 4, "var_rl": rl / 4, "apart": apart, "mu_next": self.value}
-        return {f"controller/{k}": v for k, v in figures.items()}
+        return named(figures)
 
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value, "means": self.means, "weight": self.weight}

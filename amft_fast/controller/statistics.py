@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+
 # Student's t, 97.5 %, for 1, 2, ... degrees of freedom.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
@@ -18,3 +22,9 @@ def student_t975(freedom: float) -> float:
 def ratio(a: float, b: float) -> float:
     """a / b, and 0 where b is 0: a utility without spread, or a gradient that vanished, says nothing."""
     return a / b if b != 0 else 0.0
+
+
+def student(values: np.ndarray) -> float:
+    """Mean over its standard error; 0 where there is no spread to judge by."""
+    error = float(values.std(ddof=1)) / math.sqrt(len(values))
+    return float(values.mean()) / error if error > 0 else 0.0

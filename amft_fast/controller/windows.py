@@ -27,7 +27,7 @@ import math
 from typing import Any
 
 from amft_fast.config import Config
-from amft_fast.controller.base import Controller
+from amft_fast.controller.base import Controller, named
 from amft_fast.controller.statistics import ratio, student_t975
 from amft_fast.data.stream import sample_seed
 from amft_fast.multi_tensor import mixing_slope, named_sums
@@ -126,7 +126,7 @@ class MetaController(Controller):
         self.windows += 1
         self._clear()
         figures |= {"mu_meta": meta, "mu_entropy": pull, "mu_next": self.value, "entropy": entropy}
-        return {f"controller/{k}": v for k, v in figures.items()}
+        return named(figures)
 
     def _meta_part(self, figures: dict[str, float]) -> float:
         c, n = self.c, self.probed
