@@ -308,7 +308,7 @@ def picture(result: dict, path: Path) -> None:
 
 def times_faster(rows: list[dict], rival: str) -> float | None:
     """The best of the rival's over ours."""
-    own = next(r.get("ms") for r in rows if r["name"] == "amft-fast")
+    own = next((r.get("ms") for r in rows if r["name"] == "amft-fast"), None)
     theirs = [r["ms"] for r in rows if r["name"].startswith(rival) and "ms" in r]
     return min(theirs) / own if theirs and own else None
 
@@ -324,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--micro-batch-tokens", type=int, help="on a GPU (default: what its memory holds); the demo's own on a CPU"
     )
+    parser.add_argument("--without", nargs="+", default=(), metavar="NAME", help="leaves out contenders whose names begin so")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1, help="of a CPU (default 1)")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -348,6 +349,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     everyone = candidates(work, tokenizer, rows)
     if args.model:  # each keeps weights, gradients and moments: 16 bytes a parameter
         everyone = [c for c in everyone if c.name == "amft-fast" or c.name.startswith(MAIN)]
+    everyone = [c for c in everyone if not c.name.startswith(tuple(args.without))]
+    if not everyone:
+        parser.error("--without leaves nobody")
     peak = peak_flops(torch.device(args.device))
     facts = {
         "benchmark": "step",
@@ -373,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     check(everyone, work, log)
     measure(everyone, work, args.rounds, log)
-    if not args.model:
+    if not args.model and not args.without:
         facts["by_flat_share"] = by_flat_share(work, args.rounds)
     result = written()
     load, result_rows = facts["environment"]["load_average"], result["rows"]
