@@ -37,7 +37,7 @@ MODELS = {
     "1.5B": (1536, 28, 12, 2, 8960, 151_936),
 }
 # prompts, answers to each, mean tokens of a prompt, mean tokens of an answer. 1.5B: 512 rows that look at 1000 tokens.
-FOLDER_CASE = (4, 4, 64, 20)  # of a model of a folder: a step of configs/smollm2_words.toml, a third of it
+FOLDER_CASE = (6, 8, 72, 25)  # of a model of a folder: a step of configs/smollm2_words.toml
 CASES = {"demo": (48, 8, 12, 24), "15M": (4, 8, 64, 32), "135M": (2, 8, 64, 32), "1.5B": (64, 8, 936, 128)}
 ON_CPU = ("demo", "15M", "135M")
 LOADS = ("even", "ragged", "long-tailed")

@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ from bench.step_peers import Eager, Ours, Trl, Work, verl
 
 MEASURED = ("amft_fast", "kernels", "bench/*.py")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+PEER_SLACK = 10  # TRL's own loss is 1.2e-4 off on a model of 135 M
 EVERY = "amft-fast, every rollout read"
 MAIN = (EVERY, "TRL", "transformers")  # what is timed on a model of a folder, beside "amft-fast" itself
 FLAT_SHARES = (0.0, 0.25, 0.5, 0.75)
@@ -216,7 +217,7 @@ def check(all_candidates: list[Candidate], work: Work, log: Callable[[str], None
             c.distance = float(sum((a.float() - b).square().sum() for a, b in pairs) ** 0.5 / norm)
             if "eager loss" in c.name and limit == TOLERANCE[work.dtype]:
                 limit += c.distance
-            if not c.distance < limit:
+            if not c.distance < limit * (1 if c.name.startswith("amft-fast") else PEER_SLACK):
                 c.note = f"RED: gradient {c.distance:.1e} off, not timed"
         log(f"{c.name}: {c.note or f'gradient {c.distance:.1e} off'}")
         if few is not work:
@@ -241,6 +242,38 @@ def measure(all_candidates: list[Candidate], work: Work, rounds: int, log: Calla
         for c in (c for c in all_candidates if not c.note):
             with _noting_failures(c, device):
                 c.seconds.append(seconds(c.made.update, device))
+
+
+def drawing(work: Work, rounds: int) -> dict[str, float]:
+    """Seconds to draw the recorded rollouts' lengths again from their prompts, by our engine and by `generate`, which TRL draws
+    with; the best of the rounds."""
+    from amft_fast.interfaces import Request
+    from amft_fast.rollout.transformers import TransformersEngine
+    from bench.rollout import engine_tokens, hf_generate
+
+    model = work.copy().eval()
+    model.generation_config.eos_token_id = None
+    asked = [Request(tuple(s.prompt_ids), i, len(s.response_ids)) for i, s in enumerate(work.samples)]
+    engine, device = TransformersEngine(model), work.device.type
+    ways = {"amft-fast": lambda r: engine_tokens(engine, r), "generate": lambda r: hf_generate(model, r)}
+    least = dict.fromkeys(ways, float("inf"))
+    for round_ in range(rounds + 1):  # the first one warms up
+        for name, way in ways.items():
+            now = asked if round_ else [replace(r, max_new_tokens=2) for r in asked[:2]]
+            taken = seconds(lambda way=way, now=now: way(now), device)
+            least[name] = min(least[name], taken) if round_ else least[name]
+    return least
+
+
+def whole_step(draws: dict[str, float], rows: list[dict]) -> dict[str, float | None]:
+    """How many times as long as ours a step takes, rollouts and update, of those who draw with `generate`."""
+    own = next((r["ms"] for r in rows if r["name"] == "amft-fast" and "ms" in r), None)
+    out = {}
+    for rival in ("TRL", "transformers"):
+        theirs = [r["ms"] for r in rows if r["name"].startswith(rival) and "ms" in r]
+        whole = own and theirs and (1e3 * draws["generate"] + min(theirs)) / (1e3 * draws["amft-fast"] + own)
+        out[rival] = whole or None
+    return out
 
 
 def by_flat_share(work: Work, rounds: int) -> list[dict]:
@@ -319,12 +352,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="1.5b", help="on a GPU")
     parser.add_argument("--model", type=Path, help="on a CPU: a transformers folder, instead of the demo's model")
-    parser.add_argument("--rollouts", type=int, help="default 384 on a CPU, 16 with --model, 64 on a GPU")
+    parser.add_argument("--rollouts", type=int, help="default 384 on a CPU, 48 with --model, 64 on a GPU")
     parser.add_argument("--longest", type=int, default=4096, help="tokens of a sequence on a GPU")
     parser.add_argument(
         "--micro-batch-tokens", type=int, help="on a GPU (default: what its memory holds); the demo's own on a CPU"
     )
-    parser.add_argument("--without", nargs="+", default=(), metavar="NAME", help="leaves out contenders whose names begin so")
+    parser.add_argument(
+        "--without", nargs="+", default=(), metavar="NAME", help="leaves out contenders whose names begin so"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1, help="of a CPU (default 1)")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -336,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     if args.device == "cpu":
-        work, tokenizer = recorded(args.rollouts or (16 if args.model else 384), args.model)
+        work, tokenizer = recorded(args.rollouts or (48 if args.model else 384), args.model)
         rows, name = (
             ((len(work.samples),), f"step_cpu_{args.model.resolve().name}") if args.model else ((96, 384), "step_cpu")
         )
@@ -379,6 +414,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     measure(everyone, work, args.rounds, log)
     if not args.model and not args.without:
         facts["by_flat_share"] = by_flat_share(work, args.rounds)
+    if args.model:
+        facts["drawing_s"] = drawing(work, min(args.rounds, 2))
+        facts["whole_step"] = whole_step(facts["drawing_s"], rows_of(everyone, work, peak))
     result = written()
     load, result_rows = facts["environment"]["load_average"], result["rows"]
     if any("ms" in r for r in result_rows):
@@ -389,6 +427,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{result['environment']['device']}, {words}\n\n{table(result_rows)}\n")
     if "by_flat_share" in facts:
         print(flat_table(facts["by_flat_share"]) + "\n")
+    if args.model:
+        print(", ".join(f"rollouts by {way} {s:.1f} s" for way, s in facts["drawing_s"].items()))
+        for rival, ratio in facts["whole_step"].items():
+            print(
+                f"{rival}, rollouts by generate: "
+                + (f"our step is {ratio:.2f} times as fast" if ratio else "not measured")
+            )
     for rival, ratio in result["times_faster"].items():
         print(f"{rival}: " + ("not measured" if ratio is None else f"ours is {ratio:.2f} times as fast as its best"))
     return 1 if any("ms" not in r for r in result_rows if r["name"].startswith("amft")) else 0

@@ -24,10 +24,12 @@ from amft_fast.tasks.words.phrases import PEOPLE, PHRASES, THINGS
 SYSTEM_PROMPT = "Work it out in short steps."
 PLAIN, LARGE = (range(2, 21), range(2, 10)), (range(21, 61), range(6, 13))
 """What is added and taken, and factors: of all splits but the last, and of ood."""
+LARGEST = 2 * PLAIN[0][-1]  # that a first step comes to
 
 
 class Options(BaseModel):
-    """How many problems of each split, the seed of all of them, and what the system is told."""
+    """How many problems of each split, the seed of all of them, the largest number that is multiplied (not in ood), and what
+    the system is told."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -36,6 +38,7 @@ class Options(BaseModel):
     test: int = Field(200, ge=1, le=2000)
     ood: int = Field(200, ge=1, le=2000)
     seed: int = Field(0, ge=0, lt=2**63)
+    multiplied: int = Field(LARGEST, ge=9, le=LARGEST)
     system_prompt: str = SYSTEM_PROMPT
 
 
@@ -54,7 +57,7 @@ class WordProblems:
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = options = options or Options()
-        self.items = {s: make(s, getattr(options, s), options.seed) for s in self.splits}
+        self.items = {s: make(s, getattr(options, s), options.seed, options.multiplied) for s in self.splits}
 
     def prompts(self, split: str) -> Sequence[Item]:
         return self.items[split]
@@ -95,12 +98,12 @@ def judge(episodes: Sequence[Episode], texts: Sequence[str]) -> list[StepResult]
     return [StepResult(None, value, True, info) for value, info in zip(found, infos)]
 
 
-def make(split: str, count: int, seed: int) -> list[Item]:
+def make(split: str, count: int, seed: int, multiplied: int = LARGEST) -> list[Item]:
     """So many different problems of a split."""
     rng = random.Random(f"{seed}/{split}")
     problems: dict[str, Problem] = {}
     while len(problems) < count:
-        problem = draw(split, rng)
+        problem = draw(split, rng, multiplied)
         problems.setdefault(problem.text, problem)
     return [Item(f"words/{blake2b(text.encode(), digest_size=8).hexdigest()}", p) for text, p in problems.items()]
 
@@ -111,8 +114,9 @@ def split_of(numbers: tuple[int, int, int]) -> str:
     return "val" if part < 2 else "test" if part < 4 else "train"
 
 
-def draw(split: str, rng: random.Random) -> Problem:
-    """A problem whose numbers are the split's and whose results are all at least 1."""
+def draw(split: str, rng: random.Random, multiplied: int) -> Problem:
+    """A problem whose numbers are the split's and whose results are all at least 1; but in ood, none over `multiplied` is
+    multiplied."""
     terms, factors = LARGE if split == "ood" else PLAIN
     while True:
         groups, cost = rng.random() < 1 / 3, False
@@ -126,7 +130,8 @@ def draw(split: str, rng: random.Random) -> Problem:
         rest = [rng.choice(factors if sign == "*" else terms) for sign in signs]
         middle = calculate(first, signs[0], rest[0])
         end = calculate(middle, signs[1], rest[1])
-        if min(middle, end) >= 1 and (split == "ood" or split_of((first, *rest)) == split):
+        small = not cost or middle <= multiplied
+        if min(middle, end) >= 1 and (split == "ood" or (small and split_of((first, *rest)) == split)):
             break
     solution = f"{first}{signs[0]}{rest[0]}={middle}. {middle}{signs[1]}{rest[1]}={end}. The answer is {end}."
     return Problem(" ".join(tell(split, first, signs, rest, rng)), solution, str(end))
