@@ -328,8 +328,8 @@ class FlatEngine:
                 self.optimizer.state.pop(g.master, None)
         self.publish()
         self.attempts, self.skipped = int(state["guard.attempts"]), int(state["guard.bad_total"])
-        self.bad_in_row = state["guard.bad_in_row"].to(self.device)
-        self.bad_total = state["guard.bad_total"].to(self.device)
+        self.bad_in_row = state["guard.bad_in_row"].to(self.device, copy=True)
+        self.bad_total = state["guard.bad_total"].to(self.device, copy=True)
 
     def _loaded_moments(self, group: Any, state: Tensors) -> dict[str, torch.Tensor]:
         moments: dict[str, torch.Tensor] = {k: torch.zeros_like(group.master) for k in ADAM_MOMENTS}
