@@ -778,9 +778,9 @@ class ControllerConfig(Section):
     imitation_share: float = Field(0.06, gt=0, le=1)
     """Share of the run's compute of the first block of imitation (blocks)."""
     confidence: float = Field(2.0, ge=0)
-    """Student's t of the held-out reward's rise over which a block of imitation stays (half of it, once one has stayed), and of
-    its fall over which exploring is taken back (blocks)."""
-    look_share: float = Field(0.008, gt=0, le=0.1)
+    """Student's t of the held-out reward's fall over which exploring is taken back; over half of it, of a rise, a block of
+    imitation stays (blocks)."""
+    look_share: float = Field(0.01, gt=0, le=0.1)
     """Share of the run's compute that a look samples at held-out prompts: as many prompts as that pays for, at least two for
     each of a step, then further answers (blocks)."""
     look_prompts: int = Field(128, ge=2, le=2**20)

@@ -44,6 +44,13 @@ def looks(c, results, until=100.0):
     return seen
 
 
+def raised(result, t):
+    """The same prompts with rewards higher by t standard errors."""
+    noise = np.cos(np.arange(20) * 3.0)
+    noise = (noise - noise.mean()) / noise.std(ddof=1)
+    return result._replace(rewards=result.rewards + 0.02 * (t + noise * np.sqrt(20)))
+
+
 # ------------------------------------------------------------------------------------------------------ the decisions
 
 
@@ -63,18 +70,12 @@ def test_imitation_that_does_not_show_costs_one_block():
     assert looks(make(), [held_out(0.3), held_out(0.3)]) == [(0, "keep", 1), (6, "back", 0)]
 
 
-def test_imitation_that_has_shown_before_is_given_the_benefit_of_the_doubt():
-    """A rise of t = 1.5."""
-    c, rng = make(), np.random.default_rng(1)
-    noise = rng.normal(size=20)
-    noise = (noise - noise.mean()) / noise.std(ddof=1) * np.sqrt(20)
-    a, b = held_out(0.1), held_out(0.5)
-    assert [c.looked(x, clock)[0] for x, clock in ((a, 0.0), (b, 6.0))] == ["keep", "keep"]
-    verdict, figures = c.looked(b._replace(rewards=b.rewards + 0.1 * (1.5 + noise)), 12.0)
-    assert figures["controller/rise_t"] == pytest.approx(1.5) and verdict == "keep"
-    first = make()
-    first.looked(b, 0.0)
-    assert first.looked(b._replace(rewards=b.rewards + 0.1 * (1.5 + noise)), 6.0)[0] == "back"
+@pytest.mark.parametrize(("t", "want"), [(1.2, "keep"), (0.8, "back")])
+def test_half_of_the_confidence_is_asked_of_imitation(t, want):
+    c, base = make(), held_out(0.1)
+    c.looked(base, 0.0)
+    verdict, figures = c.looked(raised(base, t), 6.0)
+    assert figures["controller/rise_t"] == pytest.approx(t) and verdict == want
 
 
 @pytest.mark.parametrize(("rise", "want"), [(0.02, "back"), (0.2, "keep"), (-0.5, "back")])
@@ -106,13 +107,6 @@ def test_what_imitation_has_all_but_solved_is_not_explored():
     assert [verdict for _, verdict, _ in seen] == ["keep", "keep", "keep", "keep", "back"]
     assert [clock for clock, _, _ in seen] == [0, 6, 12, 24, 36]
     assert looks(make(*flags), [solved, solved])[-1] == (6, "back", 0), "a base that is as good by itself"
-
-
-def raised(result, t):
-    """The same prompts with rewards higher by t standard errors."""
-    noise = np.cos(np.arange(20) * 3.0)
-    noise = (noise - noise.mean()) / noise.std(ddof=1)
-    return result._replace(rewards=result.rewards + 0.02 * (t + noise * np.sqrt(20)))
 
 
 def test_exploring_goes_on_while_it_does_not_fall():

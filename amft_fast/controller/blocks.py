@@ -5,7 +5,7 @@ A run begins with a look at held-out prompts (their mean rewards, on answers dra
 rise since the look at the weights that are kept; c is `confidence`.
 
     imitating  t > asked, or come alive  these weights are kept, and as much imitation again as there was so far, at most
-                                         two of the first block; from now on c/2 is asked, since imitation has shown
+                                         two of the first block
                dead                      the same: there is nothing to explore from. The answers to all but `min_alive` of the
                                          prompts earned the same and are not right
                solved                    the same: over `solved` of the answers are right and imitation has made them so. There
@@ -19,9 +19,9 @@ rise since the look at the weights that are kept; c is `confidence`.
                risen, t > c/2            these are kept; exploring goes on
                else                      exploring goes on
 
-Of the first blocks c is asked. Blocks of exploring double from `imitation_share` on. If for `window` steps no answer of a step
-earns more than another and none is right, a look is taken at once, and imitation begins again where it says dead. A last look
-leaves the run with the better of its last weights and the kept ones.
+Of imitation c/2 is asked, unless said otherwise. Blocks of exploring double from `imitation_share` on. If for `window` steps no
+answer of a step earns more than another and none is right, a look is taken at once, and imitation begins again where it says
+dead. A last look leaves the run with the better of its last weights and the kept ones.
 
 A step has the compute of one that explores, whatever it does: one that imitates makes as many updates as cost the same.
 """
@@ -53,7 +53,7 @@ class BlockController(Controller):
         self.was_dead = False  # these
         self.imitated = 0.0  # steps of imitation in them
         self.in_vain = 0.0  # length of the last block of imitation that was taken back
-        self.asked = self.c.confidence  # t over which imitation stays
+        self.asked = self.c.confidence / 2  # t over which imitation stays
         self.vain = 0  # how many times it was taken back
         self.barren = 0  # steps in a row whose answers taught nothing
         self.over = False  # whether the last look has been taken
@@ -96,7 +96,7 @@ class BlockController(Controller):
             if self.asked >= 0:
                 self.asked = self.c.confidence / 2
             return self._imitate("keep", min(max(self.imitated, self.shortest), 2 * self.shortest))
-        self.asked = self.c.confidence / (2 if self.imitated else 1)
+        self.asked = self.c.confidence / 2
         self.value, self.in_vain, self.block = 0.0, self.block, self.shortest
         self.vain += 1
         return "back"
