@@ -73,6 +73,7 @@ DEAR = (
     "aten.mm",
     "aten.addmm",
     "aten.bmm",
+    "aten._grouped_mm",
     "aten._scaled_dot_product_flash_attention",
     "aten._scaled_dot_product_efficient_attention",
     "aten._scaled_dot_product_cudnn_attention",
