@@ -150,7 +150,7 @@ def test_adapters_go_to_the_attention_and_leave_experts_and_routers_alone(folder
     for batch in micro_batches(mixed(), 40, True):
         policy(batch).loss.backward()
     assert {n.partition(".lora_")[1] for n, p in policy.named_parameters() if p.grad is not None} == {".lora_"}
-    for names in (["gate_up_proj"], ["gate"]):
+    for names in (["up_proj", "q_proj"], ["gate"], ["down_proj"], ["gate_up_proj"]):
         with pytest.raises(UserError, match=r"model\.lora\.targets"):
             load_model(settings.model_copy(update={"lora": LoraConfig(rank=2, targets=names)}), torch.device("cpu"))
 

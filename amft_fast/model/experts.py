@@ -110,6 +110,21 @@ class Routing:
         self.load = None if state is None else torch.tensor(state, dtype=torch.float64, device=device)
 
 
+def prepare(model: nn.Module) -> None:
+    """transformers multiplies experts by `grouped_mm`, the fastest here too; where its kernel does not take their widths (rows of
+    a multiple of 16 bytes), by a loop over them."""
+    for module in model.modules():
+        rows = [p.shape[1:] for n, p in module.named_parameters(recurse=False) if n in ("gate_up_proj", "down_proj")]
+        if any(size * model.dtype.itemsize % 16 for shape in rows for size in shape):
+            model.set_experts_implementation("eager")
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """What adapters may go to in a mixture of experts: its attention's projections. None of any other model."""
+    attention = [n for n, m in model.named_modules() if ".self_attn." in n and isinstance(m, nn.Linear)]
+    return sorted({n.rpartition(".")[2] for n in attention}) if routers(model) else []
+
+
 def as_saved(model: nn.Module, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     """A parameter under the names, and cut into the tensors, that checkpoints have (and vLLM reads): experts one by one."""
     from transformers.core_model_loading import revert_weight_conversion

@@ -18,7 +18,7 @@ from amft_fast import ops
 from amft_fast.config import TOKEN_LOSSES, ModelConfig, ObjectiveConfig
 from amft_fast.data.batch import Batch
 from amft_fast.errors import UserError
-from amft_fast.model import attention, layers, lora
+from amft_fast.model import attention, experts, layers, lora
 from amft_fast.model.base import check_finite, check_vocabulary, check_whole, read_config, unloadable
 from amft_fast.model.experts import Routing
 from amft_fast.model.vision import Vision, freeze, is_vision_language
@@ -343,6 +343,7 @@ def load_model(cfg: ModelConfig, device: torch.device) -> nn.Module:
     freeze(model, cfg.vision)
     model = model.to(device)
     check_finite(cfg.path, model)
+    experts.prepare(model)
     layers.prepare(model, cfg, device)
     return lora.add(model, cfg.lora) if cfg.lora.rank else model
 
