@@ -114,7 +114,7 @@ def prepare(model: nn.Module) -> None:
     """transformers multiplies experts by `grouped_mm`, the fastest here too; where its kernel does not take their widths (rows of
     a multiple of 16 bytes), by a loop over them."""
     for module in model.modules():
-        rows = [p.shape[1:] for n, p in module.named_parameters(recurse=False) if n in ("gate_up_proj", "down_proj")]
+        rows = [getattr(p, "ds_shape", p.shape)[1:] for n, p in module.named_parameters(recurse=False) if n in ("gate_up_proj", "down_proj")]
         if any(size * model.dtype.itemsize % 16 for shape in rows for size in shape):
             model.set_experts_implementation("eager")
 
