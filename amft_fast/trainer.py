@@ -382,7 +382,8 @@ class Trainer:
         return sft, rl
 
     def without_flat(self, rl: list[TokenSequence]) -> tuple[list[TokenSequence], LeftOut]:
-        """Weighed RL sequences without those that reach no gradient, unless the config says else. Routers are balanced on all."""
+        """Weighed RL sequences without those that reach no gradient, unless the config says else. Routers are balanced on
+        all."""
         every = not self.cfg.train.skip_flat or self.cfg.model.router_aux_coef
         return (rl, LeftOut()) if every else objective.leave_out_flat(rl, self.cfg.objective)
 

@@ -37,7 +37,7 @@ def word_tokenizer(vocabulary: list[str], marks: list[str], template: str):
 def make_checkpoint(
     folder: Path, hidden: int = 16, layers: int = 2, tie: bool = True, seed: int = 0, experts: int = 0
 ) -> Path:
-    """A random Qwen3 with a word-level tokenizer, as a transformers folder; with `experts` a Qwen3-MoE that takes two of them."""
+    """A random Qwen3 with a word-level tokenizer, as a transformers folder; with `experts` a Qwen3-MoE that takes two."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     vocabulary = ["<pad>", "<eos>", "<user>", "<answer>", "<unk>", *WORDS]

@@ -111,8 +111,10 @@ def test_shape_of_a_folder():
 
 
 def folder_of(tmp_path, **config):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    return str(tmp_path)
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
 
 
 def test_shapes_that_are_refused(tmp_path):
@@ -120,7 +122,10 @@ def test_shapes_that_are_refused(tmp_path):
         ("", "model.path is not set"),
         ("Qwen/Qwen99-1B", "Qwen2.5-Math-7B"),
         (folder_of(tmp_path, model_type="gpt2", n_embd=16, n_head=2, n_layer=1), "gated MLPs"),
-        (folder_of(tmp_path, model_type="qwen3_moe", num_hidden_layers=2, decoder_sparse_step=2), "mixtures of experts"),
+        (
+            folder_of(tmp_path, model_type="qwen3_moe", num_hidden_layers=2, decoder_sparse_step=2),
+            "mixtures of experts",
+        ),
         (folder_of(tmp_path, model_type="mixtral", hidden_size=16, num_hidden_layers=1), "mixtures of experts"),
         (folder_of(tmp_path, model_type="bert"), "no causal language model|gated"),
     ):

@@ -152,8 +152,8 @@ def backward_bytes(t: Tower, width: int, tokens: float) -> float:
     """What the backward pass of one layer has at its highest beside what is kept, in bytes: in the MLP.
 
     Its product is freed, and the gradients of three tensors of its width are there. In a mixture: the gradients of its
-    experts' outputs, in their order and in that of the tokens; or those of gate and up; or at last that of all experts' gate and up,
-    whole, when four tensors of each chosen expert's width are freed and two of gradients are there.
+    experts' outputs, in their order and in that of the tokens; or those of gate and up; or at last that of all experts' gate
+    and up, whole, when four tensors of each chosen expert's width are freed and two of gradients are there.
     """
     if not t.experts:
         return tokens * width * (2 * t.intermediate + t.hidden)

@@ -206,8 +206,8 @@ def _check_mixture(sizes: dict[str, int], text: Any, name: str) -> None:
     layers = [sum(_layer(sizes, rf"\.layers\.{i}\.").values()) for i in range(text.num_hidden_layers)]
     if len(set(layers)) > 1 or any("shared" in n for n in sizes) or not hasattr(text, "moe_intermediate_size"):
         raise UserError(
-            f"model.path: --plan knows mixtures of experts whose layers are alike and have routed experts alone (Qwen3-MoE), and "
-            f"{name!r} (model_type {text.model_type!r}) is another"
+            f"model.path: --plan knows mixtures of experts whose layers are alike and have routed experts alone (Qwen3-MoE), "
+            f"and {name!r} (model_type {text.model_type!r}) is another"
         )
 
 

@@ -1,18 +1,19 @@
 """Mixtures of experts (Qwen3-MoE and its kin): what routers choose, the loss that balances it, checkpoint names.
 
-transformers keeps the experts of a layer as two tensors, and by default multiplies them in one grouped product (`grouped_mm`): every
-expert has a gradient, zeros where no token chose it. All else of a mixture is here.
+transformers keeps the experts of a layer as two tensors, and by default multiplies them in one grouped product (`grouped_mm`):
+every expert has a gradient, zeros where no token chose it. All else of a mixture is here.
 
 The auxiliary loss is Switch's (arXiv 2101.03961, equations 4 to 6) over the whole update (arXiv 2501.11873), by layer:
 
     L_aux = c · (1/L) Σ_layers E Σ_i f_i P_i ,     P_i = Σ_t w_t p_i(t) ,     f_i = Σ_t w_t [i ∈ top-k(t)] / Σ_t w_t
 
-over the trained tokens t, at the places that predict them, p the router's softmax. w_t is the weight that the token's own loss has in
-the update, μ / N_sft of a demonstration's and (1−μ) / N_rl of a rollout's: so L_aux is one term of L_SFT and one of L_RL, and the probe
-sees each where it belongs. Prompts count through what follows them: a shared one would count once or often, by how rows are packed.
+over the trained tokens t, at the places that predict them, p the router's softmax. w_t is the weight that the token's own
+loss has in the update, μ / N_sft of a demonstration's and (1−μ) / N_rl of a rollout's: so L_aux is one term of L_SFT and one
+of L_RL, and the probe sees each where it belongs. Prompts are left out: a shared one would count once or often, by how rows
+are packed.
 
 f has no gradient, and is taken over the *last* update (even, before the first). So P alone is summed over micro-batches and
-ranks, and neither their number nor their size changes the loss; the product of means over one and the same few tokens would be biased.
+ranks, and neither their number nor their size changes the loss; a product of means over the same few tokens would be biased.
 Balanced routers have L_aux = c k, as `router_aux_loss_coef` of transformers has it.
 """
 
@@ -111,12 +112,12 @@ class Routing:
 
 
 def prepare(model: nn.Module) -> None:
-    """transformers multiplies experts by `grouped_mm`, the fastest here too; where its kernel does not take their widths (rows of
-    a multiple of 16 bytes), by a loop over them."""
-    for module in model.modules():
-        rows = [getattr(p, "ds_shape", p.shape)[1:] for n, p in module.named_parameters(recurse=False) if n in ("gate_up_proj", "down_proj")]
-        if any(size * model.dtype.itemsize % 16 for shape in rows for size in shape):
-            model.set_experts_implementation("eager")
+    """transformers multiplies experts by `grouped_mm`, the fastest here too; where its kernel does not take their widths (rows
+    of a multiple of 16 bytes), by a loop over them."""
+    # What ZeRO-3 has cut is empty here, and remembers its shape.
+    shapes = (getattr(p, "ds_shape", p.shape) for n, p in model.named_parameters() if ".experts." in n)
+    if any(size * model.dtype.itemsize % 16 for shape in shapes for size in shape[1:]):
+        model.set_experts_implementation("eager")
 
 
 def linear_names(model: nn.Module) -> list[str]:

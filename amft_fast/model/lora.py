@@ -43,8 +43,8 @@ def add(model: nn.Module, cfg: LoraConfig) -> nn.Module:
         )
     if any(hasattr(layer, "parameter_name") for layer in layers(model).values()):  # peft wraps what is no linear layer
         raise UserError(
-            f"model.lora.targets: {cfg.targets} has experts or routers, which are no linear layers here; adapters of a mixture of "
-            f"experts go to {', '.join(experts.linear_names(model))} alone"
+            f"model.lora.targets: {cfg.targets} has experts or routers, which are no linear layers here; adapters of a mixture "
+            f"of experts go to {', '.join(experts.linear_names(model))} alone"
         )
     if any(layer.base_layer.weight is head.weight for layer in layers(model).values()):
         raise UserError(

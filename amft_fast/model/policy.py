@@ -80,8 +80,8 @@ class Policy(nn.Module):
     """A causal language model, with a value head on its last hidden state when `with_value`.
 
     `vision` brings pictures into a vision-language model; without it a batch's images are not read. `own_loss` is the
-    function that `objective.loss` names, where it is one; `shape` how weights `shaped_weight` enter, and its γ. `router_aux_coef`:
-    of the loss that balances a mixture's experts (experts.py).
+    function that `objective.loss` names, where it is one; `shape` how weights `shaped_weight` enter, and its γ.
+    `router_aux_coef`: of the loss that balances a mixture's experts (experts.py).
     """
 
     def __init__(
