@@ -80,6 +80,14 @@ def test_what_is_loaded_multiplies_experts_in_one_product(folder):
     assert load_model(ModelConfig(path=str(folder)), torch.device("cpu")).config._experts_implementation == "grouped_mm"
 
 
+def test_widths_that_the_grouped_product_does_not_take_are_multiplied_by_a_loop(folder):
+    """Rows of 12 elements are 48 bytes in fp32, and 24 in bf16."""
+    model = load_model(ModelConfig(path=str(folder), dtype="bf16"), torch.device("cpu"))
+    assert model.config._experts_implementation == "eager"
+    policy = Policy(model, ObjectiveConfig())
+    assert policy(micro_batches(mixed(), 40, True)[0]).loss.isfinite()
+
+
 @pytest.mark.parametrize("selective", [False, True])
 def test_checkpointed_layers_give_the_same_gradients(folder, selective):
     want = gradients(make_policy(folder, 0.1), mixed())
@@ -141,7 +149,7 @@ def test_the_probe_counts_every_expert(folder):
         assert abs(of_experts) > 0.01 * abs(product)
 
 
-def test_adapters_go_to_the_attention_and_leave_experts_and_routers_alone(folder):
+def test_adapters_go_to_the_attention_and_leave_experts_and_routers_alone(folder, tmp_path):
     pytest.importorskip("peft")
     settings = ModelConfig(path=str(folder), lora=LoraConfig(rank=2, targets=["all-linear"]))
     model = load_model(settings, torch.device("cpu"))
@@ -150,6 +158,10 @@ def test_adapters_go_to_the_attention_and_leave_experts_and_routers_alone(folder
     for batch in micro_batches(mixed(), 40, True):
         policy(batch).loss.backward()
     assert {n.partition(".lora_")[1] for n, p in policy.named_parameters() if p.grad is not None} == {".lora_"}
+    lora.export(model, tmp_path)
+    merged, base = saved(tmp_path), saved(folder)
+    assert merged.keys() == base.keys()
+    assert all(torch.equal(merged[n], t) for n, t in base.items() if ".experts." in n)
     for names in (["up_proj", "q_proj"], ["gate"], ["down_proj"], ["gate_up_proj"]):
         with pytest.raises(UserError, match=r"model\.lora\.targets"):
             load_model(settings.model_copy(update={"lora": LoraConfig(rank=2, targets=names)}), torch.device("cpu"))
