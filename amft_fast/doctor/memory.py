@@ -305,10 +305,12 @@ def _rollouts(cfg: Config, shape: Shape, at: Layout, machine: Machine) -> list[P
     if shape.own_loop:
         cache = batch * (at.longest - 1) * token  # nothing follows the last token, so it is not read
         # A token's activations: memory that all layers share; a mixture's come and go.
-        mixture = b * t.chosen * max(t.hidden + 4 * t.intermediate, 4 * t.hidden)
+        mixture = b * (t.chosen * max(t.hidden + 4 * t.intermediate, 4 * t.hidden) + 2 * t.hidden)
+        mixture = mixture + 36 * t.chosen + (4 + b) * t.experts if t.experts else 0
         layer = b * (t.hidden + t.q + 2 * t.k + (0 if t.experts else 2 * t.intermediate))
         read = min(prompts * prompt, max(prefill_tokens(machine.device), prompt))
-        prefill = max(read * (layer + mixture + b * (t.hidden + 3 * (t.q + t.k))), 4 * prompts * shape.vocab)
+        attention = b * (t.hidden + 3 * (t.q + t.k))
+        prefill = max(read * (layer + max(attention, mixture)), 4 * prompts * shape.vocab)
         sampling = max(sampling, batch * mixture)
         logits += batch * layer
     else:
