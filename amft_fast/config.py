@@ -457,6 +457,8 @@ class ModelConfig(Section):
     """Liger's kernels for norms, rotary embedding and MLP; default: on a GPU where liger-kernel is installed."""
     compile: bool = False
     """Compile each layer with torch.compile; rollouts run it as it is."""
+    router_aux_coef: float = Field(0.0, ge=0)
+    """Weight of the loss that keeps the experts of a mixture evenly loaded (model/experts.py); Qwen3 says 0.001."""
     lora: LoraConfig = LoraConfig()
 
 

@@ -378,14 +378,17 @@ class Trainer:
         """
         sft, rl = self.weigh(mix, k)
         rl, left_out = self.without_flat(rl)
+        routing = self.policy.routing
+        routing.begin_update()
         if u is None:
-            return Update(*self.sweep(sft + rl), self._optimize(), None, left_out)
+            sums, maxes = self.sweep(sft + rl)
+            return Update(sums, maxes, self._optimize(), None, left_out, routing.end_update(self.engine.world))
         sft_sums, sft_maxes = self.sweep(sft)
         self.engine.end_sweep("sft")
         rl_sums, rl_maxes = self.sweep(rl)
         self.engine.end_sweep("rl")
-        probe = self.engine.probe(u.halves)
-        return Update(sft_sums + rl_sums, torch.maximum(sft_maxes, rl_maxes), self._optimize(), probe, left_out)
+        probe, norm, load = self.engine.probe(u.halves), self._optimize(), routing.end_update(self.engine.world)
+        return Update(sft_sums + rl_sums, torch.maximum(sft_maxes, rl_maxes), norm, probe, left_out, load)
 
     def _optimize(self) -> Any:
         self.undoable = False
@@ -403,8 +406,10 @@ class Trainer:
         return sft, rl
 
     def without_flat(self, rl: list[TokenSequence]) -> tuple[list[TokenSequence], LeftOut]:
-        """Weighed RL sequences without those that reach no gradient, unless the config says else."""
-        return objective.leave_out_flat(rl, self.cfg.objective) if self.cfg.train.skip_flat else (rl, LeftOut())
+        """Weighed RL sequences without those that reach no gradient, unless the config says else. Routers are balanced on
+        all."""
+        every = not self.cfg.train.skip_flat or self.cfg.model.router_aux_coef
+        return (rl, LeftOut()) if every else objective.leave_out_flat(rl, self.cfg.objective)
 
     def sweep(self, sequences: list[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:
         """Backward over all micro-batches of these sequences; statistics as device sums and maxima."""
@@ -476,6 +481,7 @@ class Trainer:
             **utility,
             "entropy_target": self.entropy_target,
             "entropy_coef": self.entropy_bonus.coef,
+            "router_load": self.policy.routing.state_dict(),
             "mixture": self.mixture.state_dict(),
             "warmup_tokens": self.warmup_tokens,
             "mus": self.mus,
@@ -512,6 +518,7 @@ class Trainer:
         self.step, self.entropy_target = state["step"], state["entropy_target"]
         self.entropy_bonus.coef = state.get("entropy_coef", self.entropy_bonus.coef)
         self.mixture.load_state_dict(state.get("mixture"))
+        self.policy.routing.load_state_dict(state.get("router_load"), self.engine.device)
         self.looked, self.updates = Looked(*state.get("looked", ({}, 0))), state.get("updates", 1)
         self.warmup_tokens, self.tokens, self.mus = state["warmup_tokens"], state["tokens"], state["mus"]
         self.rollouts.engine.sync(self.engine.named_full_params(), self.step)

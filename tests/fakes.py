@@ -34,9 +34,11 @@ def word_tokenizer(vocabulary: list[str], marks: list[str], template: str):
     return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=template, **special)
 
 
-def make_checkpoint(folder: Path, hidden: int = 16, layers: int = 2, tie: bool = True, seed: int = 0) -> Path:
-    """A random Qwen3 with a word-level tokenizer, as a transformers folder."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def make_checkpoint(
+    folder: Path, hidden: int = 16, layers: int = 2, tie: bool = True, seed: int = 0, experts: int = 0
+) -> Path:
+    """A random Qwen3 with a word-level tokenizer, as a transformers folder; with `experts` a Qwen3-MoE that takes two."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     vocabulary = ["<pad>", "<eos>", "<user>", "<answer>", "<unk>", *WORDS]
     template = (
@@ -45,7 +47,10 @@ def make_checkpoint(folder: Path, hidden: int = 16, layers: int = 2, tie: bool =
     )
     tokenizer = word_tokenizer(vocabulary, ["<user>", "<answer>"], template)
     torch.manual_seed(seed)
-    config = Qwen3Config(
+    mixture = {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "norm_topk_prob": True}
+    config = AutoConfig.for_model(
+        "qwen3_moe" if experts else "qwen3",
+        **(mixture if experts else {}),
         vocab_size=len(vocabulary),
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -59,7 +64,7 @@ def make_checkpoint(folder: Path, hidden: int = 16, layers: int = 2, tie: bool =
         pad_token_id=0,
         bos_token_id=None,
     )
-    model = Qwen3ForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     # Far enough from uniform that tests see real differences between tokens.
     with torch.no_grad():
         for p in model.parameters():

@@ -186,6 +186,13 @@ CASES = {
 }
 
 
+MIXTURE = {
+    **{f"mixture-sgd-{s}": (SGD, s, {"folder": "mixture", "checkpointing": s == 3}) for s in (1, 2, 3)},
+    "mixture-bf16-2": (ADAM, 2, {"folder": "mixture", "dtype": "bf16"}),
+    "mixture-lora-3": (ADAM, 3, {"folder": "mixture", "lora": "all-linear"}),
+}
+
+
 def load(cfg):
     """The model; adapters as after some training, no longer zero, and the same on all ranks."""
     model = load_model(cfg, torch.device("cpu"))
@@ -196,20 +203,21 @@ def load(cfg):
     return model
 
 
-def engines(folder, world):
+def engines(folder, world, cases=CASES):
     """Each case against the local engine, and that one against itself with its gradients shaken."""
     found, wanted, bounds = {}, {}, {}
-    for name, (cfg, stage, options) in CASES.items():
+    for name, (cfg, stage, options) in cases.items():
         tie, value = options.get("tie", True), options.get("value", False)
+        base = options.get("folder", "tied" if tie else "untied")
         model = ModelConfig(
-            path=str(folder / ("tied" if tie else "untied")),
+            path=str(folder / base),
             dtype=options.get("dtype", "fp32"),
             gradient_checkpointing=options.get("checkpointing", False),
             lora=LoraConfig(rank=3, targets=[options["lora"]]) if "lora" in options else LoraConfig(),
         )
 
         plain = model.model_copy(update={"lora": LoraConfig()})
-        key = (cfg.optimizer, tie, value, model.dtype, options.get("lora"))
+        key = (cfg.optimizer, base, value, model.dtype, options.get("lora"))
         if key not in wanted:
             alone = [LocalEngine(Policy(load(model), OBJECTIVE, with_value=value), cfg, 0.05) for _ in range(2)]
             shake = Shake(model.dtype)
@@ -225,7 +233,7 @@ def engines(folder, world):
         engine = DeepSpeedEngine(policy, cfg, settings, world, partial(load_model, plain, torch.device("cpu")), 0.05)
         errors = compare(measure(engine), wanted[key])
         found[name] = {what: (error, bounds[key][what]) for what, error in errors.items()}
-        if name == "untied-3":
+        if name in ("untied-3", "mixture-sgd-3"):
             found["gathered at once"] = gathered_at_once(engine)
             engine.export(folder / "export")
             found["export"] = exported(engine, folder / "export")
@@ -355,6 +363,22 @@ def mixtures(folder, world):
     train(folder / "blocks3to2", folder / "tied", *MIXED, *BLOCKS, *KEPT, *zero(2), resume=True)
 
 
+BALANCED = ("--model.router_aux_coef", "0.1")
+
+
+def mixture_of_experts(folder, world):
+    """A Qwen3-MoE in each engine, and a whole run at stage 3."""
+    if world.main:
+        make_checkpoint(folder / "mixture", experts=6)
+    world.barrier()
+    deepspeed.import_deepspeed(torch.device("cpu"))
+    found = {"world": world.size, "engines": engines(folder, world, MIXTURE)}
+    train(folder / "mixture3", folder / "mixture", *zero(3), *BALANCED)
+    if world.main:
+        (folder / "found.json").write_text(json.dumps(found, indent=1))
+    world.barrier()
+
+
 def main(folder, *what):
     torch.set_num_threads(1)
     world = distributed.join(torch.device("cpu"))
@@ -363,7 +387,7 @@ def main(folder, *what):
         make_checkpoint(folder / "untied", tie=False)
     world.barrier()
     if what:
-        return {"long": long, "mixtures": mixtures}[what[0]](folder, world, *what[1:])
+        return {"long": long, "mixtures": mixtures, "experts": mixture_of_experts}[what[0]](folder, world, *what[1:])
     deepspeed.import_deepspeed(torch.device("cpu"))
     found = {"world": world.size, "engines": engines(folder, world)}
     if world.main:

@@ -38,12 +38,13 @@ EXAMPLES = sorted((ROOT / "configs" / "plan").glob("*.toml"))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 DEMO = dict(zip(FIELDS, (64, 3, 4, 192, 125)))
+MIXTURE = {**DEMO, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}
 MID = dict(zip(FIELDS, (256, 4, 8, 768, 8192)))
 
 
 def make(kind, sizes, tie=True, **more):
     """A small config of a family, two key-value heads."""
-    head_dim = {"head_dim": sizes["hidden_size"] // sizes["num_attention_heads"]} if kind == "qwen3" else {}
+    head_dim = {"head_dim": sizes["hidden_size"] // sizes["num_attention_heads"]} if "qwen3" in kind else {}
     return AutoConfig.for_model(kind, **sizes, num_key_value_heads=2, tie_word_embeddings=tie, **head_dim, **more)
 
 
@@ -66,6 +67,7 @@ def part(parts, name):
         ("qwen2.5-7b-instruct", 7_615_616_512),
         ("Qwen/Qwen2.5-72B", 72_706_203_648),
         ("Qwen/Qwen2.5-VL-7B-Instruct", 8_292_166_656),
+        ("Qwen/Qwen3-30B-A3B", 30_532_122_624),
     ],
 )
 def test_parameters_of_known_models(name, parameters):
@@ -87,6 +89,21 @@ def test_closed_form_of_the_parameters(kind, tie):
     assert t.matrix == 2 * t.hidden * (t.q + t.k) + 3 * t.hidden * t.intermediate
 
 
+def test_parameters_of_a_mixture_of_experts():
+    """P as docs/scale.md has it, and what a token meets of it; the published model is called 30B-A3B."""
+    config = make("qwen3_moe", MIXTURE)
+    shape, experts = plan_shapes.shape_of(config, "x", "test"), 3 * 64 * 48
+    t = shape.text
+    layer = 2 * 64 * (t.q + t.k) + 64 * 8 + 8 * experts + 2 * 64 + 2 * t.head_dim
+    model = AutoModelForCausalLM.from_config(config)
+    assert (t.experts, t.chosen, t.intermediate, t.parameters) == (8, 3, 48, layer)
+    assert shape.parameters == shape.head + 3 * layer + 64 == sum(p.numel() for p in model.parameters())
+    assert shape.active == shape.parameters - 3 * 5 * experts
+    assert round(plan_shapes.find("Qwen/Qwen3-30B-A3B").active / 1e9, 1) == 3.4
+    dense = plan_shapes.find("Qwen/Qwen2.5-Math-7B")
+    assert dense.active == dense.parameters
+
+
 def test_shape_of_a_folder():
     shape = plan_shapes.find(str(ROOT / "configs" / "demo_base"))
     weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(ROOT / "configs" / "demo_base").parameters())
@@ -94,8 +111,10 @@ def test_shape_of_a_folder():
 
 
 def folder_of(tmp_path, **config):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    return str(tmp_path)
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
 
 
 def test_shapes_that_are_refused(tmp_path):
@@ -103,7 +122,11 @@ def test_shapes_that_are_refused(tmp_path):
         ("", "model.path is not set"),
         ("Qwen/Qwen99-1B", "Qwen2.5-Math-7B"),
         (folder_of(tmp_path, model_type="gpt2", n_embd=16, n_head=2, n_layer=1), "gated MLPs"),
-        (folder_of(tmp_path, model_type="qwen3_moe", hidden_size=16, num_hidden_layers=1, num_experts=4), "gated MLPs"),
+        (
+            folder_of(tmp_path, model_type="qwen3_moe", num_hidden_layers=2, decoder_sparse_step=2),
+            "mixtures of experts",
+        ),
+        (folder_of(tmp_path, model_type="mixtral", hidden_size=16, num_hidden_layers=1), "mixtures of experts"),
         (folder_of(tmp_path, model_type="bert"), "no causal language model|gated"),
     ):
         plan_shapes.find.cache_clear()
@@ -184,7 +207,13 @@ def test_states_are_exact(dtype, tie):
 @pytest.mark.parametrize(
     "kind,sizes,rows,length,products",
     # The small model's products are too small for oneDNN.
-    [("qwen3", DEMO, 20, 48, "mkl"), ("qwen2", MID, 8, 64, "mkl"), ("qwen2", MID, 8, 64, "onednn")],
+    [
+        ("qwen3", DEMO, 20, 48, "mkl"),
+        ("qwen3_moe", MIXTURE, 20, 48, "mkl"),
+        ("qwen3_moe", {**MIXTURE, "num_experts": 64}, 4, 24, "mkl"),
+        ("qwen2", MID, 8, 64, "mkl"),
+        ("qwen2", MID, 8, 64, "onednn"),
+    ],
 )
 def test_peak_of_an_update(kind, sizes, rows, length, products, dtype, checkpointing, monkeypatch):
     """Peak of all storages made by forward and backward, within 2 %; and what the backward pass keeps of the layers."""
@@ -226,16 +255,8 @@ def test_eager_attention_keeps_its_probabilities():
     assert planned == pytest.approx(kept[1] - kept[0], rel=0.1)
 
 
-@pytest.mark.parametrize(
-    "sizes,batch,prompt,response,same", [(MID, 16, 2, 40, 1), (DEMO, 32, 8, 60, 8), (MID, 4, 160, 12, 1)]
-)
-@pytest.mark.parametrize("own_loop", [True, False])
-def test_peak_of_rollouts(sizes, batch, prompt, response, same, own_loop, monkeypatch):
-    """KV cache and sampling (first two), prefill (last) of the transformers engine, within 10 %: by our loop over the layers,
-    and by transformers' forward as other models have it."""
-    if not own_loop:
-        monkeypatch.setattr(decoder, "FAMILIES", ())
-    config = make("qwen2", sizes)
+def rollouts(config, batch, prompt, response, same, own_loop=True):
+    """(planned, measured) peak of rollouts of the transformers engine."""
     model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
     cfg = settings(
         rollout__max_batch=batch,
@@ -251,7 +272,26 @@ def test_peak_of_rollouts(sizes, batch, prompt, response, same, own_loop, monkey
     assert engine.explain()[0] == ("decoder" if own_loop else "transformers' forward")
     with LiveMemory([*model.parameters(), *model.buffers()]) as live:
         engine.generate(requests, Sampling())
-    assert plan.total(asked.phases["rollouts"]) == pytest.approx(live.peak, rel=0.1)
+    return plan.total(asked.phases["rollouts"]), live.peak
+
+
+@pytest.mark.parametrize(
+    "sizes,batch,prompt,response,same", [(MID, 16, 2, 40, 1), (DEMO, 32, 8, 60, 8), (MID, 4, 160, 12, 1)]
+)
+@pytest.mark.parametrize("own_loop", [True, False])
+def test_peak_of_rollouts(sizes, batch, prompt, response, same, own_loop, monkeypatch):
+    """KV cache and sampling (first two), prefill (last) of the transformers engine, within 10 %: by our loop over the layers,
+    and by transformers' forward as other models have it."""
+    if not own_loop:
+        monkeypatch.setattr(decoder, "FAMILIES", ())
+    planned, measured = rollouts(make("qwen2", sizes), batch, prompt, response, same, own_loop)
+    assert planned == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("batch,prompt,response,same", [(32, 8, 60, 8), (4, 160, 12, 1)])
+def test_peak_of_a_mixture_s_rollouts(batch, prompt, response, same):
+    planned, measured = rollouts(make("qwen3_moe", MIXTURE), batch, prompt, response, same)
+    assert planned == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.integration
@@ -322,6 +362,19 @@ def test_flops_against_torchs_counter():
     with FlopCounterMode(display=False) as counter:
         out.logits.sum().backward()
     assert counter.get_total_flops() == pytest.approx(2 * (forward + above), rel=1e-4)
+
+
+def test_flops_of_a_mixture_are_those_of_the_chosen_experts():
+    """Against torch's counter, which knows the products of transformers' plain loop alone."""
+    config, length = make("qwen3_moe", MIXTURE), 32
+    shape = plan_shapes.shape_of(config, "x", "test")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    t = shape.text
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.zeros(2, length, dtype=torch.long), use_cache=False)
+    above = 2 * 4 * t.layers * t.q * (length**2 - length * (length + 1) / 2)
+    forward = plan.forward_flops(shape, 2, 20, length - 20) + 2 * length * 2 * shape.head
+    assert counter.get_total_flops() == pytest.approx(forward + above, rel=1e-3)
 
 
 def test_flops_of_rollouts_share_the_prompt():
@@ -455,7 +508,7 @@ def test_examples_fit_as_they_say(config, capsys, monkeypatch):
 
 
 def test_there_are_examples():
-    assert [p.stem for p in EXAMPLES] == ["1.5b_1gpu", "72b_64gpu", "7b_8gpu"]
+    assert [p.stem for p in EXAMPLES] == ["1.5b_1gpu", "30b_a3b_32gpu", "72b_64gpu", "7b_8gpu"]
 
 
 @pytest.mark.parametrize(

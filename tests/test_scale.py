@@ -168,6 +168,37 @@ def test_what_ranks_share_is_taken_back_on_all(mixed, name):
     assert_close(got, want)
 
 
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """A mixture of experts, on two processes and (`alone`) on one."""
+    folder = tmp_path_factory.mktemp("experts")
+    process = launch(folder, "experts")
+    out = finish(process, 1500)
+    assert process.returncode == 0, out[-4000:]
+    scale_worker.train(folder / "alone", folder / "mixture", *scale_worker.BALANCED)
+    return folder
+
+
+@pytest.mark.parametrize("case", scale_worker.MIXTURE)
+def test_a_mixture_of_experts_in_an_engine_of_two_ranks_equals_the_local_one(experts, case):
+    for what, (error, bound) in json.loads((experts / "found.json").read_text())["engines"][case].items():
+        assert error <= bound < 0.1, what
+
+
+def test_a_mixture_of_experts_takes_the_same_steps_on_two_ranks(experts):
+    """The balancing loss and the experts' load too, which both ranks' tokens make; and the export is that of one process."""
+    want, got = (without_times(lines(experts / name)) for name in ("alone", "mixture3"))
+    assert_close(got, want)
+    assert all(r["router_aux"] > 0.1 and 2 / 6 < r["router_load_max"] <= 1 for r in want)
+    logits = []
+    for name in ("alone", "mixture3"):
+        exported = AutoModelForCausalLM.from_pretrained(experts / name / "model", dtype=torch.float32)
+        with torch.no_grad():
+            logits.append(exported(torch.arange(5, 13)[None]).logits)
+    assert scale_worker.far(*logits) < 1e-3
+    assert json.loads((experts / "found.json").read_text())["engines"]["export"] < 32 * torch.finfo(torch.float32).eps
+
+
 def test_a_resumed_run_of_the_same_shape_goes_on_bit_for_bit(folder, found):
     assert found["runs"]["resumed exactly"]
     assert without_times(lines(folder / "again")) == without_times(lines(folder / "zero3"))

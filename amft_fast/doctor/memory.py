@@ -133,15 +133,33 @@ def layer_bytes(t: Tower, width: int, attention: str, length: int) -> float:
 
     A norm keeps its input in fp32, one number per row and the normalised input; its output feeds a product. Attention keeps
     q, k, v, its output and one log-sum per head (eager attention its probabilities over `length` keys as well); the MLP
-    gate, activated gate, up and their product.
+    gate, activated gate, up and their product. A mixture (`grouped_mm`) keeps these of each chosen expert, with its input and
+    output, the router's probabilities, and numbers of tokens and experts.
     """
     norms = t.norms * ((4 + width) * t.hidden + 4) + 2 * width * t.hidden
     if t.qk_norm:
         norms += (4 + width) * (t.q + t.k) + 4 * (t.heads + t.kv_heads)
-    kept = norms + width * (2 * t.q + 2 * t.k) + 4 * t.heads + 4 * width * t.intermediate
+    mlp = 4 * width * t.intermediate
+    if t.experts:
+        mlp = t.chosen * (mlp + 2 * width * t.hidden + 36 + width) + 4 * t.experts + 4
+    kept = norms + width * (2 * t.q + 2 * t.k) + 4 * t.heads + mlp
     if attention == "eager":  # fp32 softmax and its cast; keys and values repeated for each head
         kept += t.heads * length * (4 + width % 4) + width * 2 * (t.q - t.k) - 4 * t.heads
     return kept
+
+
+def backward_bytes(t: Tower, width: int, tokens: float) -> float:
+    """What the backward pass of one layer has at its highest beside what is kept, in bytes: in the MLP.
+
+    Its product is freed, and the gradients of three tensors of its width are there. In a mixture: the gradients of its
+    experts' outputs, in their order and in that of the tokens; or those of gate and up; or at last that of all experts' gate
+    and up, whole, when four tensors of each chosen expert's width are freed and two of gradients are there.
+    """
+    if not t.experts:
+        return tokens * width * (2 * t.intermediate + t.hidden)
+    unit, whole = tokens * width * t.chosen, 2 * width * t.experts * t.hidden * t.intermediate
+    early = unit * max(3 * t.hidden, 2 * t.intermediate - t.hidden)
+    return tokens * width * t.hidden + max(early, whole - 2 * unit * t.intermediate)
 
 
 def layers_bytes(cfg: Config, shape: Shape, at: Layout, image_tokens: int = 0) -> tuple[float, float]:
@@ -154,8 +172,7 @@ def layers_bytes(cfg: Config, shape: Shape, at: Layout, image_tokens: int = 0) -
     for tower, tokens in towers:
         layer = tokens * layer_bytes(tower, b, cfg.model.attention, at.longest)
         entrance = tokens * b * tower.hidden
-        # In backward the MLP's product is freed, and the gradients of three tensors of its width are there.
-        work = tokens * b * (2 * tower.intermediate + tower.hidden)
+        work = backward_bytes(tower, b, tokens)
         if cfg.model.gradient_checkpointing:  # the first norm keeps its input, which in fp32 is the layer's own
             kept, worst = kept + tower.layers * entrance, max(worst, layer - (entrance if b == 4 else 0) + work)
         else:
@@ -305,11 +322,14 @@ def _rollouts(cfg: Config, shape: Shape, at: Layout, machine: Machine) -> list[P
     sampling = logits + 16 * batch * (shape.vocab if shape.vocab <= 1024 else 400)
     if shape.own_loop:
         cache = batch * (at.longest - 1) * token  # nothing follows the last token, so it is not read
-        layer = b * (
-            t.hidden + t.q + 2 * t.k + 2 * t.intermediate
-        )  # a token's activations: memory that all layers share
+        # A token's activations: memory that all layers share; a mixture's come and go.
+        mixture = b * (t.chosen * max(t.hidden + 4 * t.intermediate, 4 * t.hidden) + 2 * t.hidden)
+        mixture = mixture + 36 * t.chosen + (4 + b) * t.experts if t.experts else 0
+        layer = b * (t.hidden + t.q + 2 * t.k + (0 if t.experts else 2 * t.intermediate))
         read = min(prompts * prompt, max(prefill_tokens(machine.device), prompt))
-        prefill = max(read * (layer + b * (t.hidden + 3 * (t.q + t.k))), 4 * prompts * shape.vocab)
+        attention = b * (t.hidden + 3 * (t.q + t.k))
+        prefill = max(read * (layer + max(attention, mixture)), 4 * prompts * shape.vocab)
+        sampling = max(sampling, batch * mixture)
         logits += batch * layer
     else:
         cache = batch * at.longest * token

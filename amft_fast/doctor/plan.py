@@ -159,7 +159,8 @@ def _on_host(cfg: Config) -> str:
 def _title(cfg: Config, shape: Shape, machine: Machine) -> str:
     engine = f"ZeRO-{cfg.engine.zero_stage}" if cfg.engine.kind == "deepspeed" else "engine.kind local"
     where = f"{machine.gpus} x {size(machine.memory)}" if machine.device == "cuda" else "one CPU process"
-    return f"{shape.name} ({shape.source}): {_count(shape.parameters)} parameters, {engine}, {where}"
+    active = f" ({_count(shape.active)} active)" if shape.text.experts else ""
+    return f"{shape.name} ({shape.source}): {_count(shape.parameters)} parameters{active}, {engine}, {where}"
 
 
 def size(n: float) -> str:

@@ -1,6 +1,6 @@
 """The shape of a model without its weights: from a folder, the hub's cache, or a small table, built on torch's meta device.
 
-Legend: H hidden size, Q heads·head_dim, K kv_heads·head_dim, I width of the MLP, L layers, V vocabulary.
+Legend: H hidden size, Q heads·head_dim, K kv_heads·head_dim, I width of the MLP (of one expert), L layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -43,6 +43,19 @@ _QWEN_72B = {
     "intermediate_size": 29568,
     "vocab_size": 152064,
 }
+_QWEN3_30B_A3B = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "vocab_size": 151936,
+}
 _VISION = {
     "depth": 32,
     "hidden_size": 1280,
@@ -62,13 +75,15 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2.5-Math-7B": ("qwen2", _QWEN_7B),
     "Qwen2.5-72B": ("qwen2", _QWEN_72B),
     "Qwen2.5-Math-72B": ("qwen2", _QWEN_72B),
+    "Qwen3-30B-A3B": ("qwen3_moe", _QWEN3_30B_A3B),
+    "Qwen3-30B-A3B-Base": ("qwen3_moe", _QWEN3_30B_A3B),
     "Qwen2.5-VL-7B": ("qwen2_5_vl", {"text_config": _QWEN_7B, "vision_config": _VISION}),
 }
 
 
 @dataclass(frozen=True)
 class Tower:
-    """A stack of equal layers: attention, then a gated MLP."""
+    """A stack of equal layers: attention, then a gated MLP, or a router and `experts` of them, `chosen` for each token."""
 
     layers: int
     hidden: int
@@ -78,8 +93,10 @@ class Tower:
     intermediate: int
     norms: int  # RMS norms of width H in a layer
     qk_norm: bool
-    matrix: int  # weights in the matrix products of one layer
+    matrix: int  # weights in the matrix products that a token takes in one layer
     parameters: int  # of one layer
+    experts: int = 0
+    chosen: int = 0
 
     @property
     def q(self) -> int:
@@ -88,6 +105,11 @@ class Tower:
     @property
     def k(self) -> int:
         return self.kv_heads * self.head_dim
+
+    @property
+    def idle(self) -> int:
+        """Parameters of one layer that a token passes by."""
+        return 3 * self.hidden * self.intermediate * (self.experts - self.chosen)
 
 
 @dataclass(frozen=True)
@@ -109,6 +131,11 @@ class Shape:
     def head(self) -> int:
         """Weights of the language-model head."""
         return self.vocab * self.text.hidden
+
+    @property
+    def active(self) -> int:
+        """Parameters that a token meets: all, but of a mixture of experts."""
+        return self.parameters - self.text.layers * self.text.idle
 
 
 @functools.cache
@@ -148,11 +175,12 @@ def shape_of(config: Any, name: str, source: str) -> Shape:
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     text = config.get_text_config()
     layer = _layer(sizes, r"(?<!visual)\.layers\.0\.")
-    if not any("gate_proj" in n or "gate_up_proj" in n for n in layer) or any(".experts." in n for n in layer):
+    if not any("gate_proj" in n or "gate_up_proj" in n for n in layer):
         raise UserError(
-            f"model.path: --plan knows dense models with gated MLPs (Qwen, Llama, Mistral, Gemma ...), and {name!r} "
+            f"model.path: --plan knows models with gated MLPs (Qwen, Llama, Mistral, Gemma, Qwen3-MoE ...), and {name!r} "
             f"(model_type {config.model_type!r}) is none"
         )
+    _check_mixture(sizes, text, name)
     vision = getattr(config, "vision_config", None)
     blocks = _layer(sizes, r"\.blocks\.0\.")
     if vision is not None and not any("gate_proj" in n for n in blocks):
@@ -169,6 +197,18 @@ def shape_of(config: Any, name: str, source: str) -> Shape:
         patches_per_token=0 if vision is None else vision.spatial_merge_size**2,
         own_loop=vision is None and obstacle(model) is None,
     )
+
+
+def _check_mixture(sizes: dict[str, int], text: Any, name: str) -> None:
+    """Raises UserError for a mixture of experts that is not a router and equal experts in every layer."""
+    if not any(".experts." in n for n in sizes):
+        return
+    layers = [sum(_layer(sizes, rf"\.layers\.{i}\.").values()) for i in range(text.num_hidden_layers)]
+    if len(set(layers)) > 1 or any("shared" in n for n in sizes) or not hasattr(text, "moe_intermediate_size"):
+        raise UserError(
+            f"model.path: --plan knows mixtures of experts whose layers are alike and have routed experts alone (Qwen3-MoE), "
+            f"and {name!r} (model_type {text.model_type!r}) is another"
+        )
 
 
 def meta_model(config: Any, name: str = "model") -> nn.Module:
@@ -189,7 +229,9 @@ def _layer(sizes: dict[str, int], pattern: str) -> dict[str, int]:
 
 
 def _tower(config: Any, layers: int, heads: int, model: nn.Module, layer: dict[str, int], norm: str) -> Tower:
-    hidden = config.hidden_size
+    hidden, mixed = config.hidden_size, any(".experts." in n for n in layer)
+    experts, chosen = (config.num_experts, config.num_experts_per_tok) if mixed else (0, 0)
+    width = config.moe_intermediate_size if mixed else config.intermediate_size
     dims = {n: p.dim() for n, p in model.named_parameters() if n in layer}
     head_norms = [n for n in layer if re.search(r"[qk]_norm\.", n)]
     return Tower(
@@ -198,9 +240,11 @@ def _tower(config: Any, layers: int, heads: int, model: nn.Module, layer: dict[s
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or hidden // heads,
-        intermediate=config.intermediate_size,
+        intermediate=width,
         norms=sum(bool(re.search(norm, n)) and n.endswith("weight") and n not in head_norms for n in layer),
         qk_norm=bool(head_norms),
-        matrix=sum(size for n, size in layer.items() if dims[n] == 2),
+        matrix=sum(size for n, size in layer.items() if dims[n] == 2) + 3 * hidden * width * chosen,
         parameters=sum(layer.values()),
+        experts=experts,
+        chosen=chosen,
     )

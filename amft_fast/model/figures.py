@@ -22,13 +22,14 @@ class LeftOut(NamedTuple):
 class Update(NamedTuple):
     """What one optimizer update left on the device: `sums` and `maxes` in the order of SUMS and MAXES, the gradient's norm
     before clipping, and, of a probed one, the probe's sums and the clip coefficient. `left_out`: the rollouts of all ranks
-    that reach no gradient, which the sums know nothing of."""
+    that reach no gradient, which the sums know nothing of. `router_load`: `Routing.end_update`'s, of a mixture of experts."""
 
     sums: torch.Tensor
     maxes: torch.Tensor
     norm: torch.Tensor
     probe: tuple[torch.Tensor, torch.Tensor] | None
     left_out: LeftOut = LeftOut()
+    router_load: torch.Tensor | None = None
 
 
 class Measured(NamedTuple):
@@ -50,13 +51,20 @@ def read_updates(updates: list[Update], engine: UpdateEngine, with_reference: bo
         torch.stack([u.norm for u in updates]).double().mean()[None],
         torch.stack([engine.bad_in_row, engine.bad_total]).double(),
     ]
+    loads = [u.router_load for u in updates if u.router_load is not None]
+    parts += [torch.stack(loads).amax(0, keepdim=True)] if loads else []
     if probe is not None:
         parts += [probe[0], probe[1].reshape(1)]
     values = torch.cat(parts).tolist()
     s, x = dict(zip(SUMS, values[:n])), dict(zip(MAXES, values[n : n + m]))
     grad_norm, bad_in_row, bad_total, *probed = values[n + m :]
+    load = probed.pop(0) if loads else None
     sft, rl = max(s["sft_tokens"], 1), max(s["rl_tokens"], 1)
     out: dict[str, Any] = {"loss": s["loss"] / len(updates), "grad_norm": grad_norm, "skipped_total": int(bad_total)}
+    if load is not None:
+        out["router_load_max"] = load
+    if s["router_aux"]:
+        out["router_aux"] = s["router_aux"] / len(updates)
     if s["sft_tokens"]:
         out["sft_loss"] = s["sft_nll"] / sft
     if s["rl_tokens"]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from amft_fast.config import ModelConfig
 from amft_fast.errors import UserError
-from amft_fast.model import attention
+from amft_fast.model import attention, experts
 
 PARTS = ("rope", "rms_norm", "swiglu", "geglu")
 OFFLOADED = 1 << 20  # bytes: smaller activations stay where they are
@@ -59,7 +59,8 @@ def apply_liger(model: nn.Module, wanted: bool | None, device: torch.device) -> 
             raise UserError(f"model.liger: {why}; leave it out")
         return why
     known = inspect.signature(function).parameters
-    parts = {name: True for name in PARTS if name in known}
+    mixture = bool(experts.routers(model))  # its experts are one grouped product, and no MLPs to put a kernel into
+    parts = {name: name != "swiglu" or not mixture for name in PARTS if name in known}
     off = {name: False for name in known if "cross_entropy" in name}
     function(**parts, **off, model=model)
     return why
@@ -73,6 +74,7 @@ DEAR = (
     "aten.mm",
     "aten.addmm",
     "aten.bmm",
+    "aten._grouped_mm",
     "aten._scaled_dot_product_flash_attention",
     "aten._scaled_dot_product_efficient_attention",
     "aten._scaled_dot_product_cudnn_attention",

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from amft_fast.errors import UserError
+from amft_fast.model import experts
 
 if TYPE_CHECKING:
     from amft_fast.config import LoraConfig
@@ -27,8 +28,9 @@ def add(model: nn.Module, cfg: LoraConfig) -> nn.Module:
         from peft import inject_adapter_in_model
     except ImportError:
         raise UserError("model.lora.rank: LoRA needs peft; pip install 'amft-fast[lora]'") from None
-    peft = _peft_config(cfg, cfg.targets[0] if cfg.targets == ["all-linear"] else cfg.targets)
     head = model.get_output_embeddings()
+    everything = experts.linear_names(model) or "all-linear"
+    peft = _peft_config(cfg, everything if cfg.targets == ["all-linear"] else cfg.targets)
     try:
         inject_adapter_in_model(peft, model)
     except ValueError as e:
@@ -38,6 +40,11 @@ def add(model: nn.Module, cfg: LoraConfig) -> nn.Module:
     if model.get_output_embeddings() is not head:
         raise UserError(
             "model.lora.targets must leave out the output embedding, whose product the loss head computes itself"
+        )
+    if any(hasattr(layer, "parameter_name") for layer in layers(model).values()):  # peft wraps what is no linear layer
+        raise UserError(
+            f"model.lora.targets: {cfg.targets} has experts or routers, which are no linear layers here; adapters of a mixture "
+            f"of experts go to {', '.join(experts.linear_names(model))} alone"
         )
     if any(layer.base_layer.weight is head.weight for layer in layers(model).values()):
         raise UserError(

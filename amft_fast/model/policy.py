@@ -18,8 +18,9 @@ from amft_fast import ops
 from amft_fast.config import TOKEN_LOSSES, ModelConfig, ObjectiveConfig
 from amft_fast.data.batch import Batch
 from amft_fast.errors import UserError
-from amft_fast.model import attention, layers, lora
+from amft_fast.model import attention, experts, layers, lora
 from amft_fast.model.base import check_finite, check_vocabulary, check_whole, read_config, unloadable
+from amft_fast.model.experts import Routing
 from amft_fast.model.vision import Vision, freeze, is_vision_language
 
 # Sums over the tokens of a micro-batch: they add up over micro-batches and ranks.
@@ -40,6 +41,7 @@ SUMS = (
     "is_weight",
     "is_weight_sq",
     "value_loss",
+    "router_aux",
 )
 MAXES = ("ratio_max", "mismatch_max")
 
@@ -79,6 +81,7 @@ class Policy(nn.Module):
 
     `vision` brings pictures into a vision-language model; without it a batch's images are not read. `own_loss` is the
     function that `objective.loss` names, where it is one; `shape` how weights `shaped_weight` enter, and its γ.
+    `router_aux_coef`: of the loss that balances a mixture's experts (experts.py).
     """
 
     def __init__(
@@ -89,8 +92,12 @@ class Policy(nn.Module):
         vision: Vision | None = None,
         own_loss: ops.OwnLoss | None = None,
         shape: tuple[str, float] = ("ratio", 0.1),
+        router_aux_coef: float = 0.0,
     ) -> None:
         super().__init__()
+        if router_aux_coef and vision is not None:
+            raise UserError("model.router_aux_coef is for models that read text alone; leave it out")
+        self.routing = Routing(model, router_aux_coef)
         self.own_loss, self.shape = own_loss, shape
         self.vision = vision
         self.model = model
@@ -152,9 +159,11 @@ class Policy(nn.Module):
         """
         if scores_only:
             return self.logprobs(batch, temperature=temperature)
-        with self.saving():
-            hidden_NH = self.hidden_rows(batch)
         o = objective or self.objective
+        # The utility gradient's loss is its own, and no tokens of the update's.
+        routed = bool(self.routing.routers) and o is self.objective and not batch.texts
+        with self.saving(), self.routing.watched() if routed else nullcontext():
+            hidden_NH = self.hidden_rows(batch)
         form = self.form(o)
         read = ("advantages", "old_logprobs", "behavior_logprobs", "ref_logprobs")
         # A rollout may be imitated like a demonstration: nothing of it is read then but its tokens.
@@ -197,7 +206,10 @@ class Policy(nn.Module):
             elif self.reach_all:
                 loss = loss + 0.0 * values.sum()
             values = values.detach()
-        sums, maxes = _statistics(batch, head, loss.detach(), value_loss)
+        aux = self.routing.loss(batch) if routed else None
+        if aux is not None:
+            loss = loss + aux
+        sums, maxes = _statistics(batch, head, loss.detach(), value_loss, aux)
         return PolicyOutput(loss, head.logprobs, head.entropy, values, sums, maxes)
 
     def form(self, o: ObjectiveConfig) -> ops.LossForm:
@@ -245,7 +257,11 @@ class Policy(nn.Module):
 
 @torch.no_grad()
 def _statistics(
-    batch: Batch, head: ops.PolicyLoss, loss: torch.Tensor, value_loss: torch.Tensor | None
+    batch: Batch,
+    head: ops.PolicyLoss,
+    loss: torch.Tensor,
+    value_loss: torch.Tensor | None,
+    router_aux: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The SUMS and MAXES of a micro-batch, on its device and without a host sync."""
     zero = torch.zeros((), dtype=torch.float64, device=loss.device)
@@ -253,6 +269,8 @@ def _statistics(
     s = dict.fromkeys(SUMS, zero)
     m = dict.fromkeys(MAXES, zero)
     s["loss"] = loss
+    if router_aux is not None:
+        s["router_aux"] = router_aux
     # Chosen, not multiplied by 0 or 1: a row without weight may hold NaN.
     if nll_w is not None or shaped_w is not None:
         sft = sum(w != 0 for w in (nll_w, shaped_w) if w is not None) > 0
@@ -325,6 +343,7 @@ def load_model(cfg: ModelConfig, device: torch.device) -> nn.Module:
     freeze(model, cfg.vision)
     model = model.to(device)
     check_finite(cfg.path, model)
+    experts.prepare(model)
     layers.prepare(model, cfg, device)
     return lora.add(model, cfg.lora) if cfg.lora.rank else model
 

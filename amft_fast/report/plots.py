@@ -202,6 +202,7 @@ UPDATES = (
     Plot("Policy loss", (("pg_loss", "policy gradient"),), "The surrogate; its level means little, its spikes do."),
     Plot("Total loss", (("loss", "loss"),), "μ · imitation + (1 − μ) · exploration, entropy bonus included."),
     Plot("Value loss", (("value_loss", "value loss"),), log=None),
+    Plot("Busiest expert", (("router_load_max", "share of the update's tokens"),), "Of any layer.", log=None),
     Plot(
         "Gradient norm",
         (("grad_norm", "before clipping"),),

@@ -1,4 +1,5 @@
-"""The layers of the known families of decoders, applied token by token: the model's own parameters, none of transformers' code.
+"""The layers of the known families of decoders, applied token by token: the model's own parameters, none of transformers' code
+(but a mixture of experts, which is run as the module that it is).
 
 What a decoded token costs beside its matrix products is some twenty operations a layer, into memory that is there already.
 `obstacle` says why a model is not of a known family; `differs` compares with transformers' own forward. Rows are not padded:
@@ -24,7 +25,7 @@ from amft_fast.ops import compute_dtype, decode_attention, logits_into, triton_o
 from amft_fast.rollout.cache import Sections, StaticCache
 from amft_fast.rollout.graphs import Graphs, padded_rows
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long a sequence has become
 
 
@@ -40,7 +41,7 @@ def explain(device: str) -> tuple[str, str]:
         return "own loop over the layers", others
     kept = triton_obstacle(device, torch.bfloat16)
     steps = "steps captured in CUDA graphs" if kept is None else f"no CUDA graphs ({kept})"
-    return f"own loop over the layers, {steps}", others
+    return f"own loop over the layers, {steps}", f"{others}; a mixture of experts without graphs"
 
 
 def obstacle(model: nn.Module) -> str | None:
@@ -94,7 +95,8 @@ class Product(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """One decoder layer. `norm_qk` [heads, D]: the weights of the norms of queries and keys, where it has them."""
+    """One decoder layer. `norm_qk` [heads, D]: the weights of the norms of queries and keys, where it has them; `mixture`: of
+    experts, in the MLP's place."""
 
     norm_in: torch.Tensor
     q: Product
@@ -102,10 +104,11 @@ class Layer(NamedTuple):
     v: Product
     o: Product
     norm_mid: torch.Tensor
-    gate: Product
-    up: Product
-    down: Product
+    gate: Product | None
+    up: Product | None
+    down: Product | None
     norm_qk: torch.Tensor | None
+    mixture: nn.Module | None
 
 
 class Work:
@@ -128,7 +131,9 @@ class Decoder:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.backbone = model, getattr(model, model.base_model_prefix)
         config, attention = model.config, self.backbone.layers[0].self_attn
-        self.hidden, self.mlp = config.hidden_size, config.intermediate_size
+        self.mixed = any(hasattr(layer.mlp, "experts") for layer in self.backbone.layers)
+        dense = not all(hasattr(layer.mlp, "experts") for layer in self.backbone.layers)
+        self.hidden, self.mlp = config.hidden_size, config.intermediate_size if dense else 0
         self.size, self.scale = attention.head_dim, attention.scaling
         self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
         self.eps = config.rms_norm_eps
@@ -148,9 +153,10 @@ class Decoder:
         if hasattr(a, "q_norm"):
             both = (a.q_norm.weight.expand(self.heads, -1), a.k_norm.weight.expand(self.key_heads, -1))
             norm_qk = torch.cat(both).detach()
-        mlp = [Product.of(p) for p in (m.gate_proj, m.up_proj, m.down_proj)]
+        mixture = m if hasattr(m, "experts") else None
+        mlp = [Product.of(p) for p in (m.gate_proj, m.up_proj, m.down_proj)] if mixture is None else [None] * 3
         norms = layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach()
-        return Layer(norms[0], *products, norms[1], *mlp, norm_qk)
+        return Layer(norms[0], *products, norms[1], *mlp, norm_qk, mixture)
 
     def _normed(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """x / √(mean x² + ε) · weight over the last dimension. For narrow types and off the CPU torch's own, one kernel on a
@@ -205,6 +211,9 @@ class Decoder:
                 x, seen, gate, up = x[last], seen[last], gate[: len(last)], up[: len(last)]
             layer.o.added(x, seen)
             h = self._normed(x, layer.norm_mid)
+            if layer.mixture is not None:
+                x.add_(layer.mixture(h[None])[0])
+                continue
             layer.gate.into(gate, h)
             layer.up.into(up, h)
             layer.down.added(x, F.silu(gate, inplace=True).mul_(up))
@@ -315,7 +324,8 @@ class DecoderReader:
         decoder.refresh()
         self.decoder, self.before_pass, head = decoder, before_pass, decoder.head
         self.by_kernel = head.is_cuda and triton_obstacle("cuda", head.dtype) is None
-        graphs = self.by_kernel and torch.cuda.is_available()  # fake tensors are on a device that is not there
+        # Fake tensors are on a device that is not there; and how many tokens an expert gets, a graph would hold fast.
+        graphs = self.by_kernel and torch.cuda.is_available() and not decoder.mixed
         room = padded_rows(room) if graphs else room
         self.graphs = Graphs(self._step, room, head.device) if graphs else None
         self.cache, self.work = decoder.cache(room, capacity), decoder.work(room)

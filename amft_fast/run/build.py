@@ -70,7 +70,14 @@ def build(cfg: Config, should_stop: Callable[[], bool], task: Task | None = None
         model = load_model(cfg.model, device)
     with phase("timing threads", shown=world.main, bars=cfg.log.progress):
         threads.choose(cfg, model, resume)
-    policy = Policy(model, cfg.objective, with_value=cfg.advantage.kind == "gae", vision=encoder.vision, own_loss=own)
+    policy = Policy(
+        model,
+        cfg.objective,
+        with_value=cfg.advantage.kind == "gae",
+        vision=encoder.vision,
+        own_loss=own,
+        router_aux_coef=cfg.model.router_aux_coef,
+    )
     policy.saving = layers.offload(model, cfg.model.offload_activations)
     with phase("starting the engines", shown=world.main, bars=cfg.log.progress):
         engine = make_engine(cfg, policy, world, device)

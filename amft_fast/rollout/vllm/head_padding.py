@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 # Architectures whose attention is as described: separate projections, rotary over the whole head, scale 1/√d.
-FITTING = ("qwen3", "llama", "mistral")
+FITTING = ("qwen3", "qwen3_moe", "llama", "mistral")
 CPU_MULTIPLE = 32
 
 
@@ -84,4 +84,4 @@ def padding_for(config, multiple: int) -> HeadPadding | None:
             f"the engine takes attention heads whose width is a multiple of {multiple}; heads of {size} of a "
             f"{text.model_type!r} model cannot be padded to that without changing the model"
         )
-    return HeadPadding(size, multiple, query_norm=text.model_type == "qwen3")
+    return HeadPadding(size, multiple, query_norm=text.model_type in ("qwen3", "qwen3_moe"))

@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from amft_fast.errors import UserError
-from amft_fast.model import lora
+from amft_fast.model import experts, lora
 from amft_fast.rollout.vllm.head_padding import HeadPadding
 
 VLLM_VERSION = "0.32"
@@ -65,15 +65,15 @@ class TensorSpec:
 
 
 class Wire:
-    """The policy's tensors as the engines take them: HF names in layer order, adapters merged, heads padded, tied embeddings
-    sent twice.
+    """The policy's tensors as the engines take them: a checkpoint's names in layer order, adapters merged, experts one by one,
+    heads padded, tied embeddings sent twice.
 
     vLLM is told that nothing is tied, for on a CPU its prepacked `lm_head` would silently keep the old weights:
     `lm_head.weight` follows the embedding that it shares its memory with.
     """
 
     def __init__(self, model: torch.nn.Module, padding: HeadPadding | None = None) -> None:
-        self.padding = padding
+        self.model, self.padding = model, padding
         self.tied = _tied_names(model)
         self.sources = [
             # Under ZeRO-3 a parameter's own shape is (0,), its full one is ds_shape.
@@ -85,8 +85,9 @@ class Wire:
 
     def _sent(self, source: TensorSpec) -> list[TensorSpec]:
         shape = self.padding.shape(source.name, source.shape) if self.padding else source.shape
-        names = [source.name, self.tied[source.name]] if source.name in self.tied else [source.name]
-        return [TensorSpec(name, source.dtype, shape) for name in names]
+        parts = experts.as_saved(self.model, source.name, torch.empty(shape, device="meta"))
+        parts += [(self.tied[source.name], parts[0][1])] if source.name in self.tied else []
+        return [TensorSpec(name, source.dtype, tuple(t.shape)) for name, t in parts]
 
     def stream(self, named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of `named` in the form of `specs`, one by one.
@@ -104,7 +105,7 @@ class Wire:
                 stream.wait_stream(torch.cuda.default_stream(tensor.device))
                 tensor.record_stream(stream)
             sent = self.padding(name, tensor) if self.padding else tensor
-            yield name, sent
+            yield from experts.as_saved(self.model, name, sent)
             if name in self.tied:
                 yield self.tied[name], sent
         if missing := [s.name for s in expected]:
