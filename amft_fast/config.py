@@ -906,9 +906,9 @@ class RolloutConfig(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
     """transformers: in-process, shares the trainer's weights; vllm: vLLM, with the weights sent to it in place."""
     vllm: VllmConfig = VllmConfig()
-    async_steps: int = Field(0, ge=0, le=1)
-    """0: exactly on-policy; 1: the next step's rollouts are drawn, with the weights of then, while a step trains (vllm, mode
-    server)."""
+    async_steps: int = Field(0, ge=0, le=8)
+    """0: exactly on-policy; above: rollouts of so many steps to come are drawn while a step trains, and none is trained on
+    that is older than so many steps (vllm, mode server)."""
     mismatch_warn: float = Field(0.05, gt=0)
     """Mean |log-prob difference| between rollout engine and trainer from which on a step warns."""
     num_generations: Rows = 8
@@ -941,11 +941,14 @@ class RolloutConfig(Section):
                 f"a truncated distribution, got {self.top_p}, {self.top_k} and {self.min_p}; use temperature"
             )
         if self.dynamic_sampling and self.async_steps:
-            raise ValueError("dynamic_sampling needs the rewards before it goes on, so async_steps must be 0, got 1")
+            raise ValueError(
+                "dynamic_sampling needs the rewards before it goes on, so async_steps must be 0, "
+                f"got {self.async_steps}"
+            )
         if self.async_steps and (self.engine, self.vllm.mode) != ("vllm", "server"):
             raise ValueError(
-                "async_steps 1 needs engine 'vllm' and vllm.mode 'server': any other engine works on the trainer's own device, "
-                f"got {self.engine!r} and {self.vllm.mode!r}"
+                f"async_steps {self.async_steps} needs engine 'vllm' and vllm.mode 'server': any other engine works on the "
+                f"trainer's own device, got {self.engine!r} and {self.vllm.mode!r}"
             )
         return self
 

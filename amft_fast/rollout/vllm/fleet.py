@@ -70,6 +70,7 @@ class ServedEngine:
         self.key = self._key()
         self.world = World(setup.rank, setup.world_size)
         self.fleet: list[Member] = []
+        self.closed = False
         atexit.register(self.close)
         own = not self.cfg.urls and self.world.main
         if own:
@@ -175,8 +176,8 @@ class ServedEngine:
             m.process.stop()
 
     def _check_stop(self) -> None:
-        # Rollouts drawn ahead are finished, for the weights that they belong to will be gone; the loop stops after the step.
-        if threading.current_thread() is threading.main_thread() and self.setup.should_stop():
+        """Raises InterruptedError, also in a thread that draws ahead, when a stop is asked for or the engine is closed."""
+        if self.closed or self.setup.should_stop():
             raise InterruptedError("stopped while sampling")
 
     def _usable(self) -> list[Member]:
@@ -401,6 +402,7 @@ class ServedEngine:
 
     def close(self) -> None:
         """Leaves the transfer's group and ends the servers that were started here."""
+        self.closed = True
         atexit.unregister(self.close)
         with contextlib.suppress(Exception):
             self.weight_sync.close()
