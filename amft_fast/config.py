@@ -611,6 +611,9 @@ class ObjectiveConfig(Section):
     sequence_kl_max: float | None = Field(None, ge=0)
     """Leave out sequences of negative advantage on which the sampler's log-prob exceeds the policy's by more than this on the
     mean (DeepSeek-V3.2)."""
+    max_staleness: int | None = Field(None, ge=0)
+    """Steps of age from above which a token has no weight in the policy gradient (it counts in the denominator); below
+    rollout.async_steps. Default: all tokens that are drawn ahead have theirs."""
 
     @model_validator(mode="after")
     def _check(self) -> ObjectiveConfig:
@@ -1124,6 +1127,11 @@ class Config(Section):
         if o.loss == "dro" and self.off_policy and not o.ratio_penalty:
             raise ValueError(
                 "objective.loss dro needs objective.ratio_penalty above 0, which alone keeps the policy near, got 0"
+            )
+        if o.max_staleness is not None and o.max_staleness >= self.rollout.async_steps:
+            raise ValueError(
+                "objective.max_staleness must be below rollout.async_steps, or there is nothing to leave out, got "
+                f"{o.max_staleness} and {self.rollout.async_steps}"
             )
         if self.advantage.overlong_buffer >= self.rollout.max_new_tokens:
             raise ValueError(

@@ -218,7 +218,7 @@ class Trainer:
         updates = self.updates if mu == 1 and t >= 0 else 1  # a step has the compute of one that explores
         sft = self.demos.take(cfg.demos_per_step * updates) if mu > 0 and mixture.streams else []
         with self.phases("advantage"):
-            groups = groups_of(drawn.samples, self.scorer.judge(drawn.samples, mixture.kind))
+            groups = groups_of(drawn.samples, self.scorer.judge(drawn.samples, mixture.kind, self.step))
             m = updates if updates > 1 else cfg.minibatches_per_rollout
             mixes = [mixture.mix(_share(sft, k, m), _share(groups, k, m), mu) for k in range(m)] + mixture.extra()
             sft, rl = ([s for mix in mixes for s in mix[part]] for part in (0, 1))

@@ -111,7 +111,7 @@ def test_with_0_steps_ahead_rollouts_are_of_the_weights_trained_on_and_the_engin
 ):
     engine = train(monkeypatch, tmp_path, checkpoint_folder)
     steps = records(tmp_path)[1:]
-    assert all(r["mismatch_max"] < 1e-4 and "staleness" not in r for r in steps)
+    assert all(r["mismatch_max"] < 1e-4 and "staleness_max" not in r for r in steps)
     assert engine.calls == [x for t in range(1, 8) for x in ("rest", t)] + ["close"]
     assert config_file.load(tmp_path / "config.toml").objective.tis_cap == 2.0, "on by default with this engine"
 
@@ -121,7 +121,7 @@ def test_with_1_step_ahead_rollouts_are_one_update_old_and_importance_weights_sa
 ):
     train(monkeypatch, tmp_path, checkpoint_folder, *AHEAD)
     steps = records(tmp_path)[1:]
-    assert [r["staleness"] for r in steps] == [0, 1, 1, 1, 1, 1]
+    assert [r["staleness_max"] for r in steps] == [0, 1, 1, 1, 1, 1]
     assert steps[0]["mismatch_max"] < 1e-4
     # old is the trainer's before the update, so its ratio is 1; behavior is that of the weights before, so it differs.
     assert all(r["mismatch_mean"] > 1e-4 and r["mismatch_ess"] < 1 for r in steps[1:])
@@ -136,7 +136,9 @@ def test_none_is_trained_on_that_is_older_than_the_depth_and_prompts_keep_their_
     tmp_path, checkpoint_folder, monkeypatch, depth, ages, sent
 ):
     engine = train(monkeypatch, tmp_path, checkpoint_folder, *ahead(depth), "--log.samples_every", "1")
-    assert [r["staleness"] for r in records(tmp_path)[1:]] == ages, "a round is begun when the last one has been taken"
+    assert [r["staleness_max"] for r in records(tmp_path)[1:]] == ages, (
+        "a round is begun when the last one has been taken"
+    )
     assert engine.calls == [*sent, "close"], "and weights come when nothing is drawn"
     train(monkeypatch, tmp_path / "now", checkpoint_folder, "--log.samples_every", "1")
     asked = [[(r["step"], r["prompt"]) for r in lines(f, "samples.jsonl")] for f in (tmp_path, tmp_path / "now")]
@@ -174,7 +176,7 @@ def test_an_engine_that_fails_for_good_saves_and_stops_and_resume_loses_nothing(
     if not flags or fault == "fail_sync_at":
         assert got == want
     else:  # what was in flight is drawn again, with newer weights: younger, of the same prompts
-        assert [r["staleness"] for r in got[1:]].count(0) == 2
+        assert [r["staleness_max"] for r in got[1:]].count(0) == 2
 
 
 def test_a_stop_while_rollouts_are_drawn_ahead_leaves_the_step_that_was_trained_meanwhile(
@@ -188,7 +190,7 @@ def test_a_stop_while_rollouts_are_drawn_ahead_leaves_the_step_that_was_trained_
     train(monkeypatch, tmp_path / "parts", checkpoint_folder, *flags, resume=True)
     got = records(tmp_path / "parts")
     assert got[:4] == seen and [r["step"] for r in got] == [r["step"] for r in want]
-    assert [r["staleness"] for r in got[1:]] == [0, 1, 1, 0, 1, 1], "drawn again, with newer weights"
+    assert [r["staleness_max"] for r in got[1:]] == [0, 1, 1, 0, 1, 1], "drawn again, with newer weights"
     assert [r["mu"] for r in got[:5]] == [r["mu"] for r in want[:5]], "the controller has seen step 3"
 
 

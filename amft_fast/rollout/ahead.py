@@ -85,4 +85,5 @@ class Ahead:
 
 def sample_of(state: dict[str, Any]) -> Sample:
     """The sample that was kept as JSON values."""
-    return Sample(**(state | {"turns": [Turn(**t) for t in state["turns"]], "images": tuple(state["images"])}))
+    own = {"turns": [Turn(**t) for t in state["turns"]], "images": tuple(state["images"])}
+    return Sample(**(state | own | {"versions": [tuple(run) for run in state.get("versions", ())]}))

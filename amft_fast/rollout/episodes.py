@@ -142,6 +142,15 @@ def turn_by_turn(
         going = [(i, request) for i, request in replies if request is not None]
 
 
+def _note_versions(sample: Sample, completion: Completion) -> None:
+    """Which weights drew the tokens of this completion."""
+    for version, count in completion.versions or ((completion.weight_version, len(completion.token_ids)),):
+        if sample.versions and sample.versions[-1][0] == version:
+            count += sample.versions.pop()[1]
+        sample.versions.append((version, count))
+    sample.weight_version = min(version for version, _ in sample.versions)
+
+
 def _take_turn(sample: Sample, result: StepResult, completion, text: str, encoder: Encoder, last: bool) -> bool:
     """Appends one completion to its sample, with what the task answered; True when the policy is to go on."""
     n = len(completion.token_ids)
@@ -150,7 +159,8 @@ def _take_turn(sample: Sample, result: StepResult, completion, text: str, encode
     sample.behavior_logprobs += completion.logprobs
     known = sample.entropy is not None and completion.entropy is not None
     sample.entropy = sample.entropy + completion.entropy if known else None
-    sample.finish_reason, sample.weight_version = completion.finish_reason, completion.weight_version
+    sample.finish_reason = completion.finish_reason
+    _note_versions(sample, completion)
     sample.text += text
     if "success" not in result.info:
         raise UserError(f"task: an episode of {sample.prompt_id} returned no 'success' in its info")
