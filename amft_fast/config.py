@@ -912,6 +912,11 @@ class RolloutConfig(Section):
     async_steps: int = Field(0, ge=0, le=8)
     """0: exactly on-policy; above: rollouts of so many steps to come are drawn while a step trains, and none is trained on
     that is older than so many steps (vllm, mode server)."""
+    in_flight: bool = False
+    """Give servers new weights in the midst of answers, which go on with them: nothing waits for what is drawn ahead, and
+    tokens of one answer are of several versions (async_steps above 0)."""
+    recompute_kv: bool = False
+    """In flight: whether keys and values of what was drawn before an update are computed anew with the new weights."""
     mismatch_warn: float = Field(0.05, gt=0)
     """Mean |log-prob difference| between rollout engine and trainer from which on a step warns."""
     num_generations: Rows = 8
@@ -947,6 +952,12 @@ class RolloutConfig(Section):
             raise ValueError(
                 "dynamic_sampling needs the rewards before it goes on, so async_steps must be 0, "
                 f"got {self.async_steps}"
+            )
+        if self.in_flight and not self.async_steps:
+            raise ValueError("in_flight changes weights under what is drawn ahead: it needs async_steps above 0, got 0")
+        if self.recompute_kv and not self.in_flight:
+            raise ValueError(
+                "recompute_kv says what in_flight does with answers that are under way: it needs in_flight"
             )
         if self.async_steps and (self.engine, self.vllm.mode) != ("vllm", "server"):
             raise ValueError(

@@ -4,6 +4,7 @@ import copy
 import json
 import signal
 import threading
+import time
 from concurrent import futures
 from concurrent.futures import Future
 
@@ -324,6 +325,75 @@ def test_a_stop_in_the_midst_of_a_round_keeps_what_is_there(checkpoint_folder):
     assert [ages for ages, _ in got] == [{2}, {1}, {2}], "the rest is drawn again, with newer weights"
     whole = Drawing(checkpoint_folder, 0)
     assert want + [prompts for _, prompts in got] == [whole.step(t)[1] for t in range(5)]
+
+
+class Flying(Drawing):
+    """Answers of two tokens: the first at once, the second when they are told to end, by the weights of then. It takes weights
+    once all that is ahead has begun."""
+
+    def __init__(self, folder, depth):
+        super().__init__(folder, depth, "--rollout.in_flight", "true")
+        self.end, self.one, self.begun, self.started = threading.Event(), threading.Lock(), 0, 0
+        self.end.set()
+        self.start, self.rollouts._start = self.rollouts._start, self.count
+
+    def count(self, step):
+        self.started += 1
+        self.start(step)
+
+    def sync(self, named, version):
+        while self.begun < self.started:
+            time.sleep(0.001)
+        self.version = version
+
+    def generate(self, requests, sampling):
+        first = self.version
+        if threading.current_thread() is not threading.main_thread():
+            with self.one:
+                self.begun += 1
+        assert self.end.wait(60)
+        runs = ((first, 1), (self.version, 1)) if self.version != first else ((first, 2),)
+        return [Completion([5, 1], [-0.5, -0.5], "stop", first, versions=runs) for _ in requests]
+
+
+def test_in_flight_a_sync_waits_for_nothing_and_the_oldest_token_is_as_old_as_the_depth(checkpoint_folder):
+    flying, whole = Flying(checkpoint_folder, 2), Drawing(checkpoint_folder, 0)
+    want = [whole.step(t)[1] for t in range(5)]
+    got = [flying.step(0)]
+    flying.rollouts.ahead.settle()
+    flying.end.clear()
+    got.append(flying.step(1))
+    assert flying.version == 2 and len(flying.rollouts.ahead) == 2, "given while step 3 is drawn"
+    state = json.loads(json.dumps(flying.rollouts.state_dict()))
+    assert [b["step"] for b in state["ahead"]] == [2], "a checkpoint waits for nothing either"
+    got.append(flying.step(2))
+    flying.end.set()
+    got += [flying.step(t) for t in (3, 4)]
+    assert [ages for ages, _ in got] == [{0}, {1}, {2}, {2}, {2}]
+    assert [prompts for _, prompts in got] == want, (
+        "what was drawn first is not trained on first: steps keep their order"
+    )
+
+    after = Flying(checkpoint_folder, 2)
+    after.rollouts.load_state_dict(state, 2)
+    assert [after.step(t) for t in (2, 3)] == [({2}, want[2]), ({1}, want[3])], "asked again, by the weights of then"
+
+
+def test_in_flight_looks_wait_until_nothing_is_under_way(checkpoint_folder):
+    flying = Flying(checkpoint_folder, 3)
+    flying.step(0)
+    looks = flying.rollouts.sample(CopyTask().prompts("val"), 1.0, ("held out", 1), 2)
+    assert {run for s in looks for run in s.runs} == {(1, 2)} and flying.rollouts.ahead.whole() == 3
+
+
+def test_in_flight_needs_something_to_be_under_way():
+    served = ["--rollout.engine", "vllm", "--rollout.vllm.mode", "server", "--rollout.async_steps", "2"]
+    cfg = config_file.load(None, [*served, "--rollout.in_flight", "true", "--rollout.recompute_kv", "true"])
+    assert cfg.rollout.in_flight and cfg.rollout.recompute_kv
+    with pytest.raises(UserError, match=r"in_flight .* needs async_steps above 0, got 0"):
+        config_file.load(None, ["--rollout.in_flight", "true"])
+    with pytest.raises(UserError, match=r"recompute_kv .* needs in_flight"):
+        config_file.load(None, [*served, "--rollout.recompute_kv", "true"])
 
 
 def test_rollouts_ahead_need_servers_and_know_a_bound():

@@ -59,8 +59,9 @@ class Rollouts:
     With `rollout.async_steps` = D they are drawn ahead in rounds, and weights go to the engine between two of these alone. A
     round begins when the rollouts that are there have been taken, at step t with the weights of t: those of the steps t + 1
     to t + D, all together, the first step's first. So none is trained on that is older than D steps, and which weights drew
-    what hangs on no clock. Whatever else is drawn (looks, evaluations, H*, utilities) waits for the round's end and is of
-    the present weights.
+    what hangs on no clock. With `rollout.in_flight` there are no rounds: weights go to the engine after every step, under
+    answers that go on with them, and at step t those of t + D begin. Whatever else is drawn (looks, evaluations, H*,
+    utilities) waits until nothing is drawn ahead any more and is of the present weights.
     """
 
     def __init__(
@@ -130,10 +131,12 @@ class Rollouts:
             return
         if self.ahead and self.ahead.queue[0].step <= step:
             self.ahead.queue.popleft()
-        if self.ahead or last <= step:
+        if not self.ahead:
+            self.catch_up()
+        elif not self.cfg.rollout.in_flight:
             return
-        self.catch_up()
-        for later in range(step + 1, last + 1):
+        begun = self.ahead.queue[-1].step if self.ahead else step
+        for later in range(begun + 1, last + 1):
             self._start(later)
 
     def _start(self, step: int) -> None:
@@ -199,16 +202,16 @@ class Rollouts:
 
     def sync(self, version: int) -> RolloutFailure | None:
         """A step has made the policy's weights those of `version`. They go to the rollout engine once nothing is drawn with the
-        old ones; in the midst of a round they do not.
+        old ones, in the midst of a round not at all, in flight at once.
 
         A failure is returned, not raised: the step is done by then, and its record is written first. So it is when a stop has
         broken off what was being drawn ahead; the loop asks for a stop itself.
         """
-        self.version = version
-        if self.ahead and len(self.ahead) > 1:
+        self.version, in_flight = version, self.cfg.rollout.in_flight
+        if self.ahead and len(self.ahead) > 1 and not in_flight:
             return None
         try:
-            if self.ahead:
+            if self.ahead and not in_flight:
                 with self.phases("rollout"), suppress(InterruptedError):
                     self._wait()
             with self.phases("sync"):
@@ -246,10 +249,14 @@ class Rollouts:
     # ---------------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the prompts stand, and what was drawn ahead on any rank. Every rank must call it."""
+        """Where the prompts stand, and what was drawn ahead on any rank. Every rank must call it.
+
+        In flight it waits for nothing: prompts that are not answered yet are asked again after a resume.
+        """
         if self.ahead is None:
             return {"prompt_position": self.stream.position, "ahead": []}
-        self.ahead.settle()
+        if not self.cfg.rollout.in_flight:
+            self.ahead.settle()
         count = min(self.world.together(self.ahead.whole))
         batches = list(self.ahead.queue)
         parts = self.world.together(lambda: [batch.state_dict() for batch in batches[:count]])
