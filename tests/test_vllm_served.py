@@ -70,7 +70,7 @@ def test_after_each_of_several_syncs_both_servers_draw_as_the_trainer(fleet):
         for m in engine.fleet:  # each of them alone as well
             group = group_requests(requests(3))[0]
             (want,) = TransformersEngine(model).generate(requests(3)[:1], GREEDY)
-            assert m.target.generate(group, GREEDY, version)[0].token_ids == want.token_ids
+            assert m.target.generate(group, GREEDY)[0].token_ids == want.token_ids
 
 
 def test_a_server_samples_as_the_engine_in_the_trainers_process_would(fleet):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import threading
 import time
@@ -68,7 +69,7 @@ class ServedEngine:
         self.wire = setup.wire()
         self.vocabulary = setup.model.config.get_text_config().vocab_size
         self.version: int | None = None
-        self.newest = 0  # version given, or being given
+        self.newest = 0 if setup.rank == 0 else math.inf  # version given, or being given, as far as it is known here
         self.changing = threading.RLock()  # held by the thread that starts servers or gives them weights
         self.copy = Copy() if setup.weights is None else None
         self.weight_sync = WeightSync(self.wire, setup.channel)
@@ -227,7 +228,7 @@ class ServedEngine:
         they are not all there.
         """
         with self.changing:
-            self.newest = version
+            self.newest = max(self.newest, version)
             named = self.copy.tee(named_tensors) if self.copy is not None else named_tensors
             try:
                 if self.setup.rank == 0:
@@ -303,7 +304,8 @@ class ServedEngine:
         draw = Draw(groups, deque(range(len(groups))))
         for _ in range(self.cfg.max_retries + 1):
             self._check_stop()
-            with self.changing:
+            # Other ranks wait for rank 0, which may need them for a sync, with no lock in their hands.
+            with self.changing if self.world.main else contextlib.nullcontext():
                 if not self._usable() or any(m.process is not None and m.trouble is not None for m in self.fleet):
                     self._rejoin()
             self._round(draw, sampling)
@@ -368,7 +370,7 @@ class ServedEngine:
             except IndexError:
                 return
             try:
-                draw.done[number] = self._checked(target.generate(draw.groups[number], sampling, version), version)
+                draw.done[number] = self._checked(target.generate(draw.groups[number], sampling), version)
             except EngineError as e:
                 draw.todo.append(number)
                 if member.target is target:  # else it has been started again meanwhile

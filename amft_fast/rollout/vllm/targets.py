@@ -224,6 +224,7 @@ class HttpTarget:
         self.call_timeout_s, self.generate_timeout_s = call_timeout_s, generate_timeout_s
         self.images = images  # whether the model takes any
         self.in_flight, self.recompute_kv = in_flight, recompute_kv
+        self._updates = 0  # how often it was given weights
         self.headers = {"Content-Type": "application/json"}
         if api_key:
             self.headers["Authorization"] = f"Bearer {api_key}"
@@ -284,8 +285,8 @@ class HttpTarget:
             connection.close()
         self._local.connection = None
 
-    def generate(self, group: RequestGroup, sampling: Sampling, version: int) -> list[Completion]:
-        """The samples of one group, each with the versions of the weights that drew it; `version`: those it is begun with."""
+    def generate(self, group: RequestGroup, sampling: Sampling) -> list[Completion]:
+        """The samples of one group, each with the versions of the weights that drew it."""
         if group.images:
             raise UserError(
                 "rollout.vllm.mode server draws text alone: its HTTP interface takes no images beside token ids; "
@@ -295,8 +296,7 @@ class HttpTarget:
             "model": self.model,
             "token_ids": list(group.prompt_ids),
             "sampling_params": sampling_settings(group, sampling) | {"detokenize": False},
-            # Keys and values of a prompt that comes again are those of the same weights.
-            "cache_salt": f"version {version}",
+            "cache_salt": f"weights {self._updates}",  # a prompt reads no keys and values of older ones
         }
         answer = self.request("POST", "/inference/v1/generate", body, self.generate_timeout_s)
         try:
@@ -377,9 +377,10 @@ class HttpTarget:
 
     def finish_weight_update(self, version: str | None) -> None:
         self.request("POST", "/finish_weight_update", {"weight_version": version})
+        self._updates += 1
 
     def reset_caches(self) -> None:
-        if self.in_flight:  # the pause has cleared them, or each version has its own
+        if self.in_flight:  # the pause has cleared them, or the salt sees to it
             return
         # Blocks are freed a moment after the last request has gone.
         for pause in (0, 0.02, 0.1, 0.5):
