@@ -152,9 +152,10 @@ FLIGHT = Sampling(1.0)  # nothing ends an answer before its length
 
 @pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "kept"])
 def test_answers_go_on_under_new_weights_and_say_which_drew_each_token(tmp_path, recompute):
-    """Eight answers of 200 tokens by a server, two syncs under them, the first of which breaks off and is made again."""
+    """Eight answers of 1,500 tokens by a server, two syncs under them, the first of which breaks off and is made again."""
     folder = make_checkpoint(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.config.max_position_embeddings = 2048  # the server is told
     models = {0: model, 1: copy.deepcopy(model), 2: copy.deepcopy(model)}
     for version in (1, 2):
         shake(models[version], version)
@@ -173,15 +174,15 @@ def test_answers_go_on_under_new_weights_and_say_which_drew_each_token(tmp_path,
     try:
         engine.sync(named(model), 0)
         box, prompt = [], (2, 5, 3)
-        asked = [Request(prompt, 1000, 200) for _ in range(8)]
+        asked = [Request(prompt, 1000, 1500) for _ in range(8)]
         thread = threading.Thread(target=lambda: box.append(engine.generate(asked, FLIGHT)))
         thread.start()
-        time.sleep(0.3)
+        time.sleep(0.5)
         sync = engine.weight_sync.send
 
         def broken(targets, tensors, version):
             engine.weight_sync.send = sync
-            next(iter(tensors))
+            list(tensors)  # read to their end, as a transfer does
             raise TransferError("broken off on purpose")
 
         engine.weight_sync.send = broken
@@ -193,7 +194,7 @@ def test_answers_go_on_under_new_weights_and_say_which_drew_each_token(tmp_path,
         spans = 0
         for c in box[0]:
             versions = [v for v, count in c.versions for _ in range(count)]
-            assert len(versions) == len(c.token_ids) == 200 and c.weight_version == versions[0] == 0
+            assert len(versions) == len(c.token_ids) == 1500 and c.weight_version == versions[0] == 0
             by = {v: scored(models[v], c, prompt) for v in set(versions)}
             for place, (version, logprob) in enumerate(zip(versions, c.logprobs)):
                 if recompute or version == 0:  # else keys and values before it are of other weights
