@@ -613,6 +613,9 @@ class ObjectiveConfig(Section):
     sequence_kl_max: float | None = Field(None, ge=0)
     """Leave out sequences of negative advantage on which the sampler's log-prob exceeds the policy's by more than this on the
     mean (DeepSeek-V3.2)."""
+    max_staleness: int | None = Field(None, ge=0)
+    """Steps of age from above which a token has no weight in the policy gradient (it counts in the denominator); below
+    rollout.async_steps. Default: all tokens that are drawn ahead have theirs."""
 
     @model_validator(mode="after")
     def _check(self) -> ObjectiveConfig:
@@ -910,9 +913,14 @@ class RolloutConfig(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
     """transformers: in-process, shares the trainer's weights; vllm: vLLM, with the weights sent to it in place."""
     vllm: VllmConfig = VllmConfig()
-    async_steps: int = Field(0, ge=0, le=1)
-    """0: exactly on-policy; 1: the next step's rollouts are drawn, with the weights of then, while a step trains (vllm, mode
-    server)."""
+    async_steps: int = Field(0, ge=0, le=8)
+    """0: exactly on-policy; above: rollouts of so many steps to come are drawn while a step trains, and none is trained on
+    that is older than so many steps (vllm, mode server)."""
+    in_flight: bool = False
+    """Give servers new weights in the midst of answers, which go on with them: nothing waits for what is drawn ahead, and
+    tokens of one answer are of several versions (async_steps above 0)."""
+    recompute_kv: bool = False
+    """In flight: whether keys and values of what was drawn before an update are computed anew with the new weights."""
     mismatch_warn: float = Field(0.05, gt=0)
     """Mean |log-prob difference| between rollout engine and trainer from which on a step warns."""
     num_generations: Rows = 8
@@ -945,11 +953,20 @@ class RolloutConfig(Section):
                 f"a truncated distribution, got {self.top_p}, {self.top_k} and {self.min_p}; use temperature"
             )
         if self.dynamic_sampling and self.async_steps:
-            raise ValueError("dynamic_sampling needs the rewards before it goes on, so async_steps must be 0, got 1")
+            raise ValueError(
+                "dynamic_sampling needs the rewards before it goes on, so async_steps must be 0, "
+                f"got {self.async_steps}"
+            )
+        if self.in_flight and not self.async_steps:
+            raise ValueError("in_flight changes weights under what is drawn ahead: it needs async_steps above 0, got 0")
+        if self.recompute_kv and not self.in_flight:
+            raise ValueError(
+                "recompute_kv says what in_flight does with answers that are under way: it needs in_flight"
+            )
         if self.async_steps and (self.engine, self.vllm.mode) != ("vllm", "server"):
             raise ValueError(
-                "async_steps 1 needs engine 'vllm' and vllm.mode 'server': any other engine works on the trainer's own device, "
-                f"got {self.engine!r} and {self.vllm.mode!r}"
+                f"async_steps {self.async_steps} needs engine 'vllm' and vllm.mode 'server': any other engine works on the "
+                f"trainer's own device, got {self.engine!r} and {self.vllm.mode!r}"
             )
         return self
 
@@ -1125,6 +1142,11 @@ class Config(Section):
         if o.loss == "dro" and self.off_policy and not o.ratio_penalty:
             raise ValueError(
                 "objective.loss dro needs objective.ratio_penalty above 0, which alone keeps the policy near, got 0"
+            )
+        if o.max_staleness is not None and o.max_staleness >= self.rollout.async_steps:
+            raise ValueError(
+                "objective.max_staleness must be below rollout.async_steps, or there is nothing to leave out, got "
+                f"{o.max_staleness} and {self.rollout.async_steps}"
             )
         if self.advantage.overlong_buffer >= self.rollout.max_new_tokens:
             raise ValueError(

@@ -150,6 +150,9 @@ class Turn:
 class Sample:
     """One response (all turns of it), exactly as the engine returned it; never re-tokenised.
 
+    `versions` says which weights drew the policy's tokens, in order, as runs (version, tokens); where there are none it was
+    `weight_version`, which is the oldest of them.
+
     `response_ids` holds everything after the prompt: the policy's tokens (`loss_mask` 1) and, between turns, the
     verifier's (`loss_mask` 0). `behavior_logprobs` are log-probs of the distribution sampled from, natural log, 0.0 where
     the mask is 0. With many ranks these and `prompt_ids` are arrays (rollouts.pack). `reward` is the sum over turns, and so
@@ -170,9 +173,15 @@ class Sample:
     reward: float = 0.0
     advantage: float | None = None  # mean over the policy's tokens, once the step has judged it
     entropy: float | None = 0.0
+    versions: list[tuple[int, int]] = field(default_factory=list)
     success: bool = False
     info: dict[str, Any] = field(default_factory=dict)
     text: str = ""
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """(version, tokens) of the weights that drew the policy's tokens, in order."""
+        return self.versions or [(self.weight_version, sum(self.loss_mask))]
 
     def lists(self) -> dict[str, list]:
         """Its tokens as JSON has them."""
@@ -192,13 +201,15 @@ class Request:
 @dataclass(frozen=True)
 class Completion:
     """What an engine returns for a `Request`: token ids (the stop token included) and their log-probs. `entropy`: of the
-    distributions that they were drawn from, in nats, summed; None where an engine does not tell."""
+    distributions that they were drawn from, in nats, summed; None where an engine does not tell. `versions`: runs (version,
+    tokens) of the weights that drew them, where those were changed in their midst; `weight_version` is the oldest then."""
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: str  # "stop" | "length"
     weight_version: int
     entropy: float | None = None
+    versions: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

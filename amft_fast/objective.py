@@ -52,8 +52,11 @@ def demo_sequence(
     return TokenSequence(ids, trained, images=images)
 
 
-def rollout_sequence(sample: Sample, temperature: float) -> TokenSequence:
-    """A rollout: the policy's own tokens are trained on, the prompt's and the verifier's are not."""
+def rollout_sequence(sample: Sample, temperature: float, oldest: int | None = None) -> TokenSequence:
+    """A rollout: the policy's own tokens are trained on, the prompt's and the verifier's are not.
+
+    Those that weights older than version `oldest` have drawn are 0 in the field `fresh`: the policy gradient leaves them out.
+    """
     ids = np.asarray(sample.prompt_ids + sample.response_ids, np.int64)
     trained = np.zeros(len(ids), bool)
     trained[len(sample.prompt_ids) :] = np.asarray(sample.loss_mask, bool)
@@ -62,9 +65,12 @@ def rollout_sequence(sample: Sample, temperature: float) -> TokenSequence:
     # Of what was drawn: as the engine tells, else −log p of the tokens drawn, which is right on average.
     count = max(int(trained.sum()), 1)
     drawn = -behavior if sample.entropy is None else np.full(len(ids), sample.entropy / count)
-    return TokenSequence(ids, trained, images=sample.images).with_fields(
-        behavior_logprobs=behavior, temperature=temperature, drawn_entropy=drawn
-    )
+    fields = {"behavior_logprobs": behavior, "temperature": temperature, "drawn_entropy": drawn}
+    if oldest is not None:
+        fields["fresh"] = np.ones(len(ids))
+        versions, counts = zip(*sample.runs)
+        fields["fresh"][np.flatnonzero(trained)] = np.repeat(versions, counts) >= oldest
+    return TokenSequence(ids, trained, images=sample.images).with_fields(**fields)
 
 
 def count_tokens(sft: list[TokenSequence], rl: list[TokenSequence]) -> Counts:
@@ -209,7 +215,8 @@ def weigh_rl(
 
     `weight` is 1 − μ, of L_RL as a whole. `counts` may be N_rl alone, with the denominator `token`. A sequence with a
     field `token_weight` or `shape_weight` is a demonstration among the rollouts: it enters as `weigh_sft` has it, by
-    the same denominator. `entropy_coef`: in place of the objective's.
+    the same denominator. `entropy_coef`: in place of the objective's. Tokens whose field `fresh` is 0 count in
+    the denominator and have no weight in the policy gradient.
     """
     counts = counts if isinstance(counts, Counts) else Counts(0, counts, len(sequences))
     coef = objective.entropy_coef if entropy_coef is None else entropy_coef
@@ -223,7 +230,7 @@ def weigh_rl(
         if is_demo(s):
             out.append(s.with_fields(**_imitated(s, r)))
             continue
-        weights = {"pg_weight": r, "entropy_weight": r * coef}
+        weights = {"pg_weight": r * s.fields.get("fresh", 1.0), "entropy_weight": r * coef}
         if value_coef:
             weights["value_weight"] = r * value_coef
         out.append(s.with_fields(**weights))

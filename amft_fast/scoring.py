@@ -62,14 +62,15 @@ class Scorer:
             scores.append(Scores(b.members, b.counts, o.logprobs, o.entropy, o.values))
         return world.gather([s.cpu() for s in scores if s.members]) if world.size > 1 else scores
 
-    def judge(self, samples: list[Sample], kind: str | None = None) -> list[TokenSequence]:
+    def judge(self, samples: list[Sample], kind: str | None = None, step: int = 0) -> list[TokenSequence]:
         """Rollouts as sequences with all that the loss reads: advantages, and old and reference log-probs where needed.
 
-        `kind`: of advantage, in place of the setting.
+        `kind`: of advantage, in place of the setting; `step`: the version of the present weights.
         """
         cfg = self.cfg
+        oldest = None if cfg.objective.max_staleness is None else step - cfg.objective.max_staleness
         advantage = cfg.advantage.model_copy(update={"kind": kind}) if kind else cfg.advantage
-        rl = [objective.rollout_sequence(s, cfg.rollout.temperature) for s in samples]
+        rl = [objective.rollout_sequence(s, cfg.rollout.temperature, oldest) for s in samples]
         if not rl:
             return rl
         gae = cfg.advantage.kind == "gae"

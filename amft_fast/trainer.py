@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
@@ -107,8 +107,17 @@ class Trainer:
         tools = mixtures.Tools(DemoOfPrompt(parts.task, self._encoded), self.scorer.tokens)
         self.plain, self.mixture = mixtures.Mixture(cfg, tools), mixtures.make(cfg, tools)
         self._check_needs(parts.task)
-        self.rollouts = Rollouts(cfg, parts.rollout_engine, parts.task, parts.encoder, parts.engine.world, parts.phases)
-        self.rollouts.generations, self.rollouts.hint = self.mixture.generations, self.mixture.hint
+        self.rollouts = Rollouts(
+            cfg,
+            parts.rollout_engine,
+            parts.task,
+            parts.encoder,
+            parts.engine.world,
+            parts.phases,
+            parts.engine.named_full_params,
+        )
+        self.rollouts.generations = self.mixture.generations
+        self.rollouts.hints = lambda: copy(self.mixture).hint  # threads read no progress that the next step changes
         self.held_out = self._validation_prompts(parts.task, cfg.controller.look_prompts) if cfg.in_blocks else []
         self.kept: Any = None  # weights and moments that a block may be taken back to
         self.updates = 1  # of a step that imitates
@@ -206,14 +215,14 @@ class Trainer:
         lr = self.learning_rate(t, mu)
         mixture = self.plain if t < 0 else self.mixture
         mixture.progress = max(self.clock, 0) / cfg.steps
-        drawn = self.rollouts.draw(self.step) if mu < 1 else Drawn([], {})
+        drawn = self.rollouts.draw(self.step) if mu < 1 else self.rollouts.draw_none()
         fresh = self.controller.starts_window(t)
         u = self.draw_utility() if fresh else self.utility
-        self.rollouts.draw_ahead(self.next_step(mu))
+        self.rollouts.draw_ahead(self.step, self.last_ahead(mu))
         updates = self.updates if mu == 1 and t >= 0 else 1  # a step has the compute of one that explores
         sft = self.demos.take(cfg.demos_per_step * updates) if mu > 0 and mixture.streams else []
         with self.phases("advantage"):
-            groups = groups_of(drawn.samples, self.scorer.judge(drawn.samples, mixture.kind))
+            groups = groups_of(drawn.samples, self.scorer.judge(drawn.samples, mixture.kind, self.step))
             m = updates if updates > 1 else cfg.minibatches_per_rollout
             mixes = [mixture.mix(_share(sft, k, m), _share(groups, k, m), mu) for k in range(m)] + mixture.extra()
             sft, rl = ([s for mix in mixes for s in mix[part]] for part in (0, 1))
@@ -229,8 +238,7 @@ class Trainer:
                 done.append(self.update(mix, probe, k))
         mu = fmean(mix.mu for mix in mixes)
         self.step += 1
-        with self.phases("sync"):
-            failure = self.rollouts.sync(self.engine.named_full_params(), self.step)
+        failure = self.rollouts.sync(self.step)
 
         measured = read_updates(done, self.engine, self.cfg.objective.kl_coef > 0, self.policy.value_head is not None)
         figures = measured.record | scored | looked.figures
@@ -269,7 +277,7 @@ class Trainer:
             yield
         except (InterruptedError, RolloutFailure):
             for place, position in zip(places, positions):
-                place.position = position
+                place.position = min(position, place.position)  # before: what was drawn ahead has been given up
             for part, state in states:
                 part.load_state_dict(state)
             torch.set_rng_state(rng)
@@ -321,9 +329,7 @@ class Trainer:
                 self.kept = self.engine.snapshot()
             elif verdict == "back":
                 self.engine.restore(self.kept)
-                failure = self.rollouts.sync(self.engine.named_full_params(), self.step)
-                if failure is not None:
-                    raise failure
+                self.rollouts.replace()
         return verdict, figures
 
     def updates_of_a_step(self, samples: list[Sample]) -> int:
@@ -438,19 +444,23 @@ class Trainer:
         }[cfg.lr_schedule]
         return peak * ramp * shape
 
-    def next_step(self, mu: float) -> int | None:
-        """The step whose rollouts may be drawn while this one trains; None where none will be needed.
+    def last_ahead(self, mu: float) -> int:
+        """The last step whose rollouts may be drawn while this one trains; this one where none will be needed.
 
-        A token budget may run past `train.steps`. Whether this step is the last is not known before it has been counted, so the
-        last rollouts drawn ahead may go unused.
+        A token budget may run past `train.steps`. Whether this step is the last is not known before it has been counted,
+        so what was drawn ahead last may go unused.
         """
-        over = self.cfg.train.token_budget is None and self.step + 1 >= self.total
-        return None if over or mu == 1 else self.step + 1
+        if mu == 1:
+            return self.step
+        last = self.step + self.cfg.rollout.async_steps
+        return last if self.cfg.train.token_budget is not None else min(last, self.total - 1)
 
     @staticmethod
     def count_tokens(sft: list[TokenSequence], rl: list[TokenSequence], drawn: Drawn) -> dict[str, int]:
-        """Tokens of a step: sampled (what dynamic sampling threw away included), and trained on, prompts included."""
-        sampled = sum(sum(s.loss_mask) for s in drawn.samples) + int(drawn.figures.get("dynamic/tokens", 0))
+        """Tokens of a step: sampled (what dynamic sampling threw away and what was drawn ahead in vain included), and
+        trained on, prompts included."""
+        in_vain = sum(drawn.figures.get(name, 0) for name in ("dynamic/tokens", "dropped_tokens"))
+        sampled = sum(sum(s.loss_mask) for s in drawn.samples) + int(in_vain)
         return {"tokens_sampled": sampled, "tokens_trained": sum(len(s.ids) for s in sft + rl)}
 
     def after_warmup(self) -> None:
@@ -510,7 +520,6 @@ class Trainer:
             self.kept = self.engine.snapshot()
         self.engine.load_state_dict(tensors)
         self.scorer.load_tensors(tensors)
-        self.rollouts.load_state_dict(state)
         self.demos.stream.load_state_dict(state["demo_position"])
         self.controller.load_state_dict(state["controller"])
         if self.utility_gradient is not None:
@@ -521,7 +530,7 @@ class Trainer:
         self.policy.routing.load_state_dict(state.get("router_load"), self.engine.device)
         self.looked, self.updates = Looked(*state.get("looked", ({}, 0))), state.get("updates", 1)
         self.warmup_tokens, self.tokens, self.mus = state["warmup_tokens"], state["tokens"], state["mus"]
-        self.rollouts.engine.sync(self.engine.named_full_params(), self.step)
+        self.rollouts.load_state_dict(state, self.step)
 
 
 def _share(things: list[T], k: int, m: int) -> list[T]:

@@ -30,7 +30,7 @@ if ((${#servers[@]})); then
     "${VLLM_PYTHON:-$python}" -m amft_fast.rollout.vllm.server 0 --model "$VLLM_MODEL" --host 0.0.0.0 \
     --middleware amft_fast.rollout.vllm.server.KeyGuard --load-format dummy --logprobs-mode processed_logprobs \
     --generation-config vllm --weight-transfer-config '{"backend": "nccl"}' --hf-overrides '{"tie_word_embeddings": false}' \
-    --worker-extension-cls amft_fast.rollout.vllm.worker.Extension &
+    --worker-extension-cls amft_fast.rollout.vllm.worker.Extension --enable-scale-out &
   urls=$(for host in "${servers[@]}"; do for ((i = 0; i < SLURM_NTASKS_PER_NODE; i++)); do echo "\"http://$host:$((8000 + i))\""; done; done)
   for url in $urls; do
     for ((try = 0; try < 120; try++)); do

@@ -53,9 +53,11 @@ def test_the_warm_up_is_a_stage_of_its_own():
 
 
 def test_rollouts_ahead_go_on_past_the_steps_where_tokens_are_what_ends_a_run():
-    assert Trainer.next_step(at(8), 0.5) == 9 and Trainer.next_step(at(9), 0.5) is None
-    assert Trainer.next_step(at(30, "--train.token_budget", "1000", tokens=10), 0.5) == 31
-    assert Trainer.next_step(at(3), 1.0) is None, "a step that only imitates draws none"
+    ahead = ("--rollout.async_steps", "3", "--rollout.engine", "vllm", "--rollout.vllm.mode", "server")
+    last = [Trainer.last_ahead(at(step, *ahead), 0.5) for step in (5, 6, 7, 8, 9)]
+    assert last == [8, 9, 9, 9, 9]
+    assert Trainer.last_ahead(at(30, *ahead, "--train.token_budget", "1000", tokens=10), 0.5) == 33
+    assert Trainer.last_ahead(at(3, *ahead), 1.0) == 3, "a step that only imitates draws none"
 
 
 def test_a_prompt_that_comes_twice_draws_other_samples_the_second_time(tmp_path):

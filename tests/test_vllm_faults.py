@@ -1,5 +1,6 @@
 """Servers that die, hang, lie and come back, without vLLM: real processes, real HTTP, real gloo, a stand-in for the model."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -91,7 +92,7 @@ def make(model, tmp_path, monkeypatch):
     monkeypatch.setattr(vllm_fleet, "ServerProcess", FakeProcess)
     made, said = [], []
 
-    def make(servers=2, weights=True, **settings):
+    def make(servers=2, weights=True, in_flight=False, recompute_kv=False, **settings):
         cfg = {
             "mode": "server", "num_servers": servers, "bucket_bytes": 2048, "call_timeout_s": 4.0, "generate_timeout_s": 30.0,
             "health_every_s": 0.2, "health_timeout_s": 1.0, "start_timeout_s": 60.0, **settings,
@@ -105,6 +106,8 @@ def make(model, tmp_path, monkeypatch):
             tmp_path,
             weights=source,
             say=lambda s: said.append(s),
+            in_flight=in_flight,
+            recompute_kv=recompute_kv,
         )
         engine = vllm.make(setup)
         made.append(engine)
@@ -180,7 +183,7 @@ def test_a_hung_server_is_found_by_its_health_and_replaced(make, model):
     assert engine.fleet[0].restarts == 1 and engine.health() == "ok"
 
 
-@pytest.mark.parametrize("kind", ["token", "logprob", "count", "shape", "json"])
+@pytest.mark.parametrize("kind", ["token", "logprob", "count", "shape", "label", "json"])
 def test_garbage_is_not_taken_and_its_server_is_replaced(make, model, kind):
     engine = make(servers=1)
     fault(engine, 0, garbage=kind)
@@ -192,6 +195,7 @@ def test_a_server_with_other_weights_than_it_was_given_draws_nothing_that_counts
     engine = make()
     engine.fleet[0].target.request("POST", "/start_weight_update")
     engine.fleet[0].target.request("POST", "/finish_weight_update", {"weight_version": "41"})
+    check(engine, model, 0)  # the other one draws what it was asked for
     check(engine, model, 0)
     assert engine.fleet[0].restarts == 1 and "weights of version 41 instead of 0" in " ".join(engine.said)
 
@@ -261,6 +265,80 @@ def test_a_found_server_that_dies_is_left_out_and_taken_back_when_it_is_there_ag
     check(engine, model, 2)
     for p in own:
         p.stop()
+
+
+# -------------------------------------------------------------------------------------------------------- in flight
+
+
+def drawn_under(engine, asked, *syncs):
+    """What is drawn while other threads give the weights of `syncs`, each 1.5 s after the one before."""
+    box = []
+    thread = threading.Thread(target=lambda: box.append(engine.generate(asked, SAMPLING)))
+    thread.start()
+    for sync in syncs:
+        time.sleep(1.5)
+        assert thread.is_alive(), "nothing waits for the answers"
+        sync()
+    thread.join()
+    return box[0]
+
+
+def changed(model):
+    """The same model with other weights."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.125)
+    return other
+
+
+def check_spans(got, asked, by_version):
+    """Each token is the one that the weights of its version draw, whatever drew those before it."""
+    whole = {version: expected(model, asked) for version, model in by_version.items()}
+    for i, c in enumerate(got):
+        versions = [v for v, count in c.versions for _ in range(count)]
+        assert c.token_ids == [whole[v][i][place] for place, v in enumerate(versions)]
+        assert c.weight_version == versions[0] and len(c.logprobs) == len(versions)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_weights_that_change_in_the_midst_of_answers(make, model, recompute):
+    """Six groups of three over two servers, five tokens each: all under way when the weights come, and again."""
+    engine = make(in_flight=True, recompute_kv=recompute)
+    for number in (0, 1):
+        fault(engine, number, slow=5.0)
+    models = {0: model, 1: changed(model), 2: changed(changed(model))}
+    asked = requests()
+    syncs = [lambda v=v: engine.sync(named(models[v]), v) for v in (1, 2)]
+    got = drawn_under(engine, asked, *syncs)
+    check_spans(got, asked, models)
+    assert all(len(c.versions) == 3 for c in got), "each answer carries all three"
+    assert engine.health() == "ok" and [m.restarts for m in engine.fleet] == [0, 0]
+    how = engine.fleet[0].target.request("GET", "/paused")["paused"]
+    assert set(how) == {f"mode=keep&clear_cache={str(recompute).lower()}"}
+    assert {c.versions for c in engine.generate(asked, SAMPLING)} == {((2, 5),)}
+
+
+def test_a_server_that_dies_in_an_update_in_flight_loses_no_answer(make, model):
+    """Its answers are drawn again, by the weights of then; those of the other one wait for whole weights and go on."""
+    engine = make(in_flight=True, weights=False)
+    for number in (0, 1):
+        fault(engine, number, slow=5.0, **({"die_at_bucket": 2} if number else {}))
+    models, asked = {0: model, 1: changed(model)}, requests()
+    got = drawn_under(engine, asked, lambda: engine.sync(named(models[1]), 1))
+    check_spans(got, asked, models)
+    assert {len(c.versions) for c in got} == {1, 2}, "those of the server that stayed span two versions"
+    assert [m.restarts for m in engine.fleet] == [0, 1] and engine.health() == "ok"
+
+
+def test_an_update_that_is_not_whole_leaves_nothing_to_answer_with(make, model):
+    engine = make(in_flight=True)
+    with pytest.raises(UserError, match="tensors are missing"):
+        engine.sync(list(named(model))[:-1], 1)
+    with pytest.raises(RolloutFailure, match="no vLLM server has a whole set of weights"):
+        engine.generate(requests(), SAMPLING)
+    engine.sync(named(model), 2)
+    check(engine, model, 2)
 
 
 def test_asked_to_stop_while_sampling(make, model):

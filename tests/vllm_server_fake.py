@@ -2,8 +2,8 @@
 
 `python vllm_server_fake.py` reads lines "PORT VOCABULARY" and forks a server for each, whose process id it prints: torch is
 imported once. A server speaks the routes that `HttpTarget` uses, receives weights over a real gloo group, and answers with
-tokens that are a hash of (prompt, seed, sample, weights), so that a test can tell which weights drew a sample.
-`POST /fault {...}` makes it misbehave.
+tokens that are a hash of (prompt, seed, sample, weights), so that a test can tell which weights drew a token. A pause holds
+what is drawn, token by token. `POST /fault {...}` makes it misbehave, `GET /paused` tells how it was paused.
 """
 
 import hashlib
@@ -33,6 +33,8 @@ class Server:
     def __init__(self, vocabulary):
         self.vocabulary, self.fault, self.served, self.worker = vocabulary, {}, 0, threading.Lock()
         self.tensors, self.version, self.group, self.info, self.active = {}, "default", None, None, False
+        self.running, self.stepping, self.pauses = threading.Event(), threading.Lock(), []
+        self.running.set()
 
     @property
     def weights(self):
@@ -41,20 +43,31 @@ class Server:
 
     def complete(self, body):
         self.served += 1
-        time.sleep(self.fault.get("slow", 0))
+        asked, count = body["sampling_params"], max(1, min(body["sampling_params"]["max_tokens"], 32))
+        ids, labels = [[] for _ in range(asked["n"])], []
+        while len(labels) < count:
+            time.sleep(self.fault.get("slow", 0) / count)
+            self.running.wait()
+            with self.stepping:
+                if self.running.is_set():
+                    prompt, weights = body["token_ids"], self.weights
+                    for i, own in enumerate(ids):
+                        own.append(tokens(prompt, asked["seed"], i, weights, count, self.vocabulary)[len(own)])
+                    labels.append(self.version)
         if self.served > self.fault.get("die_after", 1 << 30):
             os._exit(3)
-        n = body["n"]
-        choices = [
-            {"index": i, "token_ids": ids, "logprobs": {"token_logprobs": [-0.5] * len(ids)}, "finish_reason": "length"}
-            for i in range(n)
-            for ids in [tokens(body["prompt"], body["seed"], i, self.weights, body["max_tokens"], self.vocabulary)]
-        ]
+        starts = [i for i in range(count) if i == 0 or labels[i] != labels[i - 1]]
+        spans = [{"version": labels[a], "start": a, "end": b} for a, b in zip(starts, [*starts[1:], count])]
+        logprobs = {"content": [{"logprob": -0.5}] * count}
+        common = {"finish_reason": "length", "weight_versions": spans}
+        choices = [{"index": i, "token_ids": own, "logprobs": logprobs, **common} for i, own in enumerate(ids)]
         kind = self.fault.get("garbage")
         if kind == "token":
             choices[-1]["token_ids"][0] = 10**6
         elif kind == "logprob":
-            choices[-1]["logprobs"]["token_logprobs"][0] = None
+            choices[-1]["logprobs"] = {"content": [{"logprob": None}] * count}
+        elif kind == "label":
+            choices[-1]["weight_versions"] = [{"version": "0", "start": 0, "end": count + 1}]
         elif kind == "count":
             choices.pop()
         elif kind == "shape":
@@ -80,8 +93,18 @@ class Server:
             raise
 
     def handle(self, path, body):
-        path = path.partition("?")[0]
-        if path == "/v1/completions":
+        path, _, query = path.partition("?")
+        if path == "/pause":
+            self.pauses.append(query)
+            with self.stepping:
+                self.running.clear()
+            return {}
+        if path == "/resume":
+            self.running.set()
+            return {}
+        if path == "/paused":
+            return {"paused": self.pauses}
+        if path == "/inference/v1/generate":
             return self.complete(body)
         if path == "/v1/models":
             return {"data": [{"id": "fake", "max_model_len": 256}]}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 from amft_fast.data.stream import sample_seed
@@ -41,6 +42,7 @@ def run(
     only: range | None = None,
     hint: Callable[[Item, int], Sequence[int]] | None = None,
     on_answer: Callable[[], object] = lambda: None,
+    judging: AbstractContextManager | None = None,
 ) -> list[Sample]:
     """`num_generations` samples of every item, in the order of the items, judged.
 
@@ -48,7 +50,9 @@ def run(
     one item share a `group_id`, counted from `first_group`.
     `hint`: token ids that an item's sample with this number begins with; the task judges them with what the policy adds.
     `only`: draw these of the `len(items) * num_generations` samples, and no others. `on_answer` is called as each is complete.
+    `judging` is entered wherever the task is asked: a lock, where several threads ask it.
     """
+    judging = judging or nullcontext()
     samples, episodes, numbers = [], [], []
     before: Counter[str] = (
         Counter()
@@ -59,7 +63,8 @@ def run(
         for number in range(num_generations):
             if only is not None and g * num_generations + number not in only:
                 continue
-            episode = task.start(item)
+            with judging:
+                episode = task.start(item)
             prompt = prompt or prompt_that_fits(encoder, episode.messages, item.id)
             images = tuple(image for m in episode.messages for image in m.images)
             sample = Sample(prompt, [], [], [], 0, "stop", item.id, first_group + g, images=images)
@@ -78,7 +83,9 @@ def run(
     def reply(i: int, completion: Completion) -> Request | None:
         text = encoder.decode([_turn_ids(samples[i], completion)])[0]
         last = len(samples[i].turns) + 1 == task.max_turns
-        if _take_turn(samples[i], episodes[i].step(text), completion, text, encoder, last):
+        with judging:
+            result = episodes[i].step(text)
+        if _take_turn(samples[i], result, completion, text, encoder, last):
             return request(i)
         on_answer()
         return None
@@ -88,7 +95,9 @@ def run(
     if task.max_turns == 1 and hasattr(task, "step_all"):
         completions = _all_completed(converse, requests, sampling, on_answer)
         texts = encoder.decode([_turn_ids(s, c) for s, c in zip(samples, completions)])
-        for given in zip(samples, task.step_all(episodes, texts), completions, texts, strict=True):
+        with judging:
+            results = task.step_all(episodes, texts)
+        for given in zip(samples, results, completions, texts, strict=True):
             _take_turn(*given, encoder, last=True)
         return samples
     converse(requests, sampling, reply)
@@ -133,6 +142,15 @@ def turn_by_turn(
         going = [(i, request) for i, request in replies if request is not None]
 
 
+def _note_versions(sample: Sample, completion: Completion) -> None:
+    """Which weights drew the tokens of this completion."""
+    for version, count in completion.versions or ((completion.weight_version, len(completion.token_ids)),):
+        if sample.versions and sample.versions[-1][0] == version:
+            count += sample.versions.pop()[1]
+        sample.versions.append((version, count))
+    sample.weight_version = min(version for version, _ in sample.versions)
+
+
 def _take_turn(sample: Sample, result: StepResult, completion, text: str, encoder: Encoder, last: bool) -> bool:
     """Appends one completion to its sample, with what the task answered; True when the policy is to go on."""
     n = len(completion.token_ids)
@@ -141,7 +159,8 @@ def _take_turn(sample: Sample, result: StepResult, completion, text: str, encode
     sample.behavior_logprobs += completion.logprobs
     known = sample.entropy is not None and completion.entropy is not None
     sample.entropy = sample.entropy + completion.entropy if known else None
-    sample.finish_reason, sample.weight_version = completion.finish_reason, completion.weight_version
+    sample.finish_reason = completion.finish_reason
+    _note_versions(sample, completion)
     sample.text += text
     if "success" not in result.info:
         raise UserError(f"task: an episode of {sample.prompt_id} returned no 'success' in its info")

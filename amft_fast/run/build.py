@@ -165,6 +165,8 @@ def make_rollouts(
         weights=engine.named_full_params if alone else None,
         rank=engine.rank,
         world_size=engine.world_size,
+        in_flight=cfg.rollout.in_flight,
+        recompute_kv=cfg.rollout.recompute_kv,
     )
     rollouts = vllm.make(setup)
     rollouts.sync(engine.named_full_params(), 0)

@@ -7,6 +7,23 @@ from typing import Any
 from amft_fast.interfaces import Sample
 
 
+def staleness_figures(samples: list[Sample], step: int, max_staleness: int | None = None) -> dict[str, float]:
+    """How many steps older than the present weights those were that drew the tokens of a step, on the mean over tokens and at
+    most; which share of the answers several versions have drawn, and which of the tokens is over `max_staleness`."""
+    if not samples:
+        return {}
+    runs = [(step - version, count) for s in samples for version, count in s.runs]
+    tokens = max(sum(count for _, count in runs), 1)
+    figures = {
+        "staleness_mean": sum(age * count for age, count in runs) / tokens,
+        "staleness_max": max(age for age, _ in runs),
+        "spanning": sum(len(s.runs) > 1 for s in samples) / len(samples),
+    }
+    if max_staleness is not None:
+        figures["too_old"] = sum(count for age, count in runs if age > max_staleness) / tokens
+    return figures
+
+
 def rollout_figures(samples: list[Sample]) -> dict[str, Any]:
     """Reward, success, lengths, how informative the groups were, and the means of what the task reports in its info."""
     if not samples:

@@ -139,6 +139,7 @@ class Loop:
         trainer, files, evaluator = self.trainer, self.files, self.evaluator
         answers, begin = evaluator.answers(evaluator.whole(trainer) is not None), time.perf_counter()
         mine = answers / self.world.size
+        trainer.rollouts.catch_up()
         with self.phases("eval"), files.progress.phase(f"evaluating at {trainer.step}", mine, "answers") as phase:
             result, whole, kept = evaluator.evaluate(trainer, phase.advance)
         files.progress.evaluated(answers, time.perf_counter() - begin)

@@ -10,7 +10,7 @@ from amft_fast.controller import Controller, MetaController
 from amft_fast.engine.phases import PHASES
 from amft_fast.run import answers
 from amft_fast.run.alarms import Alarms
-from amft_fast.run.figures import rollout_figures
+from amft_fast.run.figures import rollout_figures, staleness_figures
 from amft_fast.run.writers import RunFiles
 from amft_fast.trainer import Parts, Step, Trainer
 
@@ -55,8 +55,8 @@ class Recorder:
         samples = step.drawn.samples
         record = {"step": step.number, "phase": "warmup" if step.warmup else "train", "mu": step.mu, "lr": step.lr}
         record |= step.figures | rollout_figures(samples) | step.drawn.figures
-        if samples and self.cfg.rollout.async_steps:
-            record["staleness"] = sum(step.number - s.weight_version for s in samples) / len(samples)
+        if self.cfg.rollout.async_steps:
+            record |= staleness_figures(samples, step.number, self.cfg.objective.max_staleness)
         record |= {"entropy_target": entropy_target, "tokens": step.tokens, "tokens_per_s": step.tokens / step.seconds}
         times = {k: v for k, v in self.phases.read().items() if k in PHASES}
         record |= {"seconds": step.seconds, **{f"time/{k}": v for k, v in times.items()}}

@@ -1,14 +1,17 @@
 """vLLM servers as the rollout engine: one or several, started here or found by URL, any of which may die, hang or lie.
 
-A prompt's samples depend on its seed alone, so a group that failed is asked for again, of any server, and gives the same
-samples: nothing is lost and nothing counted twice. A server that failed is started again and given the weights of the present
-version before it answers; one that cannot be is left out until the next sync. When none is left, `RolloutFailure` ends the run.
+A prompt's samples depend on its seed and the weights alone, so a group that failed is asked for again, of any server, and
+gives the same samples: nothing is lost and nothing counted twice. Each answer names the weights that drew it, and does not
+count unless they are those that it was asked of, or in flight later ones. A server that failed is started again and given the
+weights of the present version before it answers; one that cannot be is left out until the next sync. When none is left,
+`RolloutFailure` ends the run.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import threading
 import time
@@ -32,12 +35,13 @@ THREADS_PER_SERVER = 64  # groups asked of one server at a time
 
 @dataclass
 class Member:
-    """One server of the fleet. `trouble` says why it may not be asked; None: it has the present weights."""
+    """One server of the fleet. `trouble` says why it may not be asked, `ready` that it has been given weights."""
 
     number: int
     process: ServerProcess | None
     target: HttpTarget | None = None
     trouble: str | None = "has not been started"
+    ready: bool = False
     torn: bool = False  # a transfer broke off in it
     restarts: int = 0
 
@@ -52,7 +56,7 @@ class Draw:
 
     groups: list[RequestGroup]
     todo: deque[int]
-    done: dict[int, tuple[Member, list[Completion]]] = field(default_factory=dict)
+    done: dict[int, list[Completion]] = field(default_factory=dict)
     fatal: Exception | None = None
     over: bool = False
 
@@ -65,11 +69,14 @@ class ServedEngine:
         self.wire = setup.wire()
         self.vocabulary = setup.model.config.get_text_config().vocab_size
         self.version: int | None = None
+        self.newest = 0 if setup.rank == 0 else math.inf  # version given, or being given, as far as it is known here
+        self.changing = threading.RLock()  # held by the thread that starts servers or gives them weights
         self.copy = Copy() if setup.weights is None else None
         self.weight_sync = WeightSync(self.wire, setup.channel)
         self.key = self._key()
         self.world = World(setup.rank, setup.world_size)
         self.fleet: list[Member] = []
+        self.closed = False
         atexit.register(self.close)
         own = not self.cfg.urls and self.world.main
         if own:
@@ -100,7 +107,7 @@ class ServedEngine:
 
     def _planned(self) -> list[Member]:
         settings = self.setup.engine_settings(self.wire)
-        settings["disable_uvicorn_access_log"] = True
+        settings |= {"disable_uvicorn_access_log": True, "enable_scale_out": True}  # the latter: tokens in, tokens out
         return [
             Member(
                 i,
@@ -138,7 +145,8 @@ class ServedEngine:
 
     def _target(self, url: str, key: str | None) -> HttpTarget:
         images = hasattr(self.setup.model.config, "vision_config")
-        return HttpTarget(url, key, self.cfg.call_timeout_s, self.cfg.generate_timeout_s, images)
+        flight = self.setup.in_flight, self.setup.recompute_kv
+        return HttpTarget(url, key, self.cfg.call_timeout_s, self.cfg.generate_timeout_s, images, *flight)
 
     def _greet(self, member: Member) -> bool:
         """Asks a server that answers what it is; afterwards it waits for weights. False when it does not answer yet."""
@@ -158,6 +166,7 @@ class ServedEngine:
         """Starts servers side by side; those that do not come up in time have `trouble` afterwards."""
         waiting = list(members)
         for m in waiting:
+            m.ready = False
             m.process.start()
             m.target, m.torn, m.trouble = self._target(m.process.url, m.process.api_key), False, "does not answer yet"
         deadline = time.monotonic() + self.cfg.start_timeout_s
@@ -175,12 +184,15 @@ class ServedEngine:
             m.process.stop()
 
     def _check_stop(self) -> None:
-        # Rollouts drawn ahead are finished, for the weights that they belong to will be gone; the loop stops after the step.
-        if threading.current_thread() is threading.main_thread() and self.setup.should_stop():
+        """Raises InterruptedError, also in a thread that draws ahead, when a stop is asked for or the engine is closed."""
+        if self.closed or self.setup.should_stop():
             raise InterruptedError("stopped while sampling")
 
-    def _usable(self) -> list[Member]:
+    def _up(self) -> list[Member]:
         return [m for m in self.fleet if m.trouble is None]
+
+    def _usable(self) -> list[Member]:
+        return [m for m in self._up() if m.ready]
 
     def _revive(self) -> list[Member]:
         """Brings back what can be: own servers are started again, found ones asked again. Returns those that came back, none
@@ -194,32 +206,43 @@ class ServedEngine:
                 m.restarts += 1
                 again.append(m)
         self._start(again)
-        found = [m for m in self.fleet if m.process is None and m.trouble is not None and self._greet(m)]
+        found = self._found_again()
+        return [m for m in again if m.trouble is None] + found
+
+    def _found_again(self) -> list[Member]:
+        """Servers found by URL that were left out and answer again."""
+        found = [m for m in self.fleet if m.process is None and m.trouble is not None]
+        for m in found:
+            m.ready = False
+        found = [m for m in found if self._greet(m)]
         for m in found:
             m.torn = True
-        return [m for m in again if m.trouble is None] + found
+        return found
 
     # ----------------------------------------------------------------------------------------------------- weights
 
     def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """New weights to all servers, in place; dead ones are started again. Rank 0 sends, the others only help to gather.
 
-        Raises RolloutFailure when after the retries no server has them, UserError when they are not all there.
+        In flight other threads may be drawing. Raises RolloutFailure when after the retries no server has them, UserError when
+        they are not all there.
         """
-        self.version = None
-        named = self.copy.tee(named_tensors) if self.copy is not None else named_tensors
-        if self.setup.rank != 0:
-            for _ in named:
-                pass
-            for m in self.fleet:  # one that rank 0 had to leave out is found out by its version
-                m.trouble = None
+        with self.changing:
+            self.newest = max(self.newest, version)
+            named = self.copy.tee(named_tensors) if self.copy is not None else named_tensors
+            try:
+                if self.setup.rank == 0:
+                    self._found_again()
+                    self._send(self._up(), named, version)
+                else:
+                    for _ in named:
+                        pass
+                    for m in self.fleet:  # one that rank 0 had to leave out is found out by its version
+                        m.trouble, m.ready = None, True
+            except BaseException:
+                self.version = None
+                raise
             self.version = version
-            return
-        for m in self.fleet:
-            if m.process is None and m.trouble is not None and self._greet(m):  # found again
-                m.torn = True
-        self._send(self._usable(), named, version)
-        self.version = version
 
     def _present(self) -> Callable[[], Iterable[tuple[str, torch.Tensor]]]:
         return self.copy if self.copy is not None else self.setup.weights
@@ -229,7 +252,7 @@ class ServedEngine:
         for attempt in range(self.cfg.max_retries + 1):
             if attempt:
                 self._after_failure(members)
-                members = self._usable()
+                members = self._up()
                 named = self._present()()
             if not members:
                 members = self._revive()
@@ -239,6 +262,8 @@ class ServedEngine:
             members = [m for m in members if m.trouble is None]
             try:
                 self.weight_sync.send([m.target for m in members], named, version)
+                for m in members:
+                    m.ready = True
                 return
             except IncompleteError as e:
                 for m in members:
@@ -263,6 +288,7 @@ class ServedEngine:
         for m in members:
             if m.torn:
                 try:
+                    m.target.pause()  # what is under way waits for whole weights
                     clear_update(m.target)
                     m.torn = False
                 except (EngineError, UserError) as e:
@@ -278,8 +304,10 @@ class ServedEngine:
         draw = Draw(groups, deque(range(len(groups))))
         for _ in range(self.cfg.max_retries + 1):
             self._check_stop()
-            if not self._usable() or any(m.process is not None and m.trouble is not None for m in self.fleet):
-                self._rejoin()
+            # Other ranks wait for rank 0, which may need them for a sync, with no lock in their hands.
+            with self.changing if self.world.main else contextlib.nullcontext():
+                if not self._usable() or any(m.process is not None and m.trouble is not None for m in self.fleet):
+                    self._rejoin()
             self._round(draw, sampling)
             if not draw.todo:
                 break
@@ -288,7 +316,7 @@ class ServedEngine:
                 f"{len(draw.todo)} prompts could not be drawn in {self.cfg.max_retries + 1} rounds: {self._troubles()}"
             )
         out: list[Completion | None] = [None] * len(requests)
-        for g, (_, samples) in draw.done.items():
+        for g, samples in draw.done.items():
             for i, completion in zip(groups[g].members, samples, strict=True):
                 out[i] = completion
         return out
@@ -308,8 +336,7 @@ class ServedEngine:
         while not self._usable() and time.monotonic() < deadline:
             self._check_stop()
             for m in self.fleet:
-                if self._greet(m):
-                    self._check_version(m)
+                m.ready = self._greet(m) and self._has_present(m)
             time.sleep(0.2)
 
     def _round(self, draw: Draw, sampling: Sampling) -> None:
@@ -331,20 +358,23 @@ class ServedEngine:
                     m.target.abort()
         if draw.fatal is not None:
             raise draw.fatal
-        self._check_versions(draw, members)
 
     def _ask(self, member: Member, draw: Draw, sampling: Sampling) -> None:
         """One thread's work: group after group from the common queue, until it is empty or the server fails."""
         while not draw.over and member.trouble is None and draw.fatal is None:
+            target, version = member.target, self.version
+            if version is None:  # a sync has failed
+                return
             try:
                 number = draw.todo.popleft()
             except IndexError:
                 return
             try:
-                draw.done[number] = member, member.target.generate(draw.groups[number], sampling, self.version)
+                draw.done[number] = self._checked(target.generate(draw.groups[number], sampling), version)
             except EngineError as e:
                 draw.todo.append(number)
-                member.trouble = member.trouble or f"failed: {e}"
+                if member.target is target:  # else it has been started again meanwhile
+                    member.trouble = member.trouble or f"failed: {e}"
             except Exception as e:
                 draw.todo.append(number)
                 draw.fatal = e
@@ -367,27 +397,26 @@ class ServedEngine:
                     m.target.abort()
             next_check = time.monotonic() + self.cfg.health_every_s
 
-    def _check_version(self, member: Member) -> None:
-        """A server that holds other weights than it was given (somebody restarted it, say) is in trouble."""
+    def _checked(self, samples: list[Completion], version: int) -> list[Completion]:
+        """The samples, where weights of `version` drew them, or in flight later ones. Raises EngineError else: somebody has
+        started the server again, say."""
+        for sample in samples:
+            drawn = [v for v, _ in sample.versions]
+            if drawn != sorted(drawn) or drawn[0] < version or drawn[-1] > self.newest:
+                wrong = next((v for v in drawn if not version <= v <= self.newest), drawn[0])
+                raise EngineError(f"has weights of version {wrong} instead of {version}")
+        return samples
+
+    def _has_present(self, member: Member) -> bool:
+        """Whether a server that rank 0 has brought back holds the present weights by now."""
         try:
             found = member.target.weight_version()
-            if found != str(self.version):
-                member.trouble = f"has weights of version {found} instead of {self.version}"
         except (EngineError, UserError) as e:
             member.trouble = f"failed: {e}"
-
-    def _check_versions(self, draw: Draw, members: list[Member]) -> None:
-        """What was drawn by a server that is in trouble now does not count."""
-        for m in members:
-            if m.trouble is None:
-                self._check_version(m)
-            if m.trouble is None:
-                continue
-            # What it had returned before it failed cannot be vouched for any more.
-            lost = [number for number, (by, _) in draw.done.items() if by is m]
-            draw.todo.extend(lost)
-            for number in lost:
-                del draw.done[number]
+            return False
+        if found != str(self.version):
+            member.trouble = f"has weights of version {found} instead of {self.version}"
+        return member.trouble is None
 
     def _troubles(self) -> str:
         return "; ".join(f"{m.name} {m.trouble}" for m in self.fleet if m.trouble) or "all of them failed in turn"
@@ -401,6 +430,7 @@ class ServedEngine:
 
     def close(self) -> None:
         """Leaves the transfer's group and ends the servers that were started here."""
+        self.closed = True
         atexit.unregister(self.close)
         with contextlib.suppress(Exception):
             self.weight_sync.close()

@@ -42,6 +42,8 @@ class Setup:
     rank: int = 0
     world_size: int = 1
     say: Callable[[str], None] = print
+    in_flight: bool = False  # servers are given weights in the midst of answers
+    recompute_kv: bool = False  # and then compute what was drawn before anew
 
     @property
     def backend(self) -> str:

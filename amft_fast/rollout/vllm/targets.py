@@ -23,6 +23,7 @@ from amft_fast.errors import UserError
 from amft_fast.interfaces import Completion, Request, Sampling
 
 SEED_MASK = (1 << 62) - 1  # vLLM's seeds are int64, and sample i of a group takes seed + i
+NOT_A_NUMBER = -9999.0  # what a vLLM server says of a log-prob that is none
 
 
 class EngineError(RuntimeError):
@@ -92,7 +93,7 @@ def check(
         raise EngineError(f"garbage: token ids {str(ids)[:80]}")
     # A log-prob may come out of rounding a hair above 0.
     good = isinstance(logprobs, list) and all(
-        type(x) in (int, float) and math.isfinite(x) and x < 1e-3 for x in logprobs
+        type(x) in (int, float) and math.isfinite(x) and NOT_A_NUMBER < x < 1e-3 for x in logprobs
     )
     if not good or len(logprobs) != len(ids):
         raise EngineError(f"garbage: log-probs {str(logprobs)[:80]} for {len(ids)} tokens")
@@ -184,11 +185,36 @@ class OfflineTarget:
             self.llm.llm_engine.engine_core.shutdown()
 
 
+def runs_of(labels: Any, tokens: int) -> tuple[tuple[int, int], ...]:
+    """Runs (version, tokens) from the spans [start, end) of a sample that vLLM labels with the weights that drew them. Raises
+    EngineError unless they are versions and cover the sample."""
+    try:
+        spans = [(label["version"], label["start"], label["end"]) for label in labels]
+    except (TypeError, KeyError) as e:
+        raise EngineError(f"garbage: weight versions {str(labels)[:80]}") from e
+    if [start for _, start, _ in spans] + [tokens] != [0] + [end for *_, end in spans]:
+        raise EngineError(f"garbage: weight versions {str(labels)[:80]} of {tokens} tokens")
+    if not all(str(version).isdecimal() for version, *_ in spans):
+        raise EngineError(f"has weights of version {spans[0][0]}, which it was not given")
+    return tuple((int(version), end - start) for version, start, end in spans)
+
+
 class HttpTarget:
-    """A vLLM server. Connections are kept, one for each thread that calls; every call has its bound of time."""
+    """A vLLM server. Connections are kept, one for each thread that calls; every call has its bound of time.
+
+    `in_flight`: a pause holds what is drawn, which goes on afterwards, else it ends it; `recompute_kv`: what has been drawn
+    is then read again.
+    """
 
     def __init__(
-        self, url: str, api_key: str | None, call_timeout_s: float, generate_timeout_s: float, images: bool = False
+        self,
+        url: str,
+        api_key: str | None,
+        call_timeout_s: float,
+        generate_timeout_s: float,
+        images: bool = False,
+        in_flight: bool = False,
+        recompute_kv: bool = False,
     ) -> None:
         parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme != "http" or not parts.hostname:
@@ -197,12 +223,15 @@ class HttpTarget:
         self.name = f"http://{self.host}:{self.port}"
         self.call_timeout_s, self.generate_timeout_s = call_timeout_s, generate_timeout_s
         self.images = images  # whether the model takes any
+        self.in_flight, self.recompute_kv = in_flight, recompute_kv
+        self._updates = 0  # how often it was given weights
         self.headers = {"Content-Type": "application/json"}
         if api_key:
             self.headers["Authorization"] = f"Bearer {api_key}"
         self.vocabulary, self.max_model_len, self.model = 1 << 31, 1 << 31, ""
         self._local = threading.local()
         self._open: weakref.WeakSet[http.client.HTTPConnection] = weakref.WeakSet()
+        self._opening = threading.Lock()
         self._size: int | None = None
         self._cuts = 0  # how often `abort` was called
 
@@ -224,6 +253,8 @@ class HttpTarget:
                 closed = isinstance(e, http.client.RemoteDisconnected | ConnectionResetError | BrokenPipeError)
                 if not (kept and closed and cuts == self._cuts):
                     raise EngineError(f"{path}: {type(e).__name__} {e}".strip()) from e
+        if answer.status == 403 and b"enable-scale-out" in data:
+            raise UserError(f"rollout.vllm: {self.name} was not started with --enable-scale-out (docs/rollouts.md)")
         if answer.status in (401, 403):
             raise UserError(f"rollout.vllm: {self.name} refuses the API key (set rollout.vllm.api_key_env)")
         if answer.status != 200:
@@ -241,7 +272,8 @@ class HttpTarget:
         kept = connection is not None and connection.sock is not None
         if connection is None:
             connection = self._local.connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
-            self._open.add(connection)
+            with self._opening:
+                self._open.add(connection)
         connection.timeout = timeout
         if kept:
             connection.sock.settimeout(timeout)
@@ -253,35 +285,43 @@ class HttpTarget:
             connection.close()
         self._local.connection = None
 
-    def generate(self, group: RequestGroup, sampling: Sampling, version: int) -> list[Completion]:
-        """The samples of one group."""
+    def generate(self, group: RequestGroup, sampling: Sampling) -> list[Completion]:
+        """The samples of one group, each with the versions of the weights that drew it."""
         if group.images:
             raise UserError(
                 "rollout.vllm.mode server draws text alone: its HTTP interface takes no images beside token ids; "
                 "use mode colocate"
             )
-        body = sampling_settings(group, sampling) | {
+        body = {
             "model": self.model,
-            "prompt": list(group.prompt_ids),
-            "return_token_ids": True,
+            "token_ids": list(group.prompt_ids),
+            "sampling_params": sampling_settings(group, sampling) | {"detokenize": False},
+            "cache_salt": f"weights {self._updates}",  # a prompt reads no keys and values of older ones
         }
-        answer = self.request("POST", "/v1/completions", body, self.generate_timeout_s)
+        answer = self.request("POST", "/inference/v1/generate", body, self.generate_timeout_s)
         try:
             choices = sorted(answer["choices"], key=lambda c: c["index"])
-            found = [(c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"]) for c in choices]
-            indices = [c["index"] for c in choices]
+            logprobs = [[token["logprob"] for token in c["logprobs"]["content"]] for c in choices]
+            found = [(c["token_ids"], logprob, c["finish_reason"]) for c, logprob in zip(choices, logprobs)]
+            indices, labels = [c["index"] for c in choices], [c["weight_versions"] for c in choices]
         except (TypeError, KeyError) as e:
             raise EngineError(f"garbage: {str(answer)[:80]}") from e
         count = asked_for(group, sampling)
         if indices != list(range(count)):
             raise EngineError(f"garbage: samples {indices} where {count} were asked for")
-        samples = [Completion(*check(*sample, group, self.vocabulary), version) for sample in found]
+        samples = []
+        for sample, label in zip(found, labels):
+            ids, drawn, reason = check(*sample, group, self.vocabulary)
+            runs = runs_of(label, len(ids))
+            samples.append(Completion(ids, drawn, reason, min(v for v, _ in runs), versions=runs))
         return samples * (len(group.members) // count)
 
     def abort(self) -> None:
         """Cuts all connections, so that threads which wait for an answer wait no longer."""
         self._cuts += 1
-        for connection in list(self._open):
+        with self._opening:
+            connections = list(self._open)
+        for connection in connections:
             with contextlib.suppress(OSError, AttributeError):
                 connection.sock.shutdown(socket.SHUT_RDWR)
 
@@ -308,7 +348,9 @@ class HttpTarget:
         return self._size
 
     def pause(self) -> None:
-        self.request("POST", "/pause?mode=abort")
+        """Nothing is drawn when this returns. What was begun is given up; in flight it is held, and goes on at `resume`."""
+        keep = f"keep&clear_cache={str(self.recompute_kv).lower()}"
+        self.request("POST", f"/pause?mode={keep if self.in_flight else 'abort'}")
 
     def resume(self) -> None:
         self.request("POST", "/resume")
@@ -335,8 +377,11 @@ class HttpTarget:
 
     def finish_weight_update(self, version: str | None) -> None:
         self.request("POST", "/finish_weight_update", {"weight_version": version})
+        self._updates += 1
 
     def reset_caches(self) -> None:
+        if self.in_flight:  # the pause has cleared them, or the salt sees to it
+            return
         # Blocks are freed a moment after the last request has gone.
         for pause in (0, 0.02, 0.1, 0.5):
             time.sleep(pause)
