@@ -961,6 +961,8 @@ class EngineConfig(Section):
     """deepspeed: keep fp32 masters, AdamW's moments and gradients in host memory, and update there."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """deepspeed: type in which gradients are summed over processes; bf16 halves the traffic and rounds every sum."""
+    sequence_parallel: int = Field(1, ge=1, le=1024)
+    """deepspeed: processes that share each packed row, a part of its tokens each, for sequences that one GPU cannot hold."""
 
 
 class EvalConfig(Section):

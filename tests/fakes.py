@@ -34,8 +34,10 @@ def word_tokenizer(vocabulary: list[str], marks: list[str], template: str):
     return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=template, **special)
 
 
-def make_checkpoint(folder: Path, hidden: int = 16, layers: int = 2, tie: bool = True, seed: int = 0) -> Path:
-    """A random Qwen3 with a word-level tokenizer, as a transformers folder."""
+def make_checkpoint(
+    folder: Path, hidden: int = 16, layers: int = 2, tie: bool = True, seed: int = 0, heads: tuple[int, int] = (2, 1)
+) -> Path:
+    """A random Qwen3 with a word-level tokenizer, as a transformers folder. `heads`: of queries, and of keys and values."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     vocabulary = ["<pad>", "<eos>", "<user>", "<answer>", "<unk>", *WORDS]
@@ -49,8 +51,8 @@ def make_checkpoint(folder: Path, hidden: int = 16, layers: int = 2, tie: bool =
         vocab_size=len(vocabulary),
         hidden_size=hidden,
         num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
         head_dim=8,
         intermediate_size=2 * hidden,
         max_position_embeddings=256,

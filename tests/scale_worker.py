@@ -51,9 +51,9 @@ def give_returns(policy, seqs):
 
 
 def sweep(engine, seqs, tokens=20, least=1):
-    world = engine.world
+    world, shared = engine.world, engine.sequence.size
     loss = torch.zeros(())
-    mine = micro_batches(seqs, tokens, False, rank=world.rank, ranks=world.size)
+    mine = micro_batches(seqs, tokens, shared > 1, rank=world.rank // shared, ranks=world.size // shared)
     assert len(mine) >= least, "several micro-batches before each update: one that is dropped must show"
     for b in mine:
         loss = loss + engine.backward(b).loss.float()
