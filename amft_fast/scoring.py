@@ -41,8 +41,8 @@ class Scorer:
         return attention.packs(self.policy.model.config) if packing is None else packing
 
     def batches(self, sequences: list[TokenSequence]) -> Iterator[Batch]:
-        """This rank's micro-batches of sequences that all ranks hold: equally many on each. Ranks that share a row have the same
-        ones, as much larger."""
+        """This rank's micro-batches of sequences that all ranks hold: equally many on each. Ranks that share a row have the
+        same ones, as many times as large."""
         world, shared = self.engine.world, self.engine.sequence.size
         for batch in micro_batches(
             sequences,

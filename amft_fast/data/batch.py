@@ -62,7 +62,7 @@ class Batch:
     `rows` [N] are the flat positions whose hidden state predicts a trained token, `targets` [N] those tokens. `fields` are
     [N] floats; one that no sequence carries is absent. `members` lists the sequences in order and `counts` how many of the N
     rows each has. Where one has images, `texts` holds the ids and images of all: the policy makes pixels of them.
-    `kept`, of a part of a batch, are those of the whole one's N rows that it has (a part with none has one that weighs nothing).
+    `kept`, of a part of a batch: those of the whole one's N rows that it has; one without any has a row that weighs nothing.
     """
 
     input_ids: torch.Tensor
@@ -99,8 +99,8 @@ class Batch:
         )
 
     def part(self, rank: int, ranks: int) -> Batch:
-        """What one of several ranks has of a packed row: equal runs of its tokens, the last ones padded. The layout stays that of
-        the whole row."""
+        """What one of several ranks has of a packed row: equal runs of its tokens, the last ones padded. The layout stays
+        that of the whole row."""
         size = -(-self.input_ids.shape[1] // ranks)
         first = rank * size
 
