@@ -5,6 +5,7 @@ Two or four processes that share packed rows are held against one that has them 
 
 import json
 import os
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,15 +18,19 @@ import scale_worker as scale
 import torch
 from fakes import make_checkpoint
 from scale_worker import ADAM, OBJECTIVE, SGD, far
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from amft_fast import config_file, objective
 from amft_fast.config import EngineConfig, LoraConfig, ModelConfig
 from amft_fast.data import packing
-from amft_fast.data.batch import micro_batches
+from amft_fast.data.batch import collate, micro_batches
+from amft_fast.doctor import memory as plan
+from amft_fast.doctor import shapes
 from amft_fast.engine import deepspeed
 from amft_fast.engine import world as distributed
 from amft_fast.engine.deepspeed import DeepSpeedEngine, zero_config
 from amft_fast.engine.local import LocalEngine
-from amft_fast.model import attention
+from amft_fast.model import attention, layers
 from amft_fast.model.policy import Policy, load_model, pick_dtype
 from amft_fast.model.ulysses import Ulysses
 
@@ -74,14 +79,15 @@ def attentions(world, size):
 
 # -------------------------------------------------------------------------------------------------------------- engines
 
-# Optimizer, ZeRO stage, and what else is asked for.
+# Optimizer, ZeRO stage, how many share a row, and what else is asked for.
 CASES = {
-    **{f"adam-{s}": (ADAM, s, {}) for s in (1, 2, 3)},
-    "untied-value-3": (SGD, 3, {"tie": False, "value": True}),
-    "checkpointing-3": (ADAM, 3, {"checkpointing": True}),
-    "selective-2": (ADAM, 2, {"checkpointing": "selective"}),
-    "offload-2": (ADAM, 2, {"offload": True}),
-    "lora-3": (ADAM, 3, {"lora": "all-linear"}),
+    **{f"adam-{s}-by-{size}": (ADAM, s, size, {}) for s in (1, 2, 3) for size in (2, 4)},
+    "untied-value-3": (SGD, 3, 4, {"tie": False, "value": True}),
+    "selective-2": (ADAM, 2, 2, {"checkpointing": "selective"}),
+    "offload-2": (ADAM, 2, 4, {"offload": True}),
+    "lora-3": (ADAM, 3, 2, {"lora": "all-linear"}),
+    "tiles-2": (ADAM, 2, 2, {"tile": 2}),
+    "tiles-checkpointed-away-3": (ADAM, 3, 2, {"tile": 2, "checkpointing": True, "away": True}),
 }
 
 
@@ -102,6 +108,10 @@ def make_engine(folder, world, size, cfg, stage, options):
     model = model_of(folder, options)
     with deepspeed.cut_while_loading(settings, pick_dtype(model, CPU), CPU):
         policy = Policy(scale.load(model), OBJECTIVE, with_value=options.get("value", False))
+    if "tile" in options:
+        layers.tile_mlps(policy.model, options["tile"])
+    if "away" in options:
+        policy.saving = layers.Offload(policy.model, smallest=1)
     plain = model.model_copy(update={"lora": LoraConfig()})
     return DeepSpeedEngine(policy, cfg, settings, world, partial(load_model, plain, CPU), 0.05)
 
@@ -111,19 +121,20 @@ def local_engine(folder, cfg, options):
     return LocalEngine(policy, cfg, 0.05)
 
 
-def engines(folder, world, sizes):
+def engines(folder, world, names):
     """Each case against the local engine, and that one against itself with its gradients shaken."""
     found, wanted, bounds = {}, {}, {}
-    for name, (cfg, stage, options) in CASES.items():
+    for name in names:
+        cfg, stage, size, options = CASES[name]
         key = (cfg.optimizer, options.get("tie", True), options.get("value", False), options.get("lora"))
         if key not in wanted:
             shake = scale.Shake("fp32")
             wanted[key], shaken = (scale.measure(local_engine(folder, cfg, options), x) for x in (scale.leave, shake))
             bounds[key] = {w: spread + shake.share for w, spread in scale.compare(shaken, wanted[key]).items()}
-        for size in sizes:
-            engine = make_engine(folder, world, size, cfg, stage, options)
-            errors = scale.compare(scale.measure(engine), wanted[key])
-            found[f"{name} by {size}"] = {what: (error, bounds[key][what]) for what, error in errors.items()}
+        engine = make_engine(folder, world, size, cfg, stage, options)
+        errors = scale.compare(scale.measure(engine), wanted[key])
+        assert "away" not in options or engine.policy.saving.moved > 0
+        found[name] = {what: (error, bounds[key][what]) for what, error in errors.items()}
     return found
 
 
@@ -151,7 +162,77 @@ def lengths(folder, world, sizes):
     return found
 
 
+# --------------------------------------------------------------------------------------------------------------- memory
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def kept(world, sizes):
+    """(bytes that a forward pass keeps for the backward pass on this rank, what `doctor --plan` says), by ranks that share."""
+    found = {}
+    for size in sizes:
+        shared = world.neighbours(size)
+        config = AutoConfig.for_model("qwen2", **SMALL)
+        attention.register()
+        policy = Policy(AutoModelForCausalLM.from_config(config, attn_implementation="amft_packed"), OBJECTIVE)
+        policy.ulysses = Ulysses(size, shared.group)
+        cfg = config_file.load(
+            None,
+            [
+                *shared_rows(3, size),
+                *("--rollout.max_new_tokens", "224", "--train.micro_batch_tokens", "16", "--train.method", "sft"),
+                *("--train.demos_per_step", str(world.size // size), "--task.general_points.max_turns", "1"),
+            ],
+        )
+        demo = objective.demo_sequence([1] * 32, [2] * 225)  # the last token is not read
+        batch = collate(objective.weigh_sft([demo], 1.0, 225), [0], True).part(shared.rank, size)
+        known = {p.untyped_storage()._cdata for p in [*policy.parameters(), *policy.buffers()]}
+        held = []
+
+        def pack(t, held=held):
+            held.append(t)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            policy.hidden_rows(batch)
+        stores = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}
+        machine = plan.Machine(world.size, 1e9, "cpu", prompt_tokens=32)
+        at, shape = plan.Layout.of(cfg, machine), shapes.shape_of(config, "small", "test")
+        planned = plan.layers_bytes(cfg, shape, at)[0] + plan.final_norm_bytes(shape, at)
+        found[str(size)] = (sum(n for key, n in stores.items() if key not in known), planned)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- whole runs
+
+GAE = [*scale.GAE, *("--model.mlp_tile", "2", "--model.gradient_checkpointing", "true")]
+
+
+def shared_rows(stage, size):
+    return (*scale.zero(stage), "--engine.sequence_parallel", str(size))
+
+
+def runs(folder, world):
+    """Whole runs on rows shared by two and four; one goes on where two shared rows, with four."""
+    scale.train(folder / "by2", folder / "tied", *shared_rows(3, 2))
+    scale.train(folder / "gae4", folder / "tied", *shared_rows(2, 4), *GAE)
+    if world.main:
+        shutil.copytree(folder / "by2", folder / "from2to4", symlinks=True)
+        for step in (4, 5):
+            (folder / "from2to4" / "checkpoints" / f"step-{step:06d}" / "state.json").write_text("damaged")
+    world.barrier()
+    scale.train(folder / "from2to4", folder / "tied", *shared_rows(1, 4), resume=True)
+
+
 def main(folder, *what):
+    """`what`: the cases to run, in place of everything."""
     torch.set_num_threads(1)
     world = distributed.join(CPU)
     if world.main:
@@ -160,11 +241,16 @@ def main(folder, *what):
     world.barrier()
     deepspeed.import_deepspeed(CPU).init_distributed(dist_init_required=False)
     sizes = [size for size in (2, 4) if size <= world.size]
-    found = {"world": world.size, "attention": {k: x for size in sizes for k, x in attentions(world, size).items()}}
-    found["lengths"] = lengths(folder, world, sizes)
-    found["engines"] = engines(folder, world, sizes)
+    found = {"world": world.size}
+    if not what:
+        found["attention"] = {k: x for size in sizes for k, x in attentions(world, size).items()}
+        found["lengths"] = lengths(folder, world, sizes)
+        found["kept"] = kept(world, sizes)
+    found["engines"] = engines(folder, world, what or CASES)
     if world.main:
         (folder / "found.json").write_text(json.dumps(found, indent=1))
+    if not what:
+        runs(folder, world)
     world.barrier()
 
 
