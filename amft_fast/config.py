@@ -453,6 +453,8 @@ class ModelConfig(Section):
     """Recompute each layer's activations in the backward pass; selective: all but matrix products and attention."""
     offload_activations: bool = False
     """Keep the activations that the backward pass needs in host memory (GPU)."""
+    mlp_tile: Tokens | None = None
+    """Tokens that the MLP of a layer takes at a time, recomputed in the backward pass (DeepSpeed's TiledMLP); default: all."""
     liger: bool | None = None
     """Liger's kernels for norms, rotary embedding and MLP; default: on a GPU where liger-kernel is installed."""
     compile: bool = False
@@ -982,6 +984,17 @@ class EngineConfig(Section):
     """deepspeed: keep fp32 masters, AdamW's moments and gradients in host memory, and update there."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """deepspeed: type in which gradients are summed over processes; bf16 halves the traffic and rounds every sum."""
+    sequence_parallel: int = Field(1, ge=1, le=1024)
+    """deepspeed: processes that share each packed row, a part of its tokens each, for sequences that one GPU cannot hold."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EngineConfig:
+        if self.sequence_parallel > 1 and self.kind != "deepspeed":
+            raise ValueError(
+                f"sequence_parallel shares rows among the processes of kind deepspeed, got {self.sequence_parallel} and "
+                f"kind {self.kind}"
+            )
+        return self
 
 
 class EvalConfig(Section):
@@ -1107,6 +1120,7 @@ class Config(Section):
             )
         self._check_loss()
         self._check_mixture()
+        self._check_shared_rows()
         if self.rollout.engine == "vllm" and self.objective.tis_cap is None and ":" not in self.objective.loss:
             self.objective = self.objective.model_copy(update={"tis_cap": 2.0})
         split = self.checkpoint.metric.partition("/")[0]
@@ -1131,6 +1145,16 @@ class Config(Section):
     def off_policy(self) -> bool:
         """Whether the policy may have moved since its rollouts were drawn, so that ratios differ from 1."""
         return self.train.minibatches_per_rollout > 1 or self.rollout.async_steps > 0
+
+    def _check_shared_rows(self) -> None:
+        if self.engine.sequence_parallel == 1:
+            return
+        if self.train.packing is False or self.model.attention in ("sdpa", "eager"):
+            raise ValueError(
+                "engine.sequence_parallel shares packed rows: it needs train.packing and model.attention auto or one of "
+                f"flash_attention, got train.packing {str(self.train.packing).lower()} and model.attention "
+                f"{self.model.attention}"
+            )
 
     def _check_loss(self) -> None:
         o = self.objective

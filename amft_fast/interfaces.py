@@ -262,6 +262,7 @@ class UpdateEngine(Protocol):
     """
 
     world: World
+    sequence: World  # the ranks that share a micro-batch, each with a part of its tokens
     rank: int
     world_size: int
     device: torch.device

@@ -41,10 +41,15 @@ class Scorer:
         return attention.packs(self.policy.model.config) if packing is None else packing
 
     def batches(self, sequences: list[TokenSequence]) -> Iterator[Batch]:
-        """This rank's micro-batches of sequences that all ranks hold: equally many on each."""
-        world = self.engine.world
+        """This rank's micro-batches of sequences that all ranks hold: equally many on each. Ranks that share a row have the
+        same ones, as many times as large."""
+        world, shared = self.engine.world, self.engine.sequence.size
         for batch in micro_batches(
-            sequences, self.cfg.train.micro_batch_tokens, self.packed, rank=world.rank, ranks=world.size
+            sequences,
+            shared * self.cfg.train.micro_batch_tokens,
+            self.packed,
+            rank=world.rank // shared,
+            ranks=world.size // shared,
         ):
             self.before_batch()
             yield batch
@@ -56,11 +61,13 @@ class Scorer:
         temperature: float | None = None,
     ) -> list[Scores]:
         """Log-probs, entropies and values of all trained tokens, without gradients; on every rank those of all ranks."""
-        world, scores = self.engine.world, []
+        world, sequence, scores = self.engine.world, self.engine.sequence, []
         for b in self.batches(sequences):
             o = self.engine.logprobs(b, model, temperature)
             scores.append(Scores(b.members, b.counts, o.logprobs, o.entropy, o.values))
-        return world.gather([s.cpu() for s in scores if s.members]) if world.size > 1 else scores
+        if world.size == 1:
+            return scores
+        return world.gather([s.cpu() for s in scores if s.members and sequence.main])  # one of those that share them
 
     def judge(self, samples: list[Sample], kind: str | None = None, step: int = 0) -> list[TokenSequence]:
         """Rollouts as sequences with all that the loss reads: advantages, and old and reference log-probs where needed.

@@ -35,9 +35,16 @@ def word_tokenizer(vocabulary: list[str], marks: list[str], template: str):
 
 
 def make_checkpoint(
-    folder: Path, hidden: int = 16, layers: int = 2, tie: bool = True, seed: int = 0, experts: int = 0
+    folder: Path,
+    hidden: int = 16,
+    layers: int = 2,
+    tie: bool = True,
+    seed: int = 0,
+    experts: int = 0,
+    heads: tuple[int, int] = (2, 1),
 ) -> Path:
-    """A random Qwen3 with a word-level tokenizer, as a transformers folder; with `experts` a Qwen3-MoE that takes two."""
+    """A random Qwen3 with a word-level tokenizer, as a transformers folder; with `experts` a Qwen3-MoE that takes two. `heads`:
+    of queries, and of keys and values."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     vocabulary = ["<pad>", "<eos>", "<user>", "<answer>", "<unk>", *WORDS]
@@ -54,8 +61,8 @@ def make_checkpoint(
         vocab_size=len(vocabulary),
         hidden_size=hidden,
         num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
         head_dim=8,
         intermediate_size=2 * hidden,
         max_position_embeddings=256,

@@ -51,9 +51,10 @@ def give_returns(policy, seqs):
 
 
 def sweep(engine, seqs, tokens=20, least=1):
-    world = engine.world
-    loss = torch.zeros(())
-    mine = micro_batches(seqs, tokens, False, rank=world.rank, ranks=world.size)
+    world, shared = engine.world, engine.sequence.size
+    loss, ranks = torch.zeros(()), world.size // shared
+    tokens //= ranks if shared > 1 else 1  # packed rows are so short that there would be one for each
+    mine = micro_batches(seqs, tokens, shared > 1, rank=world.rank // shared, ranks=ranks)
     assert len(mine) >= least, "several micro-batches before each update: one that is dropped must show"
     for b in mine:
         loss = loss + engine.backward(b).loss.float()

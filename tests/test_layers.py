@@ -1,5 +1,6 @@
 """Recomputation, offloading and compiling change memory and speed, never the result; Liger's own functions, never its loss."""
 
+import copy
 import sys
 import types
 
@@ -58,6 +59,37 @@ def test_selective_recomputation_keeps_products(checkpoint_folder):
             gradients(checkpoint_folder, gradient_checkpointing=kind)
         counts[kind] = products.count
     assert counts["selective"] == counts[False] < counts[True]
+
+
+@pytest.mark.skipif(__import__("importlib.util").util.find_spec("deepspeed") is None, reason="needs deepspeed")
+@pytest.mark.parametrize("tile", [1, 3, 7, 1000])
+def test_tiled_mlps_give_the_same_gradients(checkpoint_folder, wanted, tile, monkeypatch):
+    """Micro-batches of up to 60 tokens. A copy of the model tiles its own MLPs."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    widest = []
+    original = layers._tiled
+
+    def seen(mlp, forward, *args):
+        return original(mlp, lambda x: (widest.append(x.numel() // x.shape[-1]), forward(x))[1], *args)
+
+    monkeypatch.setattr(layers, "_tiled", seen)
+    policy = Policy(load_model(ModelConfig(path=str(checkpoint_folder)), CPU), ObjectiveConfig())
+    layers.tile_mlps(policy.model, tile)
+    copied = copy.deepcopy(policy.model)
+    for batch in micro_batches(mixed(), 60, True):
+        policy(batch).loss.backward()
+    got = {n: p.grad for n, p in policy.named_parameters()}
+    assert_same(got, wanted, rounding(sum(len(s.ids) for s in mixed()) + WIDEST))
+    assert max(widest) <= tile
+    mlps = [m.model.layers[0].mlp for m in (policy.model, copied)]
+    assert [m.forward.args[0] is m for m in mlps] == [True, True]
+
+
+def test_models_whose_mlps_cannot_be_tiled(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    pytest.importorskip("deepspeed")
+    with pytest.raises(UserError, match=r"model.mlp_tile: Linear has no gated MLPs"):
+        layers.tile_mlps(torch.nn.Linear(2, 2), 4)
 
 
 def test_offloaded_activations_give_the_same_gradients(checkpoint_folder, wanted):

@@ -13,7 +13,8 @@ STEP = {
         "_statistics",
     ],
     "amft_fast/model/vision.py": ["Vision.arguments", "Vision.readable", "_to"],
-    "amft_fast/model/attention.py": ["attention", "segments", "_padded", "_rows", "_windowed", "inputs"],
+    "amft_fast/model/attention.py": ["attention", "_packed", "segments", "_padded", "_rows", "_windowed", "inputs"],
+    "amft_fast/model/ulysses.py": ["Ulysses.attend", "_on_whole_row"],
     "amft_fast/data/batch.py": ["Batch.to"],
     "amft_fast/engine/local.py": ["*"],
     "amft_fast/engine/flat.py": [
@@ -28,6 +29,8 @@ STEP = {
             "_clip",
             "step",
             "all_reduce",
+            "_mine",
+            "_joined",
         ]
     ],
     "amft_fast/trainer.py": ["Trainer.update", "Trainer.sweep"],

@@ -4,15 +4,14 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
+import processes
 import pytest
 import scale_worker
 import torch
-from runs import lines, wait_until, without_times
+from processes import finish
+from runs import assert_close, lines, wait_until, without_times
 from transformers import AutoModelForCausalLM
 
 from amft_fast.run import checkpoint
@@ -25,25 +24,7 @@ pytestmark = [
 ]
 
 
-def launch(*args):
-    """torchrun with two processes of scale_worker.py."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command += [str(Path(__file__).parent / "scale_worker.py"), *map(str, args)]
-    root = str(Path(__file__).parent.parent)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
-
-
-def finish(process, seconds):
-    """The output of a process that ends; one that does not is killed."""
-    try:
-        return process.communicate(timeout=seconds)[0]
-    except subprocess.TimeoutExpired:
-        process.terminate()  # the launcher ends its workers
-        raise
+launch = partial(processes.launch, "scale_worker.py")
 
 
 @pytest.fixture(scope="module")
@@ -96,22 +77,6 @@ def test_whole_parameters_are_gathered_a_few_at_a_time(found):
 def test_the_export_gives_the_same_logits(found):
     # Equal weights in equal operations; where memory lies otherwise a product may add its (at most 32) terms in another order.
     assert found["engines"]["export"] < 32 * torch.finfo(torch.float32).eps
-
-
-def assert_close(got, want):
-    """Every figure of every step."""
-    assert len(got) == len(want) and all(a.keys() == b.keys() for a, b in zip(got, want))
-    for a, b in zip(got, want):
-        for key, value in b.items():
-            if isinstance(value, float):
-                # Weights are within 1.5e-5 after three steps (`Shake`), and figures hang on them smoothly. A signal-to-noise
-                # ratio divides by a difference, which magnifies rounding.
-                assert a[key] == pytest.approx(value, rel=1e-2 if "snr" in key or "gate" in key else 1e-4, abs=1e-5), (
-                    b["step"],
-                    key,
-                )
-            else:
-                assert a[key] == value, (b["step"], key)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ class Batch:
     `rows` [N] are the flat positions whose hidden state predicts a trained token, `targets` [N] those tokens. `fields` are
     [N] floats; one that no sequence carries is absent. `members` lists the sequences in order and `counts` how many of the N
     rows each has. Where one has images, `texts` holds the ids and images of all: the policy makes pixels of them.
+    `kept`, of a part of a batch: those of the whole one's N rows that it has; one without any has a row that weighs nothing.
     """
 
     input_ids: torch.Tensor
@@ -73,6 +74,7 @@ class Batch:
     counts: list[int]
     texts: list[tuple[np.ndarray, tuple[Any, ...]]] = field(default_factory=list)
     layout: packing.Layout | None = None
+    kept: torch.Tensor | None = None
 
     def get(self, name: str) -> torch.Tensor | None:
         return self.fields.get(name)
@@ -93,6 +95,38 @@ class Batch:
             targets=move(self.targets),
             fields={k: move(v) for k, v in self.fields.items()},
             layout=None if self.layout is None else self.layout.map(move),
+            kept=move(self.kept),
+        )
+
+    def part(self, rank: int, ranks: int) -> Batch:
+        """What one of several ranks has of a packed row: equal runs of its tokens, the last ones padded. The layout stays
+        that of the whole row."""
+        size = -(-self.input_ids.shape[1] // ranks)
+        first = rank * size
+
+        def run(row: torch.Tensor) -> torch.Tensor:
+            mine = row[:, first : first + size]
+            return torch.nn.functional.pad(mine, (0, size - mine.shape[1]))
+
+        kept = ((self.rows >= first) & (self.rows < first + size)).nonzero().flatten()
+        rows, targets, fields = (
+            self.rows[kept] - first,
+            self.targets[kept],
+            {n: v[kept] for n, v in self.fields.items()},
+        )
+        if not len(
+            kept
+        ):  # the other ranks wait for this one's backward pass, so a way must lead from its loss to its tokens
+            rows = targets = torch.zeros(1, dtype=torch.int64)
+            fields = {n: torch.full((1,), FIELDS[n], dtype=v.dtype) for n, v in fields.items()}
+        return replace(
+            self,
+            input_ids=run(self.input_ids),
+            position_ids=run(self.position_ids),
+            rows=rows,
+            targets=targets,
+            fields=fields,
+            kept=kept,
         )
 
 

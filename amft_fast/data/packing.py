@@ -61,7 +61,7 @@ class Layout:
         """[1, 1, T, T], to be added to the scores: 0 where a token sees another, the lowest number elsewhere. Quadratic: for
         tests, and for attention functions that take nothing better."""
         if self._mask is None:
-            size = sum(own for _, own, *_ in self.segments)
+            size = self.tokens
             sees = np.zeros((size, size), bool)
             for start, own, common_start, common in self.segments:
                 sees[start : start + own, start : start + own] = np.tri(own, dtype=bool)
@@ -72,6 +72,11 @@ class Layout:
         return self._mask
 
     @property
+    def tokens(self) -> int:
+        """T."""
+        return sum(own for _, own, *_ in self.segments)
+
+    @property
     def pairs(self) -> int:
         """Query-key pairs that attention computes."""
         return sum(own * common + own * (own + 1) // 2 for _, own, _, common in self.segments)
@@ -79,7 +84,7 @@ class Layout:
     @property
     def cost(self) -> float:
         """What the row costs, in tokens without attention."""
-        return sum(own for _, own, *_ in self.segments) + 2 * self.pairs / BREAK_EVEN
+        return self.tokens + 2 * self.pairs / BREAK_EVEN
 
 
 @dataclass

@@ -94,6 +94,7 @@ class Layout:
     tokens: int  # T
     longest: int  # S
     rows: int  # of T with a loss
+    shared: int = 1  # ranks that share a row
 
     @classmethod
     def of(cls, cfg: Config, machine: Machine) -> Layout:
@@ -103,9 +104,11 @@ class Layout:
         turns = getattr(cfg.task.section, "max_turns", int(own) if own.isdigit() else 1)
         longest = machine.prompt_tokens + machine.image_tokens + turns * cfg.rollout.max_new_tokens
         rollouts = cfg.train.prompts_per_step * cfg.rollout.num_generations
-        step = -(-max(rollouts, cfg.train.demos_per_step) // cfg.train.minibatches_per_rollout // ranks)
-        tokens = min(max(cfg.train.micro_batch_tokens, longest), step * longest)
-        prompts = tokens // longest * (machine.prompt_tokens + machine.image_tokens)
+        shared = cfg.engine.sequence_parallel if sharded else 1
+        step = -(-max(rollouts, cfg.train.demos_per_step) // cfg.train.minibatches_per_rollout // (ranks // shared))
+        row = min(max(shared * cfg.train.micro_batch_tokens, longest), step * longest)
+        tokens = -(-row // shared)
+        prompts = row // longest * (machine.prompt_tokens + machine.image_tokens)
         dtype = {"auto": "bf16" if machine.device == "cuda" else "fp32"}.get(cfg.model.dtype, cfg.model.dtype)
         return cls(
             ranks=ranks,
@@ -114,7 +117,8 @@ class Layout:
             width={"bf16": 2, "fp32": 4}[dtype],
             tokens=tokens,
             longest=longest,
-            rows=tokens - prompts,
+            rows=min(tokens, row - prompts),  # those of some rank may all have one
+            shared=shared,
         )
 
     def share(self, count: float, stage: int) -> float:
@@ -128,13 +132,14 @@ class Layout:
 # -------------------------------------------------------------------------------------------------------------- formulas
 
 
-def layer_bytes(t: Tower, width: int, attention: str, length: int) -> float:
+def layer_bytes(t: Tower, width: int, attention: str, length: int, shared: int = 1, mlp_kept: bool = True) -> float:
     """What the backward pass of one layer keeps, in bytes per token, beside the layer's input.
 
     A norm keeps its input in fp32, one number per row and the normalised input; its output feeds a product. Attention keeps
     q, k, v, its output and one log-sum per head (eager attention its probabilities over `length` keys as well); the MLP
     gate, activated gate, up and their product. A mixture (`grouped_mm`) keeps these of each chosen expert, with its input and
-    output, the router's probabilities, and numbers of tokens and experts.
+    output, the router's probabilities, and numbers of tokens and experts. Where ranks share rows attention's output is there
+    twice, of some heads and of some tokens, and keys and values as often as their heads are copied.
     """
     norms = t.norms * ((4 + width) * t.hidden + 4) + 2 * width * t.hidden
     if t.qk_norm:
@@ -142,7 +147,9 @@ def layer_bytes(t: Tower, width: int, attention: str, length: int) -> float:
     mlp = 4 * width * t.intermediate
     if t.experts:
         mlp = t.chosen * (mlp + 2 * width * t.hidden + 36 + width) + 4 * t.experts + 4
-    kept = norms + width * (2 * t.q + 2 * t.k) + 4 * t.heads + mlp
+    kept = norms + width * (2 * t.q + 2 * t.k) + 4 * t.heads + (mlp if mlp_kept else 0)
+    if shared > 1:
+        kept += width * (t.q + 2 * (max(1, shared // t.kv_heads) - 1) * t.k)
     if attention == "eager":  # fp32 softmax and its cast; keys and values repeated for each head
         kept += t.heads * length * (4 + width % 4) + width * 2 * (t.q - t.k) - 4 * t.heads
     return kept
@@ -170,9 +177,12 @@ def layers_bytes(cfg: Config, shape: Shape, at: Layout, image_tokens: int = 0) -
         towers.append((shape.vision, sequences * image_tokens * shape.patches_per_token))
     kept = worst = 0.0
     for tower, tokens in towers:
-        layer = tokens * layer_bytes(tower, b, cfg.model.attention, at.longest)
+        tiled = cfg.model.mlp_tile is not None and cfg.model.mlp_tile < tokens
+        layer = tokens * layer_bytes(tower, b, cfg.model.attention, at.longest, at.shared, not tiled)
         entrance = tokens * b * tower.hidden
         work = backward_bytes(tower, b, tokens)
+        if tiled:  # of a tile what is kept too, and of all tokens the gradients of input and output
+            work = b * (6 * tower.intermediate * cfg.model.mlp_tile + 2 * tower.hidden * tokens)
         if cfg.model.gradient_checkpointing:  # the first norm keeps its input, which in fp32 is the layer's own
             kept, worst = kept + tower.layers * entrance, max(worst, layer - (entrance if b == 4 else 0) + work)
         else:
@@ -182,7 +192,8 @@ def layers_bytes(cfg: Config, shape: Shape, at: Layout, image_tokens: int = 0) -
 
 def final_norm_bytes(shape: Shape, at: Layout) -> float:
     """What the last norm and the position embedding keep."""
-    return at.tokens * ((4 + at.width) * shape.text.hidden + 4) + at.longest * 2 * at.width * shape.text.head_dim
+    positions = min(at.longest, at.tokens) if at.shared > 1 else at.longest
+    return at.tokens * ((4 + at.width) * shape.text.hidden + 4) + positions * 2 * at.width * shape.text.head_dim
 
 
 def head_bytes(shape: Shape, at: Layout, device: str, memory: float) -> float:
@@ -228,9 +239,15 @@ def memory(cfg: Config, shape: Shape, machine: Machine) -> Memory:
     head = final_norm_bytes(shape, at) + head_bytes(shape, at, machine.device, machine.memory)
     # Head and layers take turns; at the end of the backward pass one whole gradient of the largest tensor is there.
     work = max(head, worst, at.width * shape.largest - kept)
-    checkpointed = ", checkpointed" if cfg.model.gradient_checkpointing else ""
+    words = [f"{at.tokens} tokens in a micro-batch"]
+    words += [f"a share of {at.shared} ranks"] if at.shared > 1 else []
+    words += ["checkpointed"] if cfg.model.gradient_checkpointing else []
+    if cfg.model.offload_activations and machine.device == "cuda":  # but for what is on its way
+        host += kept * min(at.ranks, 8)
+        kept *= min(1, 2 / shape.text.layers)
+        words.append("two layers' worth, the rest on the host")
     sweep = [
-        Part("activations", kept, f"{at.tokens} tokens in a micro-batch{checkpointed}"),
+        Part("activations", kept, ", ".join(words)),
         Part("loss head or a layer", work, f"at its highest: the {'head' if head >= worst else 'layer'}"),
         *_communication(cfg, shape, at),
     ]

@@ -16,6 +16,7 @@ from amft_fast.doctor.memory import HOLES, PEAK_FLOPS, Layout, Machine, Memory, 
 from amft_fast.doctor.memory import memory as memory_of
 from amft_fast.doctor.shapes import Shape
 from amft_fast.errors import UserError
+from amft_fast.model import ulysses
 
 GB = 1e9
 MAX_GPUS = 1024
@@ -46,7 +47,7 @@ def set_to(name: str, value: Any) -> Change:
     return Change(f"{name} = {str(value).lower()}", {name: value})
 
 
-def knobs(cfg: Config, machine: Machine, more_gpus: bool = True) -> Iterator[list[Change]]:
+def knobs(cfg: Config, shape: Shape, machine: Machine, more_gpus: bool = True) -> Iterator[list[Change]]:
     """Settings that lower memory, the least costly first; the values of each from mild to strong."""
     if not cfg.model.gradient_checkpointing:
         yield [set_to("model.gradient_checkpointing", True)]
@@ -55,10 +56,13 @@ def knobs(cfg: Config, machine: Machine, more_gpus: bool = True) -> Iterator[lis
     elif cfg.rollout.vllm.mode == "colocate":
         now = cfg.rollout.vllm.gpu_memory_utilization
         yield [set_to("rollout.vllm.gpu_memory_utilization", x) for x in (0.6, 0.5, 0.4, 0.3, 0.2) if x < now]
-    tokens = Layout.of(cfg, machine)
-    yield [set_to("train.micro_batch_tokens", value) for value in _halves(cfg.train.micro_batch_tokens, tokens.longest)]
+    at = Layout.of(cfg, machine)
+    yield [
+        set_to("train.micro_batch_tokens", x) for x in _halves(cfg.train.micro_batch_tokens, at.longest // at.shared)
+    ]
     if machine.device == "cpu":
         return
+    yield list(_shares(cfg, shape, machine, at))
     yield list(_stages(cfg, machine))
     if cfg.engine.kind == "deepspeed" and not cfg.engine.offload:
         yield [set_to("engine.offload", True)]
@@ -74,6 +78,17 @@ def _halves(value: int, least: int) -> Iterator[int]:
     while value > least:
         value = max(value // 2, least)
         yield value
+
+
+def _shares(cfg: Config, shape: Shape, machine: Machine, at: Layout) -> Iterator[Change]:
+    """More processes for each row, where a micro-batch is one sequence."""
+    size = at.shared
+    while cfg.engine.kind == "deepspeed" and at.tokens * at.shared < 2 * at.longest and 2 * size <= machine.gpus:
+        size *= 2
+        if not (machine.gpus % size or ulysses.undealt(shape.text.heads, shape.text.kv_heads, size)):
+            tokens = min(cfg.train.micro_batch_tokens, -(-at.longest // size))
+            settings = {"engine.sequence_parallel": size, "train.micro_batch_tokens": tokens}
+            yield Change(" and ".join(f"{name} = {value}" for name, value in settings.items()), settings)
 
 
 def _stages(cfg: Config, machine: Machine) -> Iterator[Change]:
@@ -104,7 +119,7 @@ def advise(cfg: Config, shape: Shape, machine: Machine, more_gpus: bool = True) 
 
     `more_gpus`: whether a change may ask for GPUs beyond the machine's.
     """
-    every = list(knobs(cfg, machine, more_gpus))
+    every = list(knobs(cfg, shape, machine, more_gpus))
     for count in range(1, len(every) + 1):
         for chosen in itertools.combinations(every, count):
             for changes in itertools.product(*chosen):
@@ -152,7 +167,11 @@ def report(cfg: Config, shape: Shape, machine: Machine, memory: Memory) -> str:
 
 
 def _on_host(cfg: Config) -> str:
-    parts = [("states", cfg.engine.offload), ("what a block may be taken back to", cfg.in_blocks)]
+    parts = [
+        ("states", cfg.engine.offload),
+        ("activations", cfg.model.offload_activations),
+        ("what a block may be taken back to", cfg.in_blocks),
+    ]
     return " and ".join(name for name, there in parts if there)
 
 
@@ -253,12 +272,23 @@ def gpus_here() -> Here:
     return Here(torch.cuda.device_count(), properties.name, float(properties.total_memory))
 
 
+def _check_shared_rows(cfg: Config, shape: Shape, machine: Machine) -> None:
+    """Raises UserError where engine.sequence_parallel asks for what these GPUs or this model cannot do."""
+    size = cfg.engine.sequence_parallel
+    why = ulysses.undealt(shape.text.heads, shape.text.kv_heads, size)
+    if machine.gpus % size:
+        why = f"{machine.gpus} of them cannot be groups of {size}"
+    if why:
+        raise UserError(f"engine.sequence_parallel: {size} GPUs cannot share the rows of {shape.name!r}: {why}")
+
+
 def run(cfg: Config, args: Any) -> str:
     """The report of a config that fits. Raises UserError with the report before it for one that does not."""
     shape = shapes.find(cfg.model.path)
     machine, notes = machine_of(cfg, args)
     if shape.vision is not None and not machine.image_tokens:
         notes.append("no --image-tokens: the vision tower counts with its parameters alone")
+    _check_shared_rows(cfg, shape, machine)
     memory = memory_of(cfg, shape, machine)
     print(report(cfg, shape, machine, memory), *(f"  ! {note}" for note in notes), sep="\n", flush=True)
     if memory.needed > machine.memory:

@@ -28,6 +28,7 @@ from amft_fast.engine.world import World
 from amft_fast.errors import UserError
 from amft_fast.model import lora
 from amft_fast.model.policy import Policy, PolicyOutput, fill
+from amft_fast.model.ulysses import Ulysses
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -137,6 +138,9 @@ class DeepSpeedEngine(FlatEngine):
         self.library = import_deepspeed(self.device)
         # A parameter that no row of a micro-batch reaches would be reduced on some ranks and not on others.
         policy.reach_all = True
+        self.sequence = world.neighbours(engine.sequence_parallel)
+        if self.sequence.size > 1:
+            policy.ulysses = Ulysses(self.sequence.size, self.sequence.group)
         named = split_parameters(policy, cfg)
         # Tells DeepSpeed the groups; it never steps. The optimizer proper is made of the shards.
         groups = torch.optim.SGD([{"params": [p for _, p in n.params]} for n in named], lr=0.0)
@@ -182,7 +186,7 @@ class DeepSpeedEngine(FlatEngine):
 
     def backward(self, batch: Batch, objective: ObjectiveConfig | None = None) -> PolicyOutput:
         """Forward and backward of one micro-batch; every rank must call it equally often."""
-        out = self.zero(batch.to(self.device), objective)
+        out = self.zero(self._mine(batch), objective)
         self.zero.backward(out.loss * self.world.size)  # DeepSpeed takes the mean over ranks, our losses add up
         self._collect()
         return out._replace(loss=out.loss.detach())

@@ -95,6 +95,7 @@ class FlatEngine:
     """The mathematics of an update on flat groups; see `UpdateEngine` in interfaces.py."""
 
     world: World = ALONE
+    sequence: World = ALONE  # the ranks that share a micro-batch, each with a part of its tokens
     cut = False  # whether the model's parameters are there in parts only, outside its forward pass
 
     def __init__(self, policy: Policy, cfg: TrainConfig, device: torch.device) -> None:
@@ -169,14 +170,33 @@ class FlatEngine:
         self, batch: Batch, model: nn.Module | KeptFactors | None = None, temperature: float | None = None
     ) -> PolicyOutput:
         """`Policy.logprobs`, without gradients; every rank must call it equally often. `model`: a plain one, or factors of
-        this one's; default: the policy as it is."""
+        this one's; default: the policy as it is. Ranks that share the batch each get the rows of all of it."""
         if isinstance(model, KeptFactors):
             with self._as_kept(model):
                 return self.logprobs(batch, None, temperature)
-        batch = batch.to(self.device)
+        mine = self._mine(batch)
         if model is not None:
-            return self.policy.logprobs(batch, model, temperature)
-        return self._own_logprobs(batch, temperature)
+            out = self.policy.logprobs(mine, model, temperature)
+        else:
+            out = self._own_logprobs(mine, temperature)
+        if mine.kept is None:
+            return out
+        joined = {
+            n: self._joined(getattr(out, n), mine.kept, len(batch.rows)) for n in ("logprobs", "entropy", "values")
+        }
+        return out._replace(**joined)
+
+    def _mine(self, batch: Batch) -> Batch:
+        """This rank's part of the batch, on the device."""
+        if self.sequence.size > 1:
+            batch = batch.part(self.sequence.rank, self.sequence.size)
+        return batch.to(self.device)
+
+    def _joined(self, values: torch.Tensor | None, kept: torch.Tensor, rows: int) -> torch.Tensor | None:
+        """[rows]: the rows of all ranks that share a batch, of each one's own."""
+        if values is None:
+            return None
+        return self.sequence.sum(values.new_zeros(rows).index_copy(0, kept, values[: len(kept)]))
 
     def _own_logprobs(self, batch: Batch, temperature: float | None) -> PolicyOutput:
         return self.policy.logprobs(batch, None, temperature)

@@ -37,6 +37,14 @@ class World:
             return self
         return World(self.rank, self.size, dist.new_group(backend="gloo", timeout=TIMEOUT))
 
+    def neighbours(self, size: int) -> World:
+        """The `size` consecutive ranks that this one is of, as a world of their own. All ranks must call it; `size` divides
+        their number."""
+        if size == 1:
+            return ALONE
+        groups = [dist.new_group(list(range(i, i + size)), timeout=TIMEOUT) for i in range(0, self.size, size)]
+        return World(self.rank % size, size, groups[self.rank // size])
+
     @property
     def main(self) -> bool:
         return self.rank == 0

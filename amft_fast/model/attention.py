@@ -22,6 +22,7 @@ from torch import nn
 
 from amft_fast.data.packing import Layout
 from amft_fast.errors import UserError
+from amft_fast.model.ulysses import Ulysses
 
 # model.attention, and what transformers knows it by. Others are transformers' own and take packed rows with a dense mask.
 NAMES = {
@@ -128,14 +129,15 @@ def packs(config) -> bool:
     return getattr(config, "_attn_implementation", "") in NAMES.values()
 
 
-def inputs(config, layout: Layout, like: torch.Tensor) -> dict[str, Any]:
-    """What the backbone needs for a packed row besides ids and positions.
+def inputs(config, layout: Layout, like: torch.Tensor, ulysses: Ulysses | None = None) -> dict[str, Any]:
+    """What the backbone needs for a packed row (or, with `ulysses`, a rank's part of one) besides ids and positions.
 
     Our own function takes the layout. Its mask is a stand-in, which transformers hands on without looking at it: without any it
     would read the positions back to the host, to find out whether they are packed.
     """
     if packs(config):
-        return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=like.device), "amft_layout": layout}
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=like.device)
+        return {"attention_mask": mask, "amft_layout": layout, "amft_ulysses": ulysses}
     return {"attention_mask": layout.mask(like.dtype)}
 
 
@@ -150,10 +152,12 @@ def attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     amft_layout: Layout | None = None,
+    amft_ulysses: Ulysses | None = None,
     wanted: str = "",
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function of a layer: [1, A, T, D] queries, keys and values to [1, T, A, D]."""
+    """The attention function of a layer: [1, A, T, D] queries, keys and values to [1, T, A, D]; with `amft_ulysses` this rank's
+    tokens of them."""
     if amft_layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -162,14 +166,22 @@ def attention(
         )
     amft_layout.calls += 1
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    whole = partial(_packed, layout=amft_layout, scale=scale, dropout=dropout, window=sliding_window, wanted=wanted)
+    if amft_ulysses is not None:
+        return amft_ulysses.attend(whole, query, key, value, amft_layout.tokens), None
+    return whole(query, key, value), None
+
+
+def _packed(query, key, value, layout: Layout, scale, dropout, window, wanted) -> torch.Tensor:
+    """[1, T, A, D] of a whole row's [1, A, T, D]."""
     name, kernel, _ = backend(query.device.type, query.dtype, wanted)
     q_TAD, k_TAD, v_TAD = (x[0].transpose(0, 1) for x in (query, key, value))
     if kernel is None:
-        return _padded(q_TAD, k_TAD, v_TAD, amft_layout, scale, dropout, sliding_window)[None], None
-    if amft_layout.k_index is not None:
-        k_TAD, v_TAD = k_TAD.index_select(0, amft_layout.k_index), v_TAD.index_select(0, amft_layout.k_index)
-    bounds = (amft_layout.q_starts, amft_layout.k_starts, amft_layout.max_q, amft_layout.max_k)
-    return segments(name, kernel, q_TAD, k_TAD, v_TAD, bounds, scale, dropout, sliding_window)[None], None
+        return _padded(q_TAD, k_TAD, v_TAD, layout, scale, dropout, window)[None]
+    if layout.k_index is not None:
+        k_TAD, v_TAD = k_TAD.index_select(0, layout.k_index), v_TAD.index_select(0, layout.k_index)
+    bounds = (layout.q_starts, layout.k_starts, layout.max_q, layout.max_k)
+    return segments(name, kernel, q_TAD, k_TAD, v_TAD, bounds, scale, dropout, window)[None]
 
 
 def segments(name, kernel, q_TAD, k_KAD, v_KAD, bounds, scale, dropout=0.0, window=None) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""What makes the layers cheaper: Liger's kernels, recomputation of activations, activations in host memory, torch.compile.
+"""What makes the layers cheaper: Liger's kernels, recomputation of activations, tiles, activations in host memory,
+torch.compile.
 
 All are off unless asked for, except Liger on a GPU where it is installed. None changes the result beyond rounding.
 """
@@ -122,6 +123,37 @@ def checkpoint_layers(model: nn.Module, selective: bool = False) -> None:
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     model.train()
+
+
+# -------------------------------------------------------------------------------------------------------- tiles of an MLP
+
+
+def tile_mlps(model: nn.Module, tile: int) -> None:
+    """MLPs take at most `tile` tokens at a time, by DeepSpeed's TiledMLP: what is as wide as an MLP exists for one tile alone.
+
+    The passes that recompute run once more. Raises UserError for a model without gated MLPs.
+    """
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
+    from deepspeed.utils import set_z3_leaf_module
+
+    found = [m for m in model.modules() if hasattr(m, "gate_proj") and hasattr(m, "down_proj")]
+    if not found or any(hasattr(m, "experts") for m in model.modules()):
+        raise UserError(f"model.mlp_tile: {type(model).__name__} has no gated MLPs, or several experts of them")
+    for mlp in found:
+        # At stage 3 its weights are gathered once for all tiles.
+        set_z3_leaf_module(mlp, True)
+        mlp.forward = partial(_tiled, mlp, mlp.forward, tile, TiledMLP.apply)
+
+
+def _tiled(mlp: nn.Module, forward: Callable, tile: int, apply: Callable, x: torch.Tensor) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    least = -(-len(rows) // tile)
+    # Without a gradient for its input nothing would lead to the MLP's own parameters.
+    if least == 1 or not (x.requires_grad or not torch.is_grad_enabled()):
+        return forward(x)
+    tiles = -(-len(rows) // -(-len(rows) // least))  # so many runs of equal size are what torch.chunk makes of it
+    out = apply(lambda _, part: forward(part), mlp, rows, tiles, list(mlp.parameters()))
+    return out.view(x.shape)
 
 
 # -------------------------------------------------------------------------------------------------- activations offloaded

@@ -21,6 +21,7 @@ from amft_fast.errors import UserError
 from amft_fast.model import attention, experts, layers, lora
 from amft_fast.model.base import check_finite, check_vocabulary, check_whole, read_config, unloadable
 from amft_fast.model.experts import Routing
+from amft_fast.model.ulysses import Ulysses
 from amft_fast.model.vision import Vision, freeze, is_vision_language
 
 # Sums over the tokens of a micro-batch: they add up over micro-batches and ranks.
@@ -112,6 +113,7 @@ class Policy(nn.Module):
             nn.init.zeros_(self.value_head.bias)
         self.saving: Callable[[], AbstractContextManager] = nullcontext  # where a forward pass keeps its activations
         self.weight_grad: torch.Tensor | None = None  # fp32 buffer that the head's dW is added into, set by the engine
+        self.ulysses: Ulysses | None = None  # set by an engine that gives `forward` a part of each batch
         self.reach_all = False  # set by an engine that needs a gradient of every parameter from every micro-batch
 
     def hidden_rows(self, batch: Batch, model: nn.Module | None = None) -> torch.Tensor:
@@ -121,7 +123,7 @@ class Policy(nn.Module):
             return self._seeing(backbone, batch).flatten(0, 1).index_select(0, batch.rows)
         ids = batch.input_ids if self.vision is None else self.vision.readable(batch.input_ids)
         config = (model or self.model).config
-        packed = {} if batch.layout is None else attention.inputs(config, batch.layout, self.head.weight)
+        packed = {} if batch.layout is None else attention.inputs(config, batch.layout, self.head.weight, self.ulysses)
         out = backbone(input_ids=ids, position_ids=batch.position_ids, use_cache=False, **packed)
         if "amft_layout" in packed and not batch.layout.calls:
             raise UserError(

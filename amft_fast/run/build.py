@@ -10,13 +10,14 @@ import torch
 
 from amft_fast import own_loss
 from amft_fast.config import Config, LoraConfig, TaskConfig
-from amft_fast.engine.deepspeed import DeepSpeedEngine, cut_while_loading
+from amft_fast.engine.deepspeed import DeepSpeedEngine, cut_while_loading, import_deepspeed
 from amft_fast.engine.local import LocalEngine
 from amft_fast.engine.phases import Phases
 from amft_fast.engine.world import ALONE, World, join, launched_size
 from amft_fast.errors import UserError
 from amft_fast.interfaces import RolloutEngine, Task, UpdateEngine
-from amft_fast.model import layers
+from amft_fast.model import attention, layers, ulysses
+from amft_fast.model.base import read_config
 from amft_fast.model.policy import Policy, load_model, load_tokenizer, pick_dtype
 from amft_fast.ops import OwnLoss
 from amft_fast.rollout.buckets import Bucketed
@@ -64,10 +65,14 @@ def build(cfg: Config, should_stop: Callable[[], bool], task: Task | None = None
     `resume`: for a run that goes on."""
     device, own = pick_device(cfg.run.device), own_loss_of(cfg)
     world = join_world(cfg, device)
+    check_shared_rows(cfg, world)
     encoder, task = read_data(cfg, world, task)
     cut = cut_while_loading(cfg.engine, pick_dtype(cfg.model, device), device)
     with phase("loading the model", shown=world.main, bars=cfg.log.progress) as loading, weights_loaded(loading), cut:
         model = load_model(cfg.model, device)
+    if cfg.model.mlp_tile:
+        import_deepspeed(device)
+        layers.tile_mlps(model, cfg.model.mlp_tile)
     with phase("timing threads", shown=world.main, bars=cfg.log.progress):
         threads.choose(cfg, model, resume)
     policy = Policy(
@@ -183,6 +188,22 @@ def join_world(cfg: Config, device: torch.device) -> World:
             "use --engine.kind deepspeed"
         )
     return ALONE
+
+
+def check_shared_rows(cfg: Config, world: World) -> None:
+    """Raises UserError where engine.sequence_parallel asks for what the processes or the models cannot do."""
+    size = cfg.engine.sequence_parallel
+    if size == 1:
+        return
+    if world.size % size:
+        raise UserError(
+            f"engine.sequence_parallel: {world.size} processes cannot be groups of {size}; start a multiple of {size}"
+        )
+    for path in filter(None, (cfg.model.path, cfg.advantage.teacher)):
+        config = read_config(cfg.model.model_copy(update={"path": path}))
+        why = attention.obstacle(config) or ulysses.obstacle(config, size)
+        if why:
+            raise UserError(f"engine.sequence_parallel: {size} processes cannot share the rows of {path!r}: {why}")
 
 
 def make_engine(cfg: Config, policy: Policy, world: World, device: torch.device) -> UpdateEngine:
