@@ -787,7 +787,7 @@ class ControllerConfig(Section):
     confidence: float = Field(2.0, ge=0)
     """Student's t of the held-out reward's fall over which exploring is taken back; over half of it, of a rise, a block of
     imitation stays (blocks)."""
-    look_share: float = Field(0.01, gt=0, le=0.1)
+    look_share: float = Field(0.006, gt=0, le=0.1)
     """Share of the run's compute that a look samples at held-out prompts: as many prompts as that pays for, at least two for
     each of a step, then further answers (blocks)."""
     look_prompts: int = Field(128, ge=2, le=2**20)

@@ -54,10 +54,19 @@ def raised(result, t):
 # ------------------------------------------------------------------------------------------------------ the decisions
 
 
-def test_a_block_that_shows_is_doubled_and_the_first_that_does_not_is_taken_back():
+def test_a_block_that_shows_is_doubled_and_then_exploring_begins():
     results = [held_out(x) for x in (0.1, 0.3, 0.6, 0.6)]
     seen = looks(make("--controller.imitation_share", "0.05"), results)
-    assert seen == [(0, "keep", 1), (5, "keep", 1), (10, "keep", 1), (20, "back", 0)]
+    assert seen == [(0, "keep", 1), (5, "keep", 1), (10, "keep", 1), (20, "keep", 0)]
+
+
+@pytest.mark.parametrize(("t", "verdict"), [(0.5, "keep"), (-0.8, "keep"), (-1.2, "back")])
+def test_imitation_that_has_shown_before_and_does_not_now_stays_unless_it_has_fallen(t, verdict):
+    c, shown = make(), held_out(0.3)
+    c.looked(held_out(0.1), 0.0)
+    assert c.looked(shown, 6.0)[0] == "keep" and c.mu(6) == 1
+    assert c.looked(raised(shown, t), 12.0)[0] == verdict and c.mu(12) == 0
+    assert c.imitated == (12 if verdict == "keep" else 6)
 
 
 def test_blocks_of_imitation_are_at_most_two_of_the_first():
@@ -97,15 +106,14 @@ def test_the_dead_are_imitated_until_they_live():
         (6, "keep"),
         (12, "keep"),
         (24, "keep"),
-        (36, "back"),
+        (36, "keep"),
     ]
 
 
 def test_what_imitation_has_all_but_solved_is_not_explored():
     solved, flags = held_out(0.97, right=0.97), ("--controller.solved", "0.95")
     seen = looks(make(*flags), [held_out(0.3), solved, solved, solved, held_out(0.94, right=0.94)])
-    assert [verdict for _, verdict, _ in seen] == ["keep", "keep", "keep", "keep", "back"]
-    assert [clock for clock, _, _ in seen] == [0, 6, 12, 24, 36]
+    assert [(clock, mu) for clock, _, mu in seen] == [(0, 1), (6, 1), (12, 1), (24, 1), (36, 0)]
     assert looks(make(*flags), [solved, solved])[-1] == (6, "back", 0), "a base that is as good by itself"
 
 

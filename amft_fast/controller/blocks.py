@@ -10,11 +10,12 @@ rise since the look at the weights that are kept; c is `confidence`.
                                          prompts earned the same and are not right
                solved                    the same: over `solved` of the answers are right and imitation has made them so. There
                                          are few mistakes left to learn from, and what is there can be lost
-               else                      back to the kept weights and moments, and explore
+               else                      explore: from the kept weights and moments, but if imitation has shown before, from
+                                         these unless they have fallen, t < −c/2
     exploring  fallen, t < −c            back to the kept ones, and imitate: twice as long as when it last did not show. From
                                          here on imitation is taken back where it falls: −c is asked
                standing still, t ≤ c/2   in a block of four times the shortest (two, if imitation has shown before; twice as
-                                         long for each further time that it was taken back): imitate for two of the first
+                                         long for each further time that it did not show): imitate for two of the first
                                          block, from the better of these weights and the kept ones; 0 is asked
                risen, t > c/2            these are kept; exploring goes on
                else                      exploring goes on
@@ -52,9 +53,9 @@ class BlockController(Controller):
         self.rewards: list[float] = []  # of each prompt, at the weights that are kept
         self.was_dead = False  # these
         self.imitated = 0.0  # steps of imitation in them
-        self.in_vain = 0.0  # length of the last block of imitation that was taken back
+        self.in_vain = 0.0  # length of the last block of imitation that did not show
         self.asked = self.c.confidence / 2  # t over which imitation stays
-        self.vain = 0  # how many times it was taken back
+        self.vain = 0  # how many times it did not show
         self.barren = 0  # steps in a row whose answers taught nothing
         self.over = False  # whether the last look has been taken
 
@@ -96,10 +97,12 @@ class BlockController(Controller):
             if self.asked >= 0:
                 self.asked = self.c.confidence / 2
             return self._imitate("keep", min(max(self.imitated, self.shortest), 2 * self.shortest))
+        stays = self.imitated > 0 and t > -self.c.confidence / 2 and self.c.signal != "lot"
+        self.imitated += self.block * stays
         self.asked = self.c.confidence / 2
         self.value, self.in_vain, self.block = 0.0, self.block, self.shortest
         self.vain += 1
-        return "back"
+        return "keep" if stays else "back"
 
     def _explored(self, t: float) -> Verdict:
         if t < -self.c.confidence:
