@@ -530,7 +530,7 @@ def test_rows_go_on_to_as_many_groups_as_there_are():
 def test_activations_in_host_memory_leave_those_of_two_layers():
     (memory, shape, _), (away, _, _) = long_rows(), long_rows("--model.offload_activations=true")
     here, there = (part(m.phases["update"], "activations") for m in (memory, away))
-    assert there == pytest.approx(here * 2 / shape.text.layers) and away.host - memory.host == 8 * here
+    assert there == pytest.approx(here * 2 / shape.text.layers) and away.host == pytest.approx(memory.host + 8 * here)
 
 
 @pytest.mark.skipif(__import__("importlib.util").util.find_spec("deepspeed") is None, reason="needs deepspeed")

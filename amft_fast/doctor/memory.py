@@ -181,8 +181,10 @@ def layers_bytes(cfg: Config, shape: Shape, at: Layout, image_tokens: int = 0) -
         layer = tokens * layer_bytes(tower, b, cfg.model.attention, at.longest, at.shared, not tiled)
         entrance = tokens * b * tower.hidden
         work = backward_bytes(tower, b, tokens)
-        if tiled:  # of a tile what is kept too, and of all tokens the gradients of input and output
-            work = b * (6 * tower.intermediate * cfg.model.mlp_tile + 2 * tower.hidden * tokens)
+        if tiled:  # of a tile what is kept too (or a weight's gradient), of all tokens the gradients of input and output
+            tile = cfg.model.mlp_tile
+            wide = max(6 * tile, 5 * tile + tower.hidden)
+            work = b * (wide * tower.intermediate + 2 * tower.hidden * tokens)
         if cfg.model.gradient_checkpointing:  # the first norm keeps its input, which in fp32 is the layer's own
             kept, worst = kept + tower.layers * entrance, max(worst, layer - (entrance if b == 4 else 0) + work)
         else:
