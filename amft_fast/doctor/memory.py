@@ -181,7 +181,9 @@ def layers_bytes(cfg: Config, shape: Shape, at: Layout, image_tokens: int = 0) -
         layer = tokens * layer_bytes(tower, b, cfg.model.attention, at.longest, at.shared, not tiled)
         entrance = tokens * b * tower.hidden
         work = backward_bytes(tower, b, tokens)
-        if tiled:  # of a tile what is kept too (or a weight's gradient), of all tokens the gradients of input and output
+        if (
+            tiled
+        ):  # of a tile what is kept too (or a weight's gradient), of all tokens the gradients of input and output
             tile = cfg.model.mlp_tile
             wide = max(6 * tile, 5 * tile + tower.hidden)
             work = b * (wide * tower.intermediate + 2 * tower.hidden * tokens)
