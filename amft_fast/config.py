@@ -785,13 +785,11 @@ class ControllerConfig(Section):
     imitation_share: float = Field(0.06, gt=0, le=1)
     """Share of the run's compute of the first block of imitation (blocks)."""
     confidence: float = Field(2.0, ge=0)
-    """Student's t of the held-out reward's fall over which exploring is taken back; over half of it, of a rise, a block of
-    imitation stays (blocks)."""
-    look_share: float = Field(0.006, gt=0, le=0.1)
-    """Share of the run's compute that a look samples at held-out prompts: as many prompts as that pays for, at least two for
-    each of a step, then further answers (blocks)."""
-    look_prompts: int = Field(128, ge=2, le=2**20)
-    """Held-out prompts of a look at most, with `meta.num_generations` answers each, or a multiple of it (blocks)."""
+    """Student's t of the held-out reward's rise over which a block of imitation stays (half of it, once one has stayed), and of
+    its fall over which exploring is taken back (blocks)."""
+    look_prompts: int | None = Field(None, ge=2, le=2**20)
+    """Held-out prompts of a look, with `meta.num_generations` answers each (blocks); default: twice `train.prompts_per_step`,
+    between 32 and 64."""
     min_alive: float = Field(0.1, ge=0, le=1)
     """Share of the held-out prompts whose answers earned differently, or are all right, under which nothing is explored
     (blocks)."""
@@ -1130,6 +1128,11 @@ class Config(Section):
                 f"got {self.checkpoint.metric!r}"
             )
         return self
+
+    @property
+    def prompts_of_a_look(self) -> int:
+        """Held-out prompts that a μ learned in blocks is judged by."""
+        return self.controller.look_prompts or min(64, max(32, 2 * self.train.prompts_per_step))
 
     @property
     def in_blocks(self) -> bool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ from amft_fast.data.stream import Stream, choose
 from amft_fast.engine.parts import Part, Tensors
 from amft_fast.engine.phases import Phases
 from amft_fast.errors import RolloutFailure, UserError
-from amft_fast.held_out import HeldOut, Verdict, look
+from amft_fast.held_out import HeldOut
 from amft_fast.interfaces import Demo, Item, RolloutEngine, Sample, Task, UpdateEngine
 from amft_fast.losses import EntropyBonus
 from amft_fast.meta_gradient import Utility, UtilityGradient
@@ -80,10 +80,6 @@ class Step(NamedTuple):
     failure: RolloutFailure | None  # the rollout engine did not take the new weights; the step itself is done
 
 
-Judge = Callable[[HeldOut, float], tuple[Verdict, dict[str, float]]]
-"""(a look, the clock) → verdict and figures."""
-
-
 class Looked(NamedTuple):
     """What a controller was told before an update: figures of it, and the tokens it took."""
 
@@ -118,7 +114,7 @@ class Trainer:
         )
         self.rollouts.generations = self.mixture.generations
         self.rollouts.hints = lambda: copy(self.mixture).hint  # threads read no progress that the next step changes
-        self.held_out = self._validation_prompts(parts.task, cfg.controller.look_prompts) if cfg.in_blocks else []
+        self.held_out = self._validation_prompts(parts.task, cfg.prompts_of_a_look) if cfg.in_blocks else []
         self.kept: Any = None  # weights and moments that a block may be taken back to
         self.updates = 1  # of a step that imitates
         self.utility_gradient = (
@@ -305,52 +301,32 @@ class Trainer:
 
         What it was told stays told when the step breaks off later on: the look is not taken again.
         """
-        if self.held_out and self.controller.wants_look(t, self.clock):
-            self._look(self.controller.looked)
-
-    def end(self) -> dict[str, float] | None:
-        """After the last step: the weights are the better ones of the last and the kept, where the controller keeps some.
-        Returns the two held-out rewards if the last were taken back."""
-        if not self.held_out or not self.controller.wants_last_look:
-            return None
-        verdict, figures = self._look(self.controller.ended)
-        self.tokens, self.looked = self.tokens + self.looked.tokens, Looked({}, 0)
-        return figures if verdict == "back" else None
-
-    def _look(self, judge: Judge) -> tuple[Verdict, dict[str, float]]:
-        """A look, and what the verdict says of it is carried out."""
+        items = self.held_out
+        if not items or not self.controller.wants_look(t, self.clock):
+            return
         with self.phases("utility"):
             with self.undone_on_stop():
-                few, known = min(64, 2 * self.cfg.train.prompts_per_step), len(self.controller.rewards)
-                found, samples = look(self.draw_held_out, self.held_out, few, known, self.tokens_of_a_look)
-            verdict, figures = judge(found, self.clock)
-            self.looked, self.updates = Looked(figures, found.sampled), self.updates_of_a_step(samples)
+                samples = self.draw_held_out(items, self.step)
+            held_out = HeldOut.of(samples, len(items))
+            verdict, figures = self.controller.looked(held_out, self.clock)
+            self.looked, self.updates = Looked(figures, held_out.sampled), self.updates_of_a_step(samples)
             if verdict == "keep":
                 self.kept = self.engine.snapshot()
             elif verdict == "back":
                 self.engine.restore(self.kept)
                 self.rollouts.replace()
-        return verdict, figures
 
     def updates_of_a_step(self, samples: list[Sample]) -> int:
         """How many updates that imitate cost as many tokens as a step that explores, by answers like those to come."""
-        demo = fmean(len(self._demo(i).ids) for i in range(min(len(self.demonstrations), 64)))
-        return max(1, round(self.tokens_of_a_step(samples) / (self.cfg.train.demos_per_step * demo)))
-
-    def tokens_of_a_step(self, samples: list[Sample]) -> float:
-        """Of one that explores, by answers like those to come."""
+        cfg = self.cfg
         answer = fmean(len(s.prompt_ids) + len(s.response_ids) + sum(s.loss_mask) for s in samples)
-        return self.cfg.train.prompts_per_step * self.cfg.rollout.num_generations * answer
+        demo = fmean(len(self._demo(i).ids) for i in range(min(len(self.demonstrations), 64)))
+        explores = cfg.train.prompts_per_step * cfg.rollout.num_generations * answer
+        return max(1, round(explores / (cfg.train.demos_per_step * demo)))
 
-    def tokens_of_a_look(self, samples: list[Sample]) -> float:
-        """That it may sample: a share of the run's compute."""
-        cfg, budget = self.cfg, self.cfg.train.token_budget
-        whole = cfg.train.steps * self.tokens_of_a_step(samples) if budget is None else budget - self.warmup_tokens
-        return cfg.controller.look_share * whole
-
-    def draw_held_out(self, items: Sequence[Item], part: int, rounds: int) -> list[Sample]:
-        cfg, purpose = self.cfg, ("held out", self.step, *([part] if part else []))
-        return self.rollouts.sample(list(items), cfg.rollout.temperature, purpose, rounds * cfg.meta.num_generations)
+    def draw_held_out(self, items: list[Item], step: int) -> list[Sample]:
+        cfg = self.cfg
+        return self.rollouts.sample(items, cfg.rollout.temperature, ("held out", step), cfg.meta.num_generations)
 
     def look_at_validation(self) -> Looked:
         """The controller is told how likely held-out demonstrations are now."""

@@ -1,35 +1,30 @@
 """Imitate as long as it shows, take back what did not, then explore: μ is 1 or 0, and what is absent costs nothing.
 
 A run begins with a look at held-out prompts (their mean rewards, on answers drawn for it) and a block of imitation,
-`imitation_share` of the run's compute. At the end of each block there is another look. t is Student's, paired by prompt, of the
-rise since the look at the weights that are kept; c is `confidence`.
+`imitation_share` of the run's compute. At the end of each block there is another look. Rewards have risen or fallen, since the
+look at the weights that are kept, where Student's t, paired by prompt, is beyond `confidence`.
 
-    imitating  t > asked, or come alive  these weights are kept, and as much imitation again as there was so far, at most
-                                         two of the first block
+    imitating  risen, or come alive      these weights are kept, and as much imitation again as there was so far; from the
+                                         second block on half of `confidence` will do, since imitation has shown before
                dead                      the same: there is nothing to explore from. The answers to all but `min_alive` of the
                                          prompts earned the same and are not right
                solved                    the same: over `solved` of the answers are right and imitation has made them so. There
                                          are few mistakes left to learn from, and what is there can be lost
-               else                      explore: from the kept weights and moments, but if imitation has shown before, from
-                                         these unless they have fallen, t < −c/2
-    exploring  fallen, t < −c            back to the kept ones, and imitate: twice as long as when it last did not show. From
-                                         here on imitation is taken back where it falls: −c is asked
-               standing still, t ≤ c/2   in a block of four times the shortest (two, if imitation has shown before; twice as
-                                         long for each further time that it did not show): imitate for two of the first
-                                         block, from the better of these weights and the kept ones; 0 is asked
-               risen, t > c/2            these are kept; exploring goes on
+               else                      back to the kept weights and moments, and explore
+    exploring  fallen                    back to the kept ones, and imitate: twice as long as when it last did not show. From
+                                         here on imitation is taken back where it falls, not where it does not rise
+               risen                     these are kept; exploring goes on
                else                      exploring goes on
 
-Of imitation c/2 is asked, unless said otherwise. Blocks of exploring double from `imitation_share` on. If for `window` steps no
-answer of a step earns more than another and none is right, a look is taken at once, and imitation begins again where it says
-dead. A last look leaves the run with the better of its last weights and the kept ones.
+Blocks of exploring double from `imitation_share` on. If for `window` steps no answer of a step earns more than another and none
+is right, a look is taken at once, and imitation begins again where it says dead.
 
 A step has the compute of one that explores, whatever it does: one that imitates makes as many updates as cost the same.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -37,7 +32,9 @@ from amft_fast.config import Config
 from amft_fast.controller.base import Controller, named
 from amft_fast.controller.statistics import student
 from amft_fast.data.stream import sample_seed
-from amft_fast.held_out import HeldOut, Verdict
+from amft_fast.held_out import HeldOut
+
+Verdict = Literal["keep", "back", "go on"]
 
 
 class BlockController(Controller):
@@ -53,11 +50,9 @@ class BlockController(Controller):
         self.rewards: list[float] = []  # of each prompt, at the weights that are kept
         self.was_dead = False  # these
         self.imitated = 0.0  # steps of imitation in them
-        self.in_vain = 0.0  # length of the last block of imitation that did not show
-        self.asked = self.c.confidence / 2  # t over which imitation stays
-        self.vain = 0  # how many times it did not show
+        self.in_vain = 0.0  # length of the last block of imitation that was taken back
+        self.fell = False  # whether exploring has been taken back since
         self.barren = 0  # steps in a row whose answers taught nothing
-        self.over = False  # whether the last look has been taken
 
     @property
     def shortest(self) -> float:
@@ -91,41 +86,20 @@ class BlockController(Controller):
         return verdict, named(figures | {"tokens": held_out.sampled, "mu_next": self.value})
 
     def _imitated(self, t: float, goes_on: bool) -> Verdict:
-        shown = self._lot() if self.c.signal == "lot" else t > self.asked or self.was_dead
-        if shown or goes_on:
+        asked = self.c.confidence / 2 if self.imitated else self.c.confidence
+        shown = self._lot() if self.c.signal == "lot" else t > asked or self.was_dead
+        if shown or goes_on or (self.fell and t > -self.c.confidence):
             self.imitated += self.block
-            if self.asked >= 0:
-                self.asked = self.c.confidence / 2
-            return self._imitate("keep", min(max(self.imitated, self.shortest), 2 * self.shortest))
-        stays = self.imitated > 0 and t > -self.c.confidence / 2 and self.c.signal != "lot"
-        self.imitated += self.block * stays
-        self.asked = self.c.confidence / 2
-        self.value, self.in_vain, self.block = 0.0, self.block, self.shortest
-        self.vain += 1
-        return "keep" if stays else "back"
+            return self._imitate("keep", max(self.imitated, self.shortest))
+        self.value, self.in_vain, self.fell, self.block = 0.0, self.block, False, self.shortest
+        return "back"
 
     def _explored(self, t: float) -> Verdict:
         if t < -self.c.confidence:
-            self.asked = -self.c.confidence
+            self.fell = True
             return self._imitate("back", max(2 * self.in_vain, self.shortest))
-        risen = t > self.c.confidence / 2
-        if not risen and self.block >= (2 if self.imitated else 4) * 2 ** (self.vain - 1) * self.shortest:
-            self.asked = 0.0
-            return self._imitate("keep" if t > 0 else "back", 2 * self.shortest)
         self.block *= 2
-        return "keep" if risen else "go on"
-
-    @property
-    def wants_last_look(self) -> bool:
-        """Whether there is something that the last block may be taken back to."""
-        return bool(self.rewards) and not self.over
-
-    def ended(self, held_out: HeldOut, clock: float) -> tuple[Verdict, dict[str, float]]:
-        """The last look's verdict and figures."""
-        self.over = True
-        rise = held_out.rewards - np.array(self.rewards)
-        figures = {"reward": float(held_out.rewards.mean()), "kept_reward": float(np.mean(self.rewards))}
-        return "back" if rise.mean() < 0 else "go on", figures
+        return "keep" if t > self.c.confidence else "go on"
 
     def _imitate(self, verdict: Verdict, block: float) -> Verdict:
         self.value, self.block = 1.0, block
@@ -139,8 +113,7 @@ class BlockController(Controller):
         self.barren = 0 if alive else self.barren + 1
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("value", "block", "ends", "rewards", "was_dead", "imitated", "in_vain", "asked")
-        names += ("vain", "barren", "over")
+        names = ("value", "block", "ends", "rewards", "was_dead", "imitated", "in_vain", "fell", "barren")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -313,7 +313,7 @@ def _communication(cfg: Config, shape: Shape, at: Layout) -> list[Part]:
     return [Part("communication", gathered + buckets, f"{why}, DeepSpeed's default sizes")]
 
 
-def drawn_at_once(cfg: Config, machine: Machine) -> int:
+def drawn_at_once(cfg: Config) -> int:
     """The most sequences that the transformers engine decodes at once: those of a step, a look or an evaluation, whose prompts
     may be as many as there are when the config does not bound them; at most `rollout.max_batch`."""
     e, most = cfg.eval, cfg.rollout.max_batch
@@ -324,10 +324,7 @@ def drawn_at_once(cfg: Config, machine: Machine) -> int:
     if cfg.takes_utility:
         asked.append(cfg.meta.prompts * cfg.meta.num_generations)
     if cfg.in_blocks:
-        response = machine.response_tokens or cfg.rollout.max_new_tokens
-        whole = cfg.train.token_budget or cfg.train.steps * step * (machine.prompt_tokens + 2 * response)
-        least = 2 * cfg.train.prompts_per_step * cfg.meta.num_generations
-        asked.append(max(least, int(cfg.controller.look_share * whole / response)))
+        asked.append(cfg.prompts_of_a_look * cfg.meta.num_generations)
     return min(most, max(asked))
 
 
@@ -335,7 +332,7 @@ def _rollouts(cfg: Config, shape: Shape, at: Layout, machine: Machine) -> list[P
     """The transformers engine: its KV cache at the longest, and the larger of the prefill and the sampling of a token."""
     from amft_fast.rollout.decoder import prefill_tokens
 
-    b, t, batch = at.width, shape.text, drawn_at_once(cfg, machine)
+    b, t, batch = at.width, shape.text, drawn_at_once(cfg)
     token, prompt = cache_bytes(t, b), machine.prompt_tokens + machine.image_tokens
     prompts = -(-batch // cfg.rollout.num_generations)  # different ones: each is read once
     logits = 4 * batch * shape.vocab

@@ -56,8 +56,6 @@ class Loop:
             self.saver.mark_best(self.saved_step)
         try:
             while True:
-                if trainer.finished:
-                    self.end()
                 if self.evaluator.due(trainer):
                     self.evaluate()
                 if trainer.finished:
@@ -96,16 +94,6 @@ class Loop:
             trainer.rollouts.on_answer = phase.advance
             trainer.after_warmup()
         trainer.rollouts.on_answer = lambda: None
-
-    def end(self) -> None:
-        """What a method does after its last step."""
-        with self.files.progress.phase("the last look at held-out prompts", None, "answers", LONG) as phase:
-            self.trainer.rollouts.on_answer = phase.advance
-            taken_back = self.trainer.end()
-        self.trainer.rollouts.on_answer = lambda: None
-        if taken_back is not None:
-            last, kept = taken_back["reward"], taken_back["kept_reward"]
-            self.files.say(f"held-out reward {last:.3g} at the end, {kept:.3g} before: the last block is taken back")
 
     def take_step(self) -> Step:
         """One step and its record, profiled where `profile.steps` asks for it. Raises UserError after too many updates in a
