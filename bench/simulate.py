@@ -7,8 +7,7 @@ bench/results (an H200); links and disk are assumptions, named in the output. No
     in step    rollouts wait for the trainer's weights, the trainer for the last answer
     shared     the same GPUs draw and train in turns
     ahead      the answers of the next step are drawn meanwhile (rollout.async_steps = 1); a sync waits for the last of them
-    rounds     those of `--ahead` steps are drawn together (rollout.async_steps); weights come between two rounds
-    in flight  servers take new weights in the midst of answers, and never run empty (rollout.in_flight); `--ahead` steps ahead
+    in flight  servers take new weights in the midst of answers (rollout.in_flight) and never run empty; `--staleness` steps ahead
 """
 
 from __future__ import annotations
@@ -211,7 +210,7 @@ def costs_of(
     )
 
 
-MODES = {"shared": 0, "in step": 0, "ahead": 1, "rounds": None, "in flight": None}  # steps ahead; None: --ahead
+MODES = {"shared": (0, False), "in step": (0, False), "ahead": (1, False)}
 
 
 def simulate(
@@ -225,8 +224,8 @@ def simulate(
     rate: tuple[float, float],
 ) -> Outcome | None:
     """`steps` steps on `gpus` GPUs of which `drawing` draw (all of them where they are shared); None where it does not fit."""
-    ahead = args.ahead if MODES[mode] is None else MODES[mode]
-    shared, in_flight = mode == "shared", mode == "in flight"
+    ahead, in_flight = MODES.get(mode, (args.staleness, True))
+    shared = mode == "shared"
     trainers = gpus if shared else gpus - drawing
     rng = np.random.default_rng(0)
     each = next((n for n in (1, 2, 4, 8) if 2 * shape.parameters < 0.6 * n * card.memory), 8)
@@ -250,8 +249,7 @@ def simulate(
     )
     servers = [Server(card, shape, each, max(1, slots)) for _ in range(sample)]
     waiting = deque(lengths.tolist())
-    started = version = sent = 0  # answers begun; steps trained; version that servers have
-    limit = 1  # steps whose answers may have begun
+    started = version = 0
     ages: list[int] = []
     ready: deque[int] = deque()  # versions of the answers that are there
     now = trained = written = training = 0.0
@@ -259,17 +257,14 @@ def simulate(
     draining = False
     begun = (0.0, 0.0, 0.0, 0.0)
     while version < args.steps:
-        limit = max(limit, version + 1 + (ahead if in_flight else 0))
         for s in servers:  # new rows, where they may begin
-            while len(s.rows) < s.slots and started < limit * rows and waiting and not draining:
+            while len(s.rows) < s.slots and started < (version + 1 + ahead) * rows and waiting and not draining:
                 fewest = min(servers, key=lambda x: len(x.rows) / x.slots)
                 fewest.go_on(now)
-                fewest.join(prompt, waiting.popleft(), sent, prefill)
+                fewest.join(prompt, waiting.popleft(), version, prefill)
                 started += 1
         if busy_until == float("inf") and len(ready) >= rows and not draining:
             ages += [version - ready.popleft() for _ in range(rows)]
-            if version + 1 == limit:  # the round's last is taken
-                limit += ahead
             pause = 0.0
             if cfg.checkpoint.every and version and version % cfg.checkpoint.every == 0:
                 pause = costs.copy + max(written - now, 0.0)
@@ -285,21 +280,18 @@ def simulate(
             ready.append(began)
         elif busy_until < float("inf"):
             now = max(now, busy_until)
-            trained += 1
-            over = in_flight or limit - trained <= 1  # the round is, with what is drawn now
-            draining = not in_flight and over and bool(active)
+            draining = not in_flight and bool(active)
             busy_until = float("inf")
-        if trained > version and (in_flight or not over or not any(s.rows for s in servers)):
+            trained += 1
+        if trained > version and (in_flight or not any(s.rows for s in servers)):
             draining = False
             version += 1
             if version == 1:  # what comes before, the first answers of all, is left out
                 begun = (now, training, sum(s.busy for s in servers), sum(s.filled for s in servers))
-            if over:
-                sent = version
-                for s in servers:
-                    s.go_on(now)
-                    s.at += costs.sync
-                now += 0.0 if in_flight else costs.sync
+            for s in servers:
+                s.go_on(now)
+                s.at += costs.sync
+            now += 0.0 if in_flight else costs.sync
     steps, now = args.steps - 1, now - begun[0]
     training -= begun[1]
     busy = sum(s.busy for s in servers) - begun[2]
@@ -401,16 +393,14 @@ def main(argv: list[str] | None = None) -> int:
         "--servers", type=int, default=8, help="simulated at most, each with its share (default %(default)s)"
     )
     parser.add_argument(
-        "--ahead", type=int, default=2, help="steps ahead in rounds and in flight (default %(default)s)"
+        "--staleness", type=int, default=2, help="steps that in flight may be ahead (default %(default)s)"
     )
     parser.add_argument("--plot", type=Path, help="a PNG")
     rest, settings = config_file.split_flags(sys.argv[1:] if argv is None else argv)
     args, unknown = parser.parse_known_args(rest)
     try:
-        if args.steps < 2 or min(args.servers, args.ahead) < 1:
-            raise UserError(
-                f"--steps must be at least 2, --servers and --ahead 1, got {args.steps}, {args.servers} and {args.ahead}"
-            )
+        if args.steps < 2 or args.servers < 1:
+            raise UserError(f"--steps must be at least 2 and --servers 1, got {args.steps} and {args.servers}")
         cfg = config_file.load(args.config, [*settings, *unknown])
         card, rate = Card.measured(), measured_exchange()
         print(
@@ -424,7 +414,7 @@ def main(argv: list[str] | None = None) -> int:
         for model in (args.models or cfg.model.path).split(","):
             shape = shapes.find(model)
             for gpus in map(int, args.gpus.split(",")):
-                for mode in MODES:
+                for mode in (*MODES, "in flight"):
                     found = best(scaled(cfg, gpus, not args.strong), shape, card, gpus, mode, args, rate)
                     if found is not None:
                         outcomes.setdefault(model.rpartition("/")[2], []).append(found)

@@ -28,7 +28,7 @@ def test_rollouts_of_a_folder_s_model_are_checked_and_timed(checkpoint_folder, t
     flags = ["--device", "cpu", "--model", str(checkpoint_folder), "--rounds", "1", "--no-overhead", "--ways", ways]
     assert rollout.main([*flags, "--loads", "even", "--out", str(tmp_path / "r.json")]) == 0
     (result,) = json.loads((tmp_path / "r.json").read_text())["results"]
-    assert result["model"] == checkpoint_folder.name and result["requests"] == 16 and result["tokens"] == 320
+    assert result["model"] == checkpoint_folder.name and result["requests"] == 48 and result["tokens"] == 1200
     assert set(result["ways"]) == set(ways.split(","))
 
 

@@ -19,9 +19,9 @@ def card():
     return Card.measured()
 
 
-def run(card, gpus, drawing, mode, *flags, steps=6, model="Qwen2.5-7B", ahead=2):
+def run(card, gpus, drawing, mode, *flags, steps=6, model="Qwen2.5-7B"):
     cfg = config_file.load(CONFIG, list(flags))
-    args = argparse.Namespace(steps=steps, servers=4, ahead=ahead, lengths=None)
+    args = argparse.Namespace(steps=steps, servers=4, staleness=2, lengths=None)
     return simulate.simulate(cfg, shapes.find(model), card, gpus, drawing, mode, args, RATE)
 
 
@@ -51,14 +51,6 @@ def test_asynchrony_fills_what_waiting_leaves_idle(card):
     assert ahead.step_s >= ahead.costs.train and flight.idle_trainers < step.idle_trainers
 
 
-def test_rounds_of_one_step_are_one_step_ahead_and_longer_ones_run_empty_less_often(card):
-    ahead, one = run(card, 8, 3, "ahead", steps=9), run(card, 8, 3, "rounds", steps=9, ahead=1)
-    assert (one.step_s, one.age) == (ahead.step_s, ahead.age)
-    four = run(card, 8, 3, "rounds", steps=9, ahead=4)
-    assert four.step_s < ahead.step_s and four.idle_servers < ahead.idle_servers
-    assert four.age == pytest.approx(2 * (1 + 2 + 3 + 4) / 9), "as the trainer's own rounds"
-
-
 def test_checkpoints_cost_the_copy_and_a_slow_disk_holds_the_next_one_up(card, monkeypatch):
     base = run(card, 8, 3, "in step")
     often = run(card, 8, 3, "in step", "--checkpoint.every", "1")
@@ -69,7 +61,7 @@ def test_checkpoints_cost_the_copy_and_a_slow_disk_holds_the_next_one_up(card, m
 
 
 def test_what_does_not_fit_is_no_split(card):
-    args = argparse.Namespace(steps=2, servers=2, ahead=2, lengths=None)
+    args = argparse.Namespace(steps=2, servers=2, staleness=2, lengths=None)
     assert best(config_file.load(CONFIG, []), shapes.find("Qwen2.5-72B"), card, 8, "ahead", args, RATE) is None
 
 
@@ -89,7 +81,9 @@ def test_the_command(tmp_path, capsys):
     assert simulate.main([CONFIG, *few, "--plot", str(tmp_path / "p.png")]) == 0
     out = capsys.readouterr().out
     assert (
-        out.count("| Qwen2.5-Math-7B | 8 |") == 5 and "| rounds |" in out and (tmp_path / "p.png").stat().st_size > 1000
+        out.count("| Qwen2.5-Math-7B | 8 |") == 4
+        and "| in flight |" in out
+        and (tmp_path / "p.png").stat().st_size > 1000
     )
     assert simulate.main([CONFIG, "--models", "no/such"]) == 2
     assert simulate.main([CONFIG, *few, "--lengths", str(tmp_path)]) == 2

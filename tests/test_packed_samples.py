@@ -49,9 +49,10 @@ def test_packed_samples_are_read_as_lists_are():
 def test_what_a_checkpoint_holds_of_them_is_the_same():
     drawn = []
     for found in (samples(), pack(samples())):
-        ahead = Ahead()
-        ahead.start(lambda found=found: found)
-        drawn.append(json.dumps(ahead.state_dict()))
+        ahead = Ahead(1)
+        ahead.start(1, 0, lambda found=found: found)
+        ahead.wait()
+        drawn.append(json.dumps(ahead.queue[0].state_dict()))
     assert drawn[0] == drawn[1]
 
 

@@ -273,9 +273,7 @@ def test_models_that_mix_tokens_otherwise_are_not_packed():
 
 def test_a_model_that_drops_the_layout_is_an_error(checkpoint_folder, monkeypatch):
     policy = make_policy(checkpoint_folder, "amft_packed")
-    monkeypatch.setattr(
-        attention, "inputs", lambda config, layout, like: {"attention_mask": None, "amft_layout": layout}
-    )
+    monkeypatch.setattr(attention, "inputs", lambda config, layout, *_: {"attention_mask": None, "amft_layout": layout})
     monkeypatch.setattr(
         policy.backbone, "forward", lambda input_ids, **_: types.SimpleNamespace(last_hidden_state=None)
     )

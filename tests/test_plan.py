@@ -126,7 +126,7 @@ def test_shapes_that_are_refused(tmp_path):
             folder_of(tmp_path, model_type="qwen3_moe", num_hidden_layers=2, decoder_sparse_step=2),
             "mixtures of experts",
         ),
-        (folder_of(tmp_path, model_type="mixtral", hidden_size=16, num_hidden_layers=1), "mixtures of experts"),
+        (folder_of(tmp_path, model_type="mixtral", hidden_size=64, num_hidden_layers=1), "mixtures of experts"),
         (folder_of(tmp_path, model_type="bert"), "no causal language model|gated"),
     ):
         plan_shapes.find.cache_clear()
