@@ -7,7 +7,7 @@ bench/results (an H200); links and disk are assumptions, named in the output. No
     in step    rollouts wait for the trainer's weights, the trainer for the last answer
     shared     the same GPUs draw and train in turns
     ahead      the answers of the next step are drawn meanwhile (rollout.async_steps = 1); a sync waits for the last of them
-    in flight  servers take new weights in the midst of answers (rollout.in_flight) and never run empty; `--staleness` steps ahead
+    in flight  servers take new weights in the midst of answers (rollout.in_flight), never empty; `--staleness` steps ahead
 """
 
 from __future__ import annotations
