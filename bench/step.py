@@ -268,13 +268,12 @@ def drawing(work: Work, rounds: int) -> dict[str, float]:
 
 def whole_step(draws: dict[str, float], rows: list[dict]) -> dict[str, float | None]:
     """How many times as long as ours a step takes, rollouts and update, of those who draw with `generate`."""
-    own = next((r["ms"] for r in rows if r["name"] == "amft-fast" and "ms" in r), None)
-    out = {}
-    for rival in ("TRL", "transformers"):
-        theirs = [r["ms"] for r in rows if r["name"].startswith(rival) and "ms" in r]
-        whole = own and theirs and (1e3 * draws["generate"] + min(theirs)) / (1e3 * draws["amft-fast"] + own)
-        out[rival] = whole or None
-    return out
+    drawn = [
+        {**r, "ms": r["ms"] + 1e3 * draws["amft-fast" if r["name"].startswith("amft-fast") else "generate"]}
+        for r in rows
+        if "ms" in r
+    ]
+    return {rival: times_faster(drawn, rival) for rival in ("TRL", "transformers")}
 
 
 def by_flat_share(work: Work, rounds: int) -> list[dict]:
