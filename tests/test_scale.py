@@ -99,13 +99,18 @@ def test_a_run_of_two_ranks_follows_the_run_of_one(alone, name, reference):
         assert a.pop("advantage") == pytest.approx(b.pop("advantage"), rel=1e-4, abs=1e-5) and a == b
 
 
+def of_two_processes(folder, what):
+    """The folder, once two processes have done their work in it."""
+    process = launch(folder, what)
+    out = finish(process, 1500)
+    assert process.returncode == 0, out[-4000:]
+    return folder
+
+
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
     """Runs of the methods that mix in ways of their own, of two processes and (`METHOD-alone`) of one."""
-    folder = tmp_path_factory.mktemp("mixtures")
-    process = launch(folder, "mixtures")
-    out = finish(process, 1500)
-    assert process.returncode == 0, out[-4000:]
+    folder = of_two_processes(tmp_path_factory.mktemp("mixtures"), "mixtures")
     for method in scale_worker.MIXTURES:
         scale_worker.train(folder / f"{method}-alone", folder / "tied", *scale_worker.MIXED, "--train.method", method)
     scale_worker.train(folder / "blocks-alone", folder / "tied", *scale_worker.MIXED, *scale_worker.BLOCKS)
@@ -136,10 +141,7 @@ def test_what_ranks_share_is_taken_back_on_all(mixed, name):
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory):
     """A mixture of experts, on two processes and (`alone`) on one."""
-    folder = tmp_path_factory.mktemp("experts")
-    process = launch(folder, "experts")
-    out = finish(process, 1500)
-    assert process.returncode == 0, out[-4000:]
+    folder = of_two_processes(tmp_path_factory.mktemp("experts"), "experts")
     scale_worker.train(folder / "alone", folder / "mixture", *scale_worker.BALANCED)
     return folder
 
