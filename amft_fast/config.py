@@ -785,11 +785,15 @@ class ControllerConfig(Section):
     imitation_share: float = Field(0.06, gt=0, le=1)
     """Share of the run's compute of the first block of imitation (blocks)."""
     confidence: float = Field(2.0, ge=0)
-    """Student's t of the held-out reward's rise over which a block of imitation stays (half of it, once one has stayed), and of
-    its fall over which exploring is taken back (blocks)."""
+    """Standard errors by which a block of imitation must have raised held-out rewards and the likelihood of held-out
+    demonstrations, taken together, to stay (half of it, once one has stayed), and by which exploring must have lowered rewards to
+    be taken back (blocks)."""
     look_prompts: int | None = Field(None, ge=2, le=2**20)
     """Held-out prompts of a look, with `meta.num_generations` answers each (blocks); default: twice `train.prompts_per_step`,
     between 32 and 64."""
+    look_demos: int | None = Field(None, ge=8, le=2**20)
+    """Held-out demonstrations whose likelihood a look reads (blocks), where the task has some; default: eight times
+    `train.prompts_per_step`, between 32 and 256."""
     min_alive: float = Field(0.1, ge=0, le=1)
     """Share of the held-out prompts whose answers earned differently, or are all right, under which nothing is explored
     (blocks)."""
@@ -1133,6 +1137,11 @@ class Config(Section):
     def prompts_of_a_look(self) -> int:
         """Held-out prompts that a μ learned in blocks is judged by."""
         return self.controller.look_prompts or min(64, max(32, 2 * self.train.prompts_per_step))
+
+    @property
+    def demos_of_a_look(self) -> int:
+        """Held-out demonstrations whose likelihood a μ learned in blocks is judged by."""
+        return self.controller.look_demos or min(256, max(32, 8 * self.train.prompts_per_step))
 
     @property
     def in_blocks(self) -> bool:

@@ -1,7 +1,8 @@
-"""Answers to held-out prompts: what a learned μ is judged by."""
+"""Answers to held-out prompts, and the likelihood of held-out demonstrations: what a learned μ is judged by."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,17 +11,19 @@ from amft_fast.interfaces import Sample
 
 
 class HeldOut(NamedTuple):
-    """What the answers to held-out prompts earned, and which prompts are alive."""
+    """What the answers to held-out prompts earned, which prompts are alive, and how likely held-out demonstrations are."""
 
     rewards: np.ndarray  # [prompts]: the mean over a prompt's answers
     alive: np.ndarray  # [prompts]: whether its answers earned differently, or were all right
     right: float  # share of all answers
     sampled: int  # tokens
+    nll: np.ndarray  # [demonstrations]: the mean over a demonstration's tokens, in nats; empty where there are none
 
     @classmethod
-    def of(cls, samples: list[Sample], prompts: int) -> HeldOut:
+    def of(cls, samples: list[Sample], prompts: int, nll: Sequence[float] = ()) -> HeldOut:
         """From equally many answers to each prompt, prompt by prompt."""
         rewards = np.array([s.reward for s in samples]).reshape(prompts, -1)
         right = np.array([s.success for s in samples]).reshape(prompts, -1)
         alive = (np.ptp(rewards, axis=1) > 0) | right.all(axis=1)
-        return cls(rewards.mean(axis=1), alive, float(right.mean()), sum(sum(s.loss_mask) for s in samples))
+        sampled = sum(sum(s.loss_mask) for s in samples)
+        return cls(rewards.mean(axis=1), alive, float(right.mean()), sampled, np.array(nll, float))

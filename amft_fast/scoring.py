@@ -131,10 +131,6 @@ class Scorer:
         outs = [s.entropy for s in self.forward_only(sequences, temperature=temperature)]
         return torch.cat(outs).double().mean().item()
 
-    def nll(self, sequences: list[TokenSequence]) -> float:
-        """Mean over the trained tokens, in nats."""
-        return -torch.cat([s.logprobs for s in self.forward_only(sequences)]).double().mean().item()
-
     def figures(self, sft: list[TokenSequence], rl: list[TokenSequence]) -> dict[str, float]:
         """What only a pass of its own can tell of a step.
 

@@ -120,7 +120,7 @@ class Trainer:
         self.utility_gradient = (
             self._make_utility(parts.task) if self.controller.learned and not cfg.in_blocks else None
         )
-        self.validation = self._validation(parts.task) if isinstance(self.controller, controller.Switch) else []
+        self.validation = self._validation(parts.task)
         self.step = 0
         self.entropy_target: float | None = None  # H*
         self.entropy_bonus = EntropyBonus(cfg.objective)  # c_H
@@ -144,9 +144,11 @@ class Trainer:
             )
 
     def _validation(self, task: Task) -> list[TokenSequence]:
-        """Held-out demonstrations whose loss says when imitation has had its effect."""
-        demos = choose(task.demos("val"), self.cfg.meta.prompts)
-        if not demos:
+        """Held-out demonstrations whose likelihood says when imitation has had its effect, where the controller reads it."""
+        switches = isinstance(self.controller, controller.Switch)
+        count = self.cfg.meta.prompts if switches else self.cfg.demos_of_a_look if self.cfg.in_blocks else 0
+        demos = choose(task.demos("val"), count) if count else []
+        if switches and not demos:
             raise UserError("train.sft_stop saturation looks at demonstrations of the split val, and the task has none")
         return [self._encoded(d) for d in demos]
 
@@ -206,7 +208,11 @@ class Trainer:
     def _train_step(self, begin: float) -> Step:
         cfg = self.cfg.train
         t = self.step - cfg.warmup_steps  # negative in the warm-up
-        looked = self.look_at_validation() if self.controller.wants_validation(t) else self.looked
+        looked = (
+            self.look_at_validation(self.looked)
+            if self.validation and self.controller.wants_validation(t, self.clock)
+            else self.looked
+        )
         mu = 1.0 if t < 0 else self.controller.mu(self.clock)
         lr = self.learning_rate(t, mu)
         mixture = self.plain if t < 0 else self.mixture
@@ -307,9 +313,10 @@ class Trainer:
         with self.phases("utility"):
             with self.undone_on_stop():
                 samples = self.draw_held_out(items, self.step)
-            held_out = HeldOut.of(samples, len(items))
+                demos, tokens = self.read_validation()
+            held_out = HeldOut.of(samples, len(items), [-x.mean() for x in demos])
             verdict, figures = self.controller.looked(held_out, self.clock)
-            self.looked, self.updates = Looked(figures, held_out.sampled), self.updates_of_a_step(samples)
+            self.looked, self.updates = Looked(figures, held_out.sampled + tokens), self.updates_of_a_step(samples)
             if verdict == "keep":
                 self.kept = self.engine.snapshot()
             elif verdict == "back":
@@ -328,11 +335,16 @@ class Trainer:
         cfg = self.cfg
         return self.rollouts.sample(items, cfg.rollout.temperature, ("held out", step), cfg.meta.num_generations)
 
-    def look_at_validation(self) -> Looked:
+    def look_at_validation(self, so_far: Looked) -> Looked:
         """The controller is told how likely held-out demonstrations are now."""
         with self.phases("utility"):
-            nll, tokens = self.scorer.nll(self.validation), sum(len(s.ids) for s in self.validation)
-        return Looked(self.controller.validated(nll), tokens)
+            logprobs, tokens = self.read_validation()
+        return Looked(so_far.figures | self.controller.validated(logprobs), so_far.tokens + tokens)
+
+    def read_validation(self) -> tuple[list[np.ndarray], int]:
+        """The log-probs of each held-out demonstration's tokens, and the tokens that were read for them."""
+        read = self.scorer.tokens(self.validation) if self.validation else []
+        return [logprobs for logprobs, _ in read], sum(len(s.ids) for s in self.validation)
 
     def look_at_noise(self, sft: list[TokenSequence], groups: list[Group]) -> Looked:
         """The controller is told how noisy the two gradients of this step are, from halves of its demonstrations and

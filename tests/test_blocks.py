@@ -1,5 +1,6 @@
 """Blocks of imitation: what is decided at each look, and that what is taken back leaves no trace."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -11,7 +12,8 @@ from runs import cfg_for, lines, steps, taken_up, train, trainer_of
 from safetensors.torch import save
 
 from amft_fast import config_file, controller
-from amft_fast.controller.statistics import student
+from amft_fast.controller.blocks import MARGIN
+from amft_fast.controller.statistics import signed_rank, student
 from amft_fast.engine.parts import Tensors
 from amft_fast.held_out import HeldOut
 from amft_fast.interfaces import Sample
@@ -23,17 +25,21 @@ def make(*flags):
     return controller.make(config_file.load(None, ["--train.method", "amft", "--train.steps", "100", *flags]))
 
 
-def held_out(reward, alive=1.0, spread=0.3, prompts=20, right=0.5):
-    """Prompts with this mean reward, of which this share is alive."""
+def held_out(reward, alive=1.0, spread=0.3, prompts=20, right=0.5, nll=()):
+    """Prompts with this mean reward, of which this share is alive; and demonstrations."""
     rewards = reward + spread * np.cos(np.arange(prompts) * 2.0)
-    return HeldOut(rewards, np.arange(prompts) < alive * prompts, right, 0)
+    return HeldOut(rewards, np.arange(prompts) < alive * prompts, right, 0, np.array(nll))
 
 
-def looks(c, results, until=100.0):
-    """Feeds these results at the looks that are asked for; returns their clocks, the verdicts, and μ after them."""
+def looks(c, results, until=100.0, middles=()):
+    """Feeds these results at the looks that are asked for, and these likelihoods in between; returns the looks' clocks, the
+    verdicts, and μ after them."""
+    middles = list(middles)
     clock, seen = 0.0, []
     results = iter(results)
     while clock < until:
+        if middles and c.wants_validation(int(clock), clock):
+            c.validated([np.full(3, -x) for x in middles.pop(0)])
         if c.wants_look(int(clock), clock):
             result = next(results, None)
             if result is None:
@@ -79,6 +85,95 @@ def test_the_rise_must_stand_out_of_its_noise(rise, want):
     after = before._replace(rewards=before.rewards + rise + 0.2 * rng.normal(size=20))
     verdict, figures = c.looked(after, 6.0)
     assert verdict == want and figures["controller/rise_t"] == pytest.approx(student(after.rewards - before.rewards))
+
+
+def risen(t, nll, before):
+    """A look at which rewards have risen by so many standard errors."""
+    noise = np.cos(np.arange(len(before.rewards)) * 5.0)
+    noise = (noise - noise.mean()) / noise.std(ddof=1) * np.sqrt(len(noise))
+    return before._replace(rewards=before.rewards + 0.01 * (t + noise), nll=np.array(nll))
+
+
+DEMOS = np.linspace(0.5, 1.5, 40)
+
+
+def falls_by(z):
+    """The likelihoods of demonstrations that have this signed-rank statistic against DEMOS, about, with the margin taken off."""
+    sizes, number = np.linspace(0.1, 0.4, 40), np.arange(40)
+    moved = [np.where(number < n, sizes, -sizes) for n in range(41)]
+    return (1 - MARGIN) * DEMOS - min(moved, key=lambda x: abs(signed_rank(x) - z))
+
+
+@pytest.mark.parametrize(
+    ("t", "z", "want"),
+    [(1.9, 2, "keep"), (0, 2, "back"), (0, 4, "keep"), (-1, 6, "keep"), (-1.5, 6, "back"), (2, 0, "back"), (3, 0, "keep")],
+)
+def test_the_first_block_is_judged_by_rewards_and_the_likelihood_of_demonstrations_together(t, z, want):
+    """(t + z)/√2 > 2, z counted to 4."""
+    before = held_out(0.3, nll=DEMOS + 1)
+    seen = looks(make(), [before, risen(t, falls_by(z), before)], middles=[DEMOS])
+    assert [s[:2] for s in seen] == [(0, "keep"), (6, want)]
+
+
+def test_getting_used_to_the_form_of_demonstrations_does_not_count():
+    before = held_out(0.3, nll=DEMOS + 1)
+    assert looks(make(), [before, risen(0, DEMOS, before)], middles=[DEMOS])[-1] == (6, "back", 0)
+    c = make()
+    seen = looks(c, [before, risen(0, DEMOS - 1, before), risen(-9, DEMOS, before)], middles=[DEMOS])
+    assert [s[1] for s in seen] == ["keep", "keep", "back"] and c.settling is False
+
+
+def test_a_likelihood_that_rises_by_next_to_nothing_has_not_risen():
+    """All demonstrations are a hundredth of their loss better."""
+    before = held_out(0.3, nll=DEMOS + 1)
+    assert looks(make(), [before, risen(1, 0.99 * DEMOS, before)], middles=[DEMOS])[-1] == (6, "back", 0)
+    assert looks(make(), [before, risen(1, 0.96 * DEMOS, before)], middles=[DEMOS])[-1] == (6, "keep", 1)
+
+
+def test_later_blocks_are_compared_with_the_kept_weights_and_half_will_do():
+    first = held_out(0.3, nll=DEMOS + 1)
+    second = risen(3, DEMOS, first)
+    for z, want in ((1.0, "back"), (2.0, "keep"), (-2.0, "back")):
+        assert looks(make(), [first, second, risen(0, falls_by(z), second)], middles=[DEMOS + 1])[-1][:2] == (12, want)
+
+
+def test_fallen_rewards_outweigh_any_likelihood():
+    first = held_out(0.3, nll=DEMOS + 1)
+    second = risen(3, DEMOS, first)
+    assert looks(make(), [first, second, risen(-2.1, DEMOS - 0.4, second)], middles=[DEMOS + 1])[-1] == (12, "back", 0)
+
+
+def test_a_block_of_imitation_is_a_quarter_of_the_run_at_most_and_the_last_one_goes_to_its_end():
+    results = [held_out(x) for x in (0.1, 0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.5)]
+    assert [clock for clock, _, _ in looks(make(), results)] == [0, 6, 12, 24, 48, 73]
+    assert [clock for clock, _, _ in looks(make("--controller.imitation_share", "0.05"), results)] == [0, 5, 10, 20, 40, 65]
+    c = make("--controller.imitation_share", "0.45")
+    assert [clock for clock, _, _ in looks(c, results)] == [0, 45] and c.ends == 100
+
+
+def test_likelihood_is_asked_for_once_in_the_middle_of_imitation_that_begins():
+    c = make()
+    c.looked(held_out(0.3, nll=DEMOS), 0.0)
+    assert [c.wants_validation(t, t) for t in (0, 2, 3, 5)] == [False, False, True, True]
+    again = make()
+    again.load_state_dict(json.loads(json.dumps(c.state_dict())))
+    assert again.wants_validation(3, 3) and "controller/demo_nll" in again.validated([-DEMOS[:2]])
+    assert not again.wants_validation(4, 4)
+    c.looked(held_out(0.3, nll=DEMOS), 6.0)
+    assert c.mu(6) == 0 and not c.wants_validation(9, 9)
+    c.looked(held_out(-0.5, nll=DEMOS), 12.0)
+    assert c.mu(12) == 1 and [c.wants_validation(t, t) for t in (12, 18)] == [False, True], "exploring fell: it begins again"
+
+
+def test_the_signed_rank_statistic():
+    """Its variance is that of all signs, and no size of a value matters but its rank."""
+    sizes = np.array([0.1, 0.5, 0.5, 2.0, 3.0, 700.0])
+    ranks = np.array([1, 2.5, 2.5, 4, 5, 6])
+    signs = np.array(list(itertools.product((-1, 1), repeat=6)))
+    sums = (signs * ranks).sum(1)
+    assert [signed_rank(s * sizes) for s in signs] == pytest.approx(list(sums / np.sqrt(6 * 7 * 13 / 6)))
+    assert sums.std() == pytest.approx(np.sqrt(6 * 7 * 13 / 6), rel=0.01) and signed_rank(np.zeros(0)) == 0
+    assert signed_rank(sizes) == signed_rank(np.sign(sizes) * np.array([1, 2, 2, 3, 4, 5])) and signed_rank(np.zeros(9)) == 0
 
 
 def test_the_dead_are_imitated_until_they_live():
@@ -226,7 +321,8 @@ def test_a_run_that_took_imitation_back_is_where_it_was(tmp_path, checkpoint_fol
         assert b.mu == 0 and [s.response_ids for s in b.drawn.samples] == [s.response_ids for s in a.drawn.samples]
         assert all(b.figures[k] == a.figures[k] for k in ("loss", "grad_norm", "entropy"))
         extra = b.tokens - a.tokens
-        assert 0 < extra <= 2 * 8 * 4 if "controller/reward" in b.figures else extra == 0, "the tokens of the look"
+        look = 2 * 8 * 4 + sum(len(s.ids) for s in amft.validation)
+        assert 0 < extra <= look if "controller/reward" in b.figures else extra == 0, "the tokens of the look"
     assert all(map(torch.equal, weights(rl), weights(amft))) and amft.kept is not None
 
 

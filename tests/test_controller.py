@@ -221,13 +221,13 @@ def switch(*flags):
 def test_imitation_ends_when_the_loss_of_held_out_demonstrations_has_stopped_falling():
     flags = ("--train.sft_check_every", "5", "--train.sft_patience", "2", "--train.sft_tolerance", "0.1")
     c = switch(*flags, "--train.sft_share", "0.9")
-    assert [c.wants_validation(t) for t in (-5, 0, 1, 5)] == [False, True, False, True]
+    assert [c.wants_validation(t, t) for t in (-5, 0, 1, 5)] == [False, True, False, True]
     seen = []
     for nll in (2.0, 1.5, 1.4, 1.3, 1.25, 1.24):  # 1.3 is under 0.9 times 1.5
-        c.validated(nll)
+        c.validated([np.array([-nll - 0.1, -nll]), np.array([-nll + 0.1])])
         seen.append(c.mu(0))
     assert seen == [1, 1, 1, 1, 1, 0]
-    assert not c.wants_validation(30)
+    assert not c.wants_validation(30, 30)
     again = switch(*flags, "--train.sft_share", "0.9")
     again.load_state_dict(json.loads(json.dumps(c.state_dict())))
     assert again.mu(0) == 0 and again.best == c.best
@@ -236,8 +236,8 @@ def test_imitation_ends_when_the_loss_of_held_out_demonstrations_has_stopped_fal
 def test_imitation_ends_after_its_share_at_the_latest():
     c = switch("--train.sft_share", "0.4")
     for nll in (5.0, 4.0, 3.0):
-        c.validated(nll)
-    assert c.mu(38) == 1 and c.mu(41) == 0 and not c.wants_validation(50)
+        c.validated([np.array([-nll - 0.1, -nll]), np.array([-nll + 0.1])])
+    assert c.mu(38) == 1 and c.mu(41) == 0 and not c.wants_validation(50, 50)
 
 
 def test_without_a_rule_the_share_alone_decides():

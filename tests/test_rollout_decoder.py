@@ -18,7 +18,7 @@ from amft_fast.interfaces import Request, Sampling
 from amft_fast.model import lora
 from amft_fast.model.layers import checkpoint_layers
 from amft_fast.rollout import cache as cache_module
-from amft_fast.rollout import decoder, graphs
+from amft_fast.rollout import decoder, graphs, packed
 from amft_fast.rollout.cache import Sections, StaticCache
 from amft_fast.rollout.decoder import Decoder, DecoderReader
 from amft_fast.rollout.sampling import BLOCK, sample_tokens
@@ -97,6 +97,44 @@ def test_logprobs_are_those_of_transformers(family, tied, monkeypatch):
         torch.testing.assert_close(torch.tensor(c.logprobs), want.detach(), atol=1e-5, rtol=1e-5)
         entropy = torch.special.entr(logp.detach().double().exp()).sum().item()
         assert abs(c.entropy - entropy) < 1e-4 * len(c.token_ids)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama with biases", "qwen2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_draw_the_same_and_are_given_back(family, dtype, monkeypatch):
+    """Weights of any size, packed: fp32 log-probs as without; in bf16 within its rounding. What was packed is of one call."""
+    model = make(FAMILIES[family](), dtype, factor=1)
+    plain = TransformersEngine(model).generate(asked(7), Sampling())
+    monkeypatch.setattr(packed, "PAYS", {dtype: (0, 1, 64)})
+    products = []
+    call = packed.Packed.__call__
+    monkeypatch.setattr(packed.Packed, "__call__", lambda self, x: (products.append(self), call(self, x))[1])
+    engine = engine_by(model, True, monkeypatch)
+    # A layer's q, k, v, o, down, and gate and up, together where neither has a bias; the head where logits are of its type.
+    want = 3 * (7 if family == "llama with biases" else 6) + (dtype == torch.float32)
+    assert len(set(products)) == want
+    close, shared = 1e-5 if dtype == torch.float32 else 0.1, 0
+    for a, b in zip(engine.generate(asked(7), Sampling()), plain):
+        same = next((i for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids)) if x != y), len(b.token_ids))
+        assert np.allclose(a.logprobs[:same], b.logprobs[:same], atol=close, rtol=0)
+        shared += same
+    drawn = sum(len(c.token_ids) for c in plain)
+    assert shared == drawn if dtype == torch.float32 else shared > drawn / 2
+    assert engine._decoder.layers == [] and engine._decoder.head_packed is None
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(3)
+    moved = engine.generate(asked(7), Sampling())
+    monkeypatch.undo()
+    again = TransformersEngine(model).generate(asked(7), Sampling())
+    if dtype == torch.float32:
+        assert [c.token_ids for c in moved] == [c.token_ids for c in again], "new weights are packed anew"
+
+
+def test_only_large_weights_are_packed_for_few_rows():
+    small, large = torch.zeros(8, 8), torch.zeros(1 << 10, 1 << 9)
+    assert not packed.Packed(small).takes(16) and packed.Packed(large).takes(16) and packed.Packed(large[:512], large[512:]).takes(64)
+    assert not packed.Packed(large).takes(65) and not packed.Packed(large.double()).takes(16)
+    assert not packed.Packed(large.to("meta")).takes(16)
 
 
 @pytest.mark.parametrize("max_batch", [1, 2, 3, 64])

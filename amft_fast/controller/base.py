@@ -23,8 +23,8 @@ class Controller:
         """Whether `observe` is to be told of this step's dot-products with the utility gradient."""
         return False
 
-    def wants_validation(self, step: int) -> bool:
-        """Whether `validated` is to be told the loss of held-out demonstrations before this step."""
+    def wants_validation(self, step: int, clock: float) -> bool:
+        """Whether `validated` is to be told how likely held-out demonstrations are, before this step."""
         return False
 
     def wants_noise(self, step: int) -> bool:

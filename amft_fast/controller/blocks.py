@@ -1,10 +1,13 @@
 """Imitate as long as it shows, take back what did not, then explore: μ is 1 or 0, and what is absent costs nothing.
 
-A run begins with a look at held-out prompts (their mean rewards, on answers drawn for it) and a block of imitation,
-`imitation_share` of the run's compute. At the end of each block there is another look. Rewards have risen or fallen, since the
-look at the weights that are kept, where Student's t, paired by prompt, is beyond `confidence`.
+A run begins with a look at what is held out (the mean rewards of prompts, on answers drawn for it, and the loss of demonstrations) and
+a block of imitation, `imitation_share` of the run's compute. At the end of each block there is another look, compared with the one
+at the weights that are kept: t, Student's t of the rewards' rise, paired by prompt, and z, the signed-rank statistic of the fall
+of the loss beyond 2 %, paired by demonstration. Rewards have risen or fallen where |t| is beyond `confidence`.
 
-    imitating  risen, or come alive      these weights are kept, and as much imitation again as there was so far; from the
+    imitating  fallen                    back to the kept weights and moments, and explore
+               shown, or come alive      these weights are kept, and as much imitation again as there was so far, a quarter of the
+                                         run at most. Shown: (t + z)/√2 is over `confidence`, z counted to twice of it; from the
                                          second block on half of `confidence` will do, since imitation has shown before
                dead                      the same: there is nothing to explore from. The answers to all but `min_alive` of the
                                          prompts earned the same and are not right
@@ -16,7 +19,9 @@ look at the weights that are kept, where Student's t, paired by prompt, is beyon
                risen                     these are kept; exploring goes on
                else                      exploring goes on
 
-Blocks of exploring double from `imitation_share` on. If for `window` steps no answer of a step earns more than another and none
+The first half of imitation that begins, or begins again, goes into the form of the demonstrations, which becomes likelier whatever
+is learned: there z is of the second half. A block of imitation that would leave less than half of itself to the run goes on to its
+end. Blocks of exploring double from `imitation_share` on. If for `window` steps no answer of a step earns more than another and none
 is right, a look is taken at once, and imitation begins again where it says dead.
 
 A step has the compute of one that explores, whatever it does: one that imitates makes as many updates as cost the same.
@@ -24,17 +29,21 @@ A step has the compute of one that explores, whatever it does: one that imitates
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import numpy as np
 
 from amft_fast.config import Config
 from amft_fast.controller.base import Controller, named
-from amft_fast.controller.statistics import student
+from amft_fast.controller.statistics import signed_rank, student
 from amft_fast.data.stream import sample_seed
 from amft_fast.held_out import HeldOut
 
 Verdict = Literal["keep", "back", "go on"]
+
+LONGEST = 0.25  # of the run, for a block of imitation
+MARGIN = 0.02  # by which a demonstration must have become likelier, of its loss
 
 
 class BlockController(Controller):
@@ -48,6 +57,8 @@ class BlockController(Controller):
         self.block = self.shortest  # length of the present block, in steps
         self.ends = 0.0  # clock at which it ends
         self.rewards: list[float] = []  # of each prompt, at the weights that are kept
+        self.nll: list[float] = []  # of each demonstration, at what the present block of imitation is compared with
+        self.settling = False  # whether it will be taken again in the middle of the block
         self.was_dead = False  # these
         self.imitated = 0.0  # steps of imitation in them
         self.in_vain = 0.0  # length of the last block of imitation that was taken back
@@ -65,30 +76,45 @@ class BlockController(Controller):
         """Whether answers to the held-out prompts are to be drawn before this step."""
         return step >= self.c.start_step and (clock >= self.ends or self.barren >= self.c.window)
 
+    def wants_validation(self, step: int, clock: float) -> bool:
+        return self.settling and self.value == 1 and clock >= self.ends - self.block / 2
+
+    def validated(self, logprobs: list[np.ndarray]) -> dict[str, float]:
+        """The log-probs of each held-out demonstration's tokens in the middle of a block; the figures of it."""
+        self.nll, self.settling = [-float(x.mean()) for x in logprobs], False
+        return named({"demo_nll": float(np.mean(self.nll))})
+
     def looked(self, held_out: HeldOut, clock: float) -> tuple[Verdict, dict[str, float]]:
         """What becomes of the weights: they are kept, they go back to those that are, or neither; and figures."""
         alive = float(held_out.alive.mean())
         figures = {"alive": alive, "right": held_out.right, "reward": float(held_out.rewards.mean())}
         first, dead = not self.rewards, alive < self.c.min_alive
         t = 0.0 if first else student(held_out.rewards - np.array(self.rewards))
+        z = None
+        if len(held_out.nll):
+            figures["demo_nll"] = float(held_out.nll.mean())
         if not first:
             figures["rise_t"] = t
+            if self.value == 1 and len(self.nll) and not self.settling:
+                z = figures["demo_rise_z"] = signed_rank((1 - MARGIN) * np.array(self.nll) - held_out.nll)
         if first or (dead and self.value == 0):
             verdict = self._imitate("keep", self.shortest)
         elif self.value == 0:
             verdict = self._explored(t)
         else:
             solved = held_out.right > self.c.solved and self.imitated > 0
-            verdict = self._imitated(t, dead or solved)
+            verdict = self._imitated(t, z, dead or solved)
         if verdict == "keep":
-            self.rewards, self.was_dead = held_out.rewards.tolist(), dead
-        self.barren, self.ends = 0, clock + self.block
+            self.rewards, self.nll, self.was_dead = held_out.rewards.tolist(), held_out.nll.tolist(), dead
+        self.barren, self.ends = 0, self._end(clock)
         return verdict, named(figures | {"tokens": held_out.sampled, "mu_next": self.value})
 
-    def _imitated(self, t: float, goes_on: bool) -> Verdict:
+    def _imitated(self, t: float, z: float | None, goes_on: bool) -> Verdict:
+        most = 2 * self.c.confidence
+        evidence = t if z is None else (t + min(max(z, -most), most)) / math.sqrt(2)
         asked = self.c.confidence / 2 if self.imitated else self.c.confidence
-        shown = self._lot() if self.c.signal == "lot" else t > asked or self.was_dead
-        if shown or goes_on or (self.fell and t > -self.c.confidence):
+        shown = self._lot() if self.c.signal == "lot" else evidence > asked and t > -self.c.confidence
+        if shown or self.was_dead or goes_on or (self.fell and t > -self.c.confidence):
             self.imitated += self.block
             return self._imitate("keep", max(self.imitated, self.shortest))
         self.value, self.in_vain, self.fell, self.block = 0.0, self.block, False, self.shortest
@@ -102,8 +128,16 @@ class BlockController(Controller):
         return "keep" if t > self.c.confidence else "go on"
 
     def _imitate(self, verdict: Verdict, block: float) -> Verdict:
-        self.value, self.block = 1.0, block
+        self.settling = self.value != 1 or not self.rewards
+        self.value, self.block = 1.0, min(block, max(self.shortest, LONGEST * self.cfg.train.steps))
         return verdict
+
+    def _end(self, clock: float) -> float:
+        """Of the block that begins now; one of imitation leaves nothing to the run or at least half of itself."""
+        left = self.cfg.train.steps - clock
+        if self.value == 1 and left < 1.5 * self.block:
+            self.block = left
+        return clock + self.block
 
     def _lot(self) -> bool:
         return bool(sample_seed(self.cfg.run.seed, "lot", *self.rewards) % 2)
@@ -113,7 +147,19 @@ class BlockController(Controller):
         self.barren = 0 if alive else self.barren + 1
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("value", "block", "ends", "rewards", "was_dead", "imitated", "in_vain", "fell", "barren")
+        names = (
+            "value",
+            "block",
+            "ends",
+            "rewards",
+            "nll",
+            "settling",
+            "was_dead",
+            "imitated",
+            "in_vain",
+            "fell",
+            "barren",
+        )
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

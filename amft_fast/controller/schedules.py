@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from amft_fast.config import MAX_FLOAT, TrainConfig
 from amft_fast.controller.base import Controller
 
@@ -34,11 +36,12 @@ class Switch(Schedule):
     def mu(self, clock: float) -> float:
         return 0.0 if self.switched else super().mu(clock)
 
-    def wants_validation(self, step: int) -> bool:
+    def wants_validation(self, step: int, clock: float) -> bool:
         return step >= 0 and step % self.cfg.sft_check_every == 0 and self.mu(step) > 0
 
-    def validated(self, nll: float) -> dict[str, float]:
-        """The loss of held-out demonstrations before a step; the figures of it."""
+    def validated(self, logprobs: list[np.ndarray]) -> dict[str, float]:
+        """The log-probs of each held-out demonstration's tokens before a step; the figures of it."""
+        nll = -float(np.concatenate(logprobs).mean())
         if nll < self.best * (1 - self.cfg.sft_tolerance):
             self.best, self.looks = nll, 0
         else:

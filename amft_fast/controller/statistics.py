@@ -24,6 +24,17 @@ def ratio(a: float, b: float) -> float:
     return a / b if b != 0 else 0.0
 
 
+def signed_rank(values: np.ndarray) -> float:
+    """Wilcoxon's statistic of paired differences as a standard normal: the sum of the ranks of |v| with the signs of v over its
+    standard deviation where each sign is a coin's. A few large values weigh no more than the largest ranks."""
+    n, size = len(values), np.abs(values)
+    if n == 0:
+        return 0.0
+    ranks = np.searchsorted(np.sort(size), size, side="left") + np.searchsorted(np.sort(size), size, side="right")
+    total = float((np.sign(values) * (ranks + 1) / 2).sum())  # equal sizes share their mean rank
+    return total / math.sqrt(n * (n + 1) * (2 * n + 1) / 6)
+
+
 def student(values: np.ndarray) -> float:
     """Mean over its standard error; 0 where there is no spread to judge by."""
     error = float(values.std(ddof=1)) / math.sqrt(len(values))

@@ -353,10 +353,26 @@ def _rollouts(cfg: Config, shape: Shape, at: Layout, machine: Machine) -> list[P
         cache = batch * at.longest * token
         sampling += cache / (2 * t.layers)  # a layer's keys, then its values, are copied to grow
         prefill = prompts * prompt * b * (3 * t.intermediate + 4 * t.hidden) - batch * (at.longest - prompt) * token
-    return [
+    parts = [
         Part("KV cache", cache, f"{batch} sequences of {at.longest} tokens"),
         Part("sampling", logits + max(sampling, prefill), "or the prefill"),
     ]
+    packed = _packed(cfg, shape, b) if machine.device == "cpu" and shape.own_loop else 0
+    return [*parts, Part("packed weights", packed, "in the order that a few rows are read by")] if packed else parts
+
+
+def _packed(cfg: Config, shape: Shape, b: int) -> int:
+    """What the own loop packs on a CPU (rollout/packed.py): plain products, and the head where logits are of the weights' type."""
+    import torch
+
+    from amft_fast.rollout.packed import pays
+
+    t, dtype = shape.text, torch.float32 if b == 4 else torch.bfloat16
+    layer = [] if cfg.model.lora.rank else [t.q * t.hidden, t.k * t.hidden, t.k * t.hidden, t.hidden * t.q]
+    if not (cfg.model.lora.rank or t.experts):
+        layer += [2 * t.intermediate * t.hidden, t.hidden * t.intermediate]
+    sizes = t.layers * [b * n for n in layer] + ([b * shape.vocab * t.hidden] if b == 4 else [])
+    return sum(size for size in sizes if pays(dtype, size))
 
 
 def _vllm(cfg: Config, shape: Shape, at: Layout, machine: Machine) -> tuple[bool, Part]:

@@ -24,6 +24,7 @@ from amft_fast.model import attention
 from amft_fast.ops import compute_dtype, decode_attention, logits_into, triton_obstacle
 from amft_fast.rollout.cache import Sections, StaticCache
 from amft_fast.rollout.graphs import Graphs, padded_rows
+from amft_fast.rollout.packed import Packed
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long a sequence has become
@@ -69,16 +70,20 @@ class Product(NamedTuple):
     weight: torch.Tensor  # Wᵀ, a view of the parameter
     bias: torch.Tensor | None
     module: nn.Module | None
+    packed: Packed | None
 
     @classmethod
     def of(cls, module: nn.Module) -> Product:
         if type(module) is nn.Linear:
-            return cls(module.weight.detach().t(), None if module.bias is None else module.bias.detach(), None)
-        return cls(None, None, module)
+            weight, bias = module.weight.detach(), module.bias
+            return cls(weight.t(), None if bias is None else bias.detach(), None, Packed(weight))
+        return cls(None, None, module, None)
 
     def into(self, out: torch.Tensor, x: torch.Tensor) -> None:
         if self.module is not None:
             out.copy_(self.module(x))
+        elif self.packed.takes(len(x)):
+            out.copy_(self.packed(x) if self.bias is None else self.packed(x).add_(self.bias))
         elif self.bias is None:
             torch.mm(x, self.weight, out=out)
         else:
@@ -89,7 +94,10 @@ class Product(NamedTuple):
         if self.module is not None:
             residual.add_(self.module(x))
             return
-        torch.addmm(residual, x, self.weight, out=residual)
+        if self.packed.takes(len(x)):
+            residual.add_(self.packed(x))
+        else:
+            torch.addmm(residual, x, self.weight, out=residual)
         if self.bias is not None:
             residual.add_(self.bias)
 
@@ -109,6 +117,7 @@ class Layer(NamedTuple):
     down: Product | None
     norm_qk: torch.Tensor | None
     mixture: nn.Module | None
+    gate_up: Packed | None  # both, where neither has a bias or adapters
 
 
 class Work:
@@ -145,6 +154,11 @@ class Decoder:
         self.norm, self.eps_1 = self.backbone.norm.weight.detach(), self.embedding.new_full((1,), self.eps)
         head = self.model.get_output_embeddings()
         self.head, self.head_bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+        self.head_packed = Packed(self.head)
+
+    def release(self) -> None:
+        """Gives back what was packed; `refresh` comes before the next use."""
+        self.layers, self.head_packed = [], None
 
     def _layer(self, layer: nn.Module) -> Layer:
         a, m = layer.self_attn, layer.mlp
@@ -156,7 +170,9 @@ class Decoder:
         mixture = m if hasattr(m, "experts") else None
         mlp = [Product.of(p) for p in (m.gate_proj, m.up_proj, m.down_proj)] if mixture is None else [None] * 3
         norms = layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach()
-        return Layer(norms[0], *products, norms[1], *mlp, norm_qk, mixture)
+        plain = mixture is None and all(p.module is None and p.bias is None for p in mlp[:2])
+        gate_up = Packed(*(p.weight.detach() for p in (m.gate_proj, m.up_proj))) if plain else None
+        return Layer(norms[0], *products, norms[1], *mlp, norm_qk, mixture, gate_up)
 
     def _normed(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """x / √(mean x² + ε) · weight over the last dimension. For narrow types and off the CPU torch's own, one kernel on a
@@ -214,8 +230,11 @@ class Decoder:
             if layer.mixture is not None:
                 x.add_(layer.mixture(h[None])[0])
                 continue
-            layer.gate.into(gate, h)
-            layer.up.into(up, h)
+            if layer.gate_up is not None and layer.gate_up.takes(len(h)):
+                gate, up = layer.gate_up(h).chunk(2, -1)
+            else:
+                layer.gate.into(gate, h)
+                layer.up.into(up, h)
             layer.down.added(x, F.silu(gate, inplace=True).mul_(up))
         return self._normed(x, self.norm)
 
@@ -224,6 +243,8 @@ class Decoder:
         if out is None:
             dtype = compute_dtype(hidden_NH.dtype)
             out = torch.empty(len(hidden_NH), len(self.head), dtype=dtype, device=hidden_NH.device)
+        if out.dtype == self.head.dtype and self.head_bias is None and self.head_packed.takes(len(hidden_NH)):
+            return out.copy_(self.head_packed(hidden_NH))
         logits_into(out, hidden_NH, self.head, self.head_bias)
         return out
 

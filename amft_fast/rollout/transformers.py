@@ -103,6 +103,8 @@ class TransformersEngine:
                 yield
         finally:
             self.model.train(was_training)
+            if self._decoder is not None:
+                self._decoder.release()
 
     def explain(self) -> tuple[str, str]:
         """(what reads the tokens, why): "decoder" or "transformers' forward"."""
