@@ -19,17 +19,20 @@ class LiveMemory(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for t in tree_iter(out):
             if isinstance(t, torch.Tensor):
-                self._see(t.untyped_storage())
+                if t.layout == torch._mkldnn:  # oneDNN's own, which shows no storage
+                    self._see(t, id(t), t.numel() * t.element_size())
+                else:
+                    storage = t.untyped_storage()
+                    self._see(storage, storage._cdata, storage.nbytes())
         return out
 
-    def _see(self, storage):
-        key, size = storage._cdata, storage.nbytes()
+    def _see(self, owner, key, size):
         if key in self.seen:
             return
         self.seen.add(key)
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, key, size)
+        weakref.finalize(owner, self._drop, key, size)
 
     def _drop(self, key, size):
         self.seen.discard(key)

@@ -106,7 +106,15 @@ def falls_by(z):
 
 @pytest.mark.parametrize(
     ("t", "z", "want"),
-    [(1.9, 2, "keep"), (0, 2, "back"), (0, 4, "keep"), (-1, 6, "keep"), (-1.5, 6, "back"), (2, 0, "back"), (3, 0, "keep")],
+    [
+        (1.9, 2, "keep"),
+        (0, 2, "back"),
+        (0, 4, "keep"),
+        (-1, 6, "keep"),
+        (-1.5, 6, "back"),
+        (2, 0, "back"),
+        (3, 0, "keep"),
+    ],
 )
 def test_the_first_block_is_judged_by_rewards_and_the_likelihood_of_demonstrations_together(t, z, want):
     """(t + z)/√2 > 2, z counted to 4."""
@@ -146,7 +154,14 @@ def test_fallen_rewards_outweigh_any_likelihood():
 def test_a_block_of_imitation_is_a_quarter_of_the_run_at_most_and_the_last_one_goes_to_its_end():
     results = [held_out(x) for x in (0.1, 0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.5)]
     assert [clock for clock, _, _ in looks(make(), results)] == [0, 6, 12, 24, 48, 73]
-    assert [clock for clock, _, _ in looks(make("--controller.imitation_share", "0.05"), results)] == [0, 5, 10, 20, 40, 65]
+    assert [clock for clock, _, _ in looks(make("--controller.imitation_share", "0.05"), results)] == [
+        0,
+        5,
+        10,
+        20,
+        40,
+        65,
+    ]
     c = make("--controller.imitation_share", "0.45")
     assert [clock for clock, _, _ in looks(c, results)] == [0, 45] and c.ends == 100
 
@@ -162,7 +177,16 @@ def test_likelihood_is_asked_for_once_in_the_middle_of_imitation_that_begins():
     c.looked(held_out(0.3, nll=DEMOS), 6.0)
     assert c.mu(6) == 0 and not c.wants_validation(9, 9)
     c.looked(held_out(-0.5, nll=DEMOS), 12.0)
-    assert c.mu(12) == 1 and [c.wants_validation(t, t) for t in (12, 18)] == [False, True], "exploring fell: it begins again"
+    assert c.mu(12) == 1 and [c.wants_validation(t, t) for t in (12, 18)] == [False, True], (
+        "exploring fell: it begins again"
+    )
+
+
+def test_after_a_warm_up_the_first_block_is_compared_with_its_beginning():
+    c = make("--train.warmup_steps", "10")
+    c.looked(held_out(0.3, nll=DEMOS), 0.0)
+    assert not any(c.wants_validation(t, t) for t in range(6))
+    assert c.looked(risen(0, falls_by(4), held_out(0.3)), 6.0)[0] == "keep"
 
 
 def test_the_signed_rank_statistic():
@@ -173,7 +197,10 @@ def test_the_signed_rank_statistic():
     sums = (signs * ranks).sum(1)
     assert [signed_rank(s * sizes) for s in signs] == pytest.approx(list(sums / np.sqrt(6 * 7 * 13 / 6)))
     assert sums.std() == pytest.approx(np.sqrt(6 * 7 * 13 / 6), rel=0.01) and signed_rank(np.zeros(0)) == 0
-    assert signed_rank(sizes) == signed_rank(np.sign(sizes) * np.array([1, 2, 2, 3, 4, 5])) and signed_rank(np.zeros(9)) == 0
+    assert (
+        signed_rank(sizes) == signed_rank(np.sign(sizes) * np.array([1, 2, 2, 3, 4, 5]))
+        and signed_rank(np.zeros(9)) == 0
+    )
 
 
 def test_the_dead_are_imitated_until_they_live():

@@ -263,6 +263,11 @@ def rollouts(config, batch, prompt, response, same, own_loop=True):
         rollout__max_new_tokens=response,
         rollout__num_generations=same,
         advantage__kind="reinforce++",
+        train__method="rl",
+        train__prompts_per_step=batch // same,
+        eval__max_prompts=1,
+        eval__num_samples=1,
+        eval__schedule_max_prompts=1,
     )
     asked = plan.memory(cfg, plan_shapes.shape_of(config, "x", "test"), Machine(1, 1e9, "cpu", prompt_tokens=prompt))
     generator = torch.Generator().manual_seed(0)
@@ -408,13 +413,28 @@ def test_a_step_that_explores_imitates_nothing():
 def test_what_a_block_may_be_taken_back_to_lies_on_the_host():
     """Masters and moments once more, 12 bytes a parameter; on a CPU that is the process's own memory."""
     shape = plan_shapes.find("Qwen/Qwen2.5-Math-7B")
-    at = {name: settings(controller__signal=name) for name in ("blocks", "balanced")}
+    at = {name: settings(controller__signal=name, checkpoint__background="false") for name in ("blocks", "balanced")}
     gpu, cpu = (
         {n: plan.memory(cfg, shape, m) for n, cfg in at.items()}
         for m in (Machine(1, 1e9), Machine(1, 1e9, device="cpu"))
     )
     assert gpu["blocks"].host == pytest.approx(12 * shape.parameters, rel=1e-3) and gpu["balanced"].host == 0
     assert part(cpu["blocks"].static, "kept weights and moments") == pytest.approx(12 * shape.parameters, rel=1e-3)
+
+
+def test_copies_for_a_checkpoint_that_is_written_beside_the_steps():
+    """Masters and moments, with blocks what is kept too, with windows u; none where steps wait for the disk or nothing is saved
+    before the end."""
+    shape, p = plan_shapes.find("Qwen/Qwen2.5-Math-7B"), 12
+    for signal, bytes_ in (("blocks", 24), ("balanced", 20)):
+        cfg = settings(controller__signal=signal)
+        cpu, gpu = (plan.memory(cfg, shape, Machine(1, 1e9, device=device)) for device in ("cpu", "cuda"))
+        assert part(cpu.static, "copies for a checkpoint") == pytest.approx(bytes_ * shape.parameters, rel=1e-3)
+        kept = p * shape.parameters if signal == "blocks" else 0
+        assert gpu.host == pytest.approx(kept + bytes_ * shape.parameters, rel=1e-3)
+    for off in ({"checkpoint__background": "false"}, {"checkpoint__every": 0, "eval__every": 0}):
+        memory = plan.memory(settings(controller__signal="balanced", **off), shape, Machine(1, 1e9, device="cpu"))
+        assert all(x.name != "copies for a checkpoint" for x in memory.static)
 
 
 def test_passes_that_a_loss_of_whole_sequences_takes():
@@ -452,7 +472,9 @@ def test_what_each_stage_shards():
         # Rollouts need the weights whole: where they are cut, in a copy.
         copy = [x.bytes for x in static if x.name == "weights for rollouts"]
         assert copy == ([2 * p] if stage == 3 else [])
-        cfg = settings(engine__kind="deepspeed", engine__zero_stage=stage, engine__offload="true")
+        cfg = settings(
+            engine__kind="deepspeed", engine__zero_stage=stage, engine__offload="true", checkpoint__background="false"
+        )
         away = plan.memory(cfg, shape, Machine(n, 80e9))
         assert {x.name for x in away.static} <= {"weights", "gradients in transit", "weights for rollouts"}
         assert away.host == n * 28 * p / n

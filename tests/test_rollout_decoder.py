@@ -132,7 +132,11 @@ def test_packed_weights_draw_the_same_and_are_given_back(family, dtype, monkeypa
 
 def test_only_large_weights_are_packed_for_few_rows():
     small, large = torch.zeros(8, 8), torch.zeros(1 << 10, 1 << 9)
-    assert not packed.Packed(small).takes(16) and packed.Packed(large).takes(16) and packed.Packed(large[:512], large[512:]).takes(64)
+    assert (
+        not packed.Packed(small).takes(16)
+        and packed.Packed(large).takes(16)
+        and packed.Packed(large[:512], large[512:]).takes(64)
+    )
     assert not packed.Packed(large).takes(65) and not packed.Packed(large.double()).takes(16)
     assert not packed.Packed(large.to("meta")).takes(16)
 

@@ -1,14 +1,14 @@
 """Imitate as long as it shows, take back what did not, then explore: μ is 1 or 0, and what is absent costs nothing.
 
-A run begins with a look at what is held out (the mean rewards of prompts, on answers drawn for it, and the loss of demonstrations) and
-a block of imitation, `imitation_share` of the run's compute. At the end of each block there is another look, compared with the one
-at the weights that are kept: t, Student's t of the rewards' rise, paired by prompt, and z, the signed-rank statistic of the fall
-of the loss beyond 2 %, paired by demonstration. Rewards have risen or fallen where |t| is beyond `confidence`.
+A run begins with a look at what is held out (the mean rewards of prompts, on answers drawn for it, and the loss of demonstrations)
+and a block of imitation, `imitation_share` of the run's compute. At the end of each block there is another look, compared with the
+one at the weights that are kept: t, Student's t of the rewards' rise, paired by prompt, and z, the signed-rank statistic of the
+fall of the loss beyond 2 %, paired by demonstration. Rewards have risen or fallen where |t| is beyond `confidence`.
 
     imitating  fallen                    back to the kept weights and moments, and explore
-               shown, or come alive      these weights are kept, and as much imitation again as there was so far, a quarter of the
-                                         run at most. Shown: (t + z)/√2 is over `confidence`, z counted to twice of it; from the
-                                         second block on half of `confidence` will do, since imitation has shown before
+               shown, or come alive      these weights are kept, and as much imitation again as there was so far, a quarter of
+                                         the run at most. Shown: (t + z)/√2 is over `confidence`, z counted to twice of it; from
+                                         the second block on half of `confidence` will do, since imitation has shown before
                dead                      the same: there is nothing to explore from. The answers to all but `min_alive` of the
                                          prompts earned the same and are not right
                solved                    the same: over `solved` of the answers are right and imitation has made them so. There
@@ -19,10 +19,10 @@ of the loss beyond 2 %, paired by demonstration. Rewards have risen or fallen wh
                risen                     these are kept; exploring goes on
                else                      exploring goes on
 
-The first half of imitation that begins, or begins again, goes into the form of the demonstrations, which becomes likelier whatever
-is learned: there z is of the second half. A block of imitation that would leave less than half of itself to the run goes on to its
-end. Blocks of exploring double from `imitation_share` on. If for `window` steps no answer of a step earns more than another and none
-is right, a look is taken at once, and imitation begins again where it says dead.
+The first half of imitation that begins without a warm-up, or begins again, goes into the form of the demonstrations, which becomes
+likelier whatever is learned: there z is of the second half. A block of imitation that would leave less than half of itself to the
+run goes on to its end. Blocks of exploring double from `imitation_share` on. If for `window` steps no answer of a step earns more
+than another and none is right, a look is taken at once, and imitation begins again where it says dead.
 
 A step has the compute of one that explores, whatever it does: one that imitates makes as many updates as cost the same.
 """
@@ -43,6 +43,7 @@ from amft_fast.held_out import HeldOut
 Verdict = Literal["keep", "back", "go on"]
 
 LONGEST = 0.25  # of the run, for a block of imitation
+STATE = ("value", "block", "ends", "rewards", "nll", "settling", "was_dead", "imitated", "in_vain", "fell", "barren")
 MARGIN = 0.02  # by which a demonstration must have become likelier, of its loss
 
 
@@ -77,7 +78,7 @@ class BlockController(Controller):
         return step >= self.c.start_step and (clock >= self.ends or self.barren >= self.c.window)
 
     def wants_validation(self, step: int, clock: float) -> bool:
-        return self.settling and self.value == 1 and clock >= self.ends - self.block / 2
+        return self.settling and self.value == 1 and clock >= self.ends - self.block / 2 - 0.5  # the nearest step
 
     def validated(self, logprobs: list[np.ndarray]) -> dict[str, float]:
         """The log-probs of each held-out demonstration's tokens in the middle of a block; the figures of it."""
@@ -128,7 +129,8 @@ class BlockController(Controller):
         return "keep" if t > self.c.confidence else "go on"
 
     def _imitate(self, verdict: Verdict, block: float) -> Verdict:
-        self.settling = self.value != 1 or not self.rewards
+        warmed_up = not self.rewards and self.cfg.train.warmup_steps > 0
+        self.settling = self.value != 1 and not warmed_up
         self.value, self.block = 1.0, min(block, max(self.shortest, LONGEST * self.cfg.train.steps))
         return verdict
 
@@ -147,20 +149,7 @@ class BlockController(Controller):
         self.barren = 0 if alive else self.barren + 1
 
     def state_dict(self) -> dict[str, Any]:
-        names = (
-            "value",
-            "block",
-            "ends",
-            "rewards",
-            "nll",
-            "settling",
-            "was_dead",
-            "imitated",
-            "in_vain",
-            "fell",
-            "barren",
-        )
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():

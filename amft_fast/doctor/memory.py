@@ -230,14 +230,21 @@ def memory(cfg: Config, shape: Shape, machine: Machine) -> Memory:
     """Memory per GPU (per process on a CPU), part by part."""
     at = Layout.of(cfg, machine)
     static, host = _states(cfg, shape, at)
+    state = at.share((4 + MOMENTS[cfg.train.optimizer]) * (shape.parameters if at.stage else shape.flat), 1)
+    copies = state if saves_beside(cfg) else 0
     if cfg.in_blocks:
-        kept = at.share((4 + MOMENTS[cfg.train.optimizer]) * (shape.parameters if at.stage else shape.flat), 1)
+        kept, copies = state, 2 * copies
         if machine.device == "cpu":
             static.append(
                 Part("kept weights and moments", kept, f"fp32, what a block may be taken back to{at.of_ranks(1)}")
             )
         else:
             host += kept * min(at.ranks, 8)
+    copies += at.share(8 * shape.flat, 1) if copies and cfg.takes_utility else 0
+    if copies and machine.device == "cpu":
+        static.append(Part("copies for a checkpoint", copies, f"of what is saved while steps go on{at.of_ranks(1)}"))
+    else:
+        host += copies * min(at.ranks, 8)
     one_half = 0 if at.offload else at.share(4 * shape.flat, 1)
     kept, worst = layers_bytes(cfg, shape, at, machine.image_tokens)
     head = final_norm_bytes(shape, at) + head_bytes(shape, at, machine.device, machine.memory)
@@ -271,6 +278,13 @@ def memory(cfg: Config, shape: Shape, machine: Machine) -> Memory:
         halves = Part("gradients of L_SFT and L_RL", 4 * one_half, "two halves of each, before an update")
         phases["noise of the gradients"] = [halves, *sweep]
     return Memory(static, phases, host, CONTEXT[machine.device])
+
+
+def saves_beside(cfg: Config) -> bool:
+    """Whether checkpoints are written while steps go on: on their schedule, or of what was best at an evaluation."""
+    c, steps = cfg.checkpoint, cfg.train.warmup_steps + cfg.train.steps
+    best = c.keep_best and 0 < cfg.eval.every < cfg.train.steps
+    return c.background and (0 < c.every < steps or best)
 
 
 def _states(cfg: Config, shape: Shape, at: Layout) -> tuple[list[Part], float]:
@@ -314,8 +328,13 @@ def _communication(cfg: Config, shape: Shape, at: Layout) -> list[Part]:
 
 
 def drawn_at_once(cfg: Config) -> int:
-    """The most sequences that the transformers engine decodes at once: those of a step, a look or an evaluation, whose prompts
-    may be as many as there are when the config does not bound them; at most `rollout.max_batch`."""
+    """The most sequences that the transformers engine decodes at once."""
+    return min(cfg.rollout.max_batch, asked_at_once(cfg))
+
+
+def asked_at_once(cfg: Config) -> int:
+    """The most sequences that it is asked for at once: those of a step, a look or an evaluation, whose prompts may be as many
+    as there are, or as `rollout.max_batch`, when the config does not bound them."""
     e, most = cfg.eval, cfg.rollout.max_batch
     step = cfg.train.prompts_per_step * cfg.rollout.num_generations
     asked = [step, (e.max_prompts or most) * e.num_samples]
@@ -325,7 +344,7 @@ def drawn_at_once(cfg: Config) -> int:
         asked.append(cfg.meta.prompts * cfg.meta.num_generations)
     if cfg.in_blocks:
         asked.append(cfg.prompts_of_a_look * cfg.meta.num_generations)
-    return min(most, max(asked))
+    return max(asked)
 
 
 def _rollouts(cfg: Config, shape: Shape, at: Layout, machine: Machine) -> list[Part]:
@@ -346,33 +365,42 @@ def _rollouts(cfg: Config, shape: Shape, at: Layout, machine: Machine) -> list[P
         layer = b * (t.hidden + t.q + 2 * t.k + (0 if t.experts else 2 * t.intermediate))
         read = min(prompts * prompt, max(prefill_tokens(machine.device), prompt))
         attention = b * (t.hidden + 3 * (t.q + t.k))
-        prefill = max(read * (layer + max(attention, mixture)), 4 * prompts * shape.vocab)
+        layers, last = read * (layer + max(attention, mixture)), 4 * prompts * shape.vocab
+        prefill = max(layers, last)
         sampling = max(sampling, batch * mixture)
         logits += batch * layer
     else:
         cache = batch * at.longest * token
         sampling += cache / (2 * t.layers)  # a layer's keys, then its values, are copied to grow
         prefill = prompts * prompt * b * (3 * t.intermediate + 4 * t.hidden) - batch * (at.longest - prompt) * token
-    parts = [
+    rest, packed = max(sampling, prefill), 0
+    if machine.device == "cpu" and shape.own_loop:
+        packed, layer, head = _packed(cfg, shape, b)
+        if asked_at_once(cfg) <= cfg.rollout.max_batch:  # all prompts are read before the most is packed
+            fit = max(1, prefill_tokens(machine.device) // prompt)  # prompts of a pass; the first one packs the head
+            again = min(max(prompts - fit, 0), fit) * prompt * layers // read
+            packed = max(sampling + packed, layers + layer, max(last, again) + layer + head) - rest
+    return [
         Part("KV cache", cache, f"{batch} sequences of {at.longest} tokens"),
-        Part("sampling", logits + max(sampling, prefill), "or the prefill"),
+        Part("sampling", logits + rest, "or the prefill"),
+        *([Part("packed weights", packed, "in the order that a few rows are read by")] if packed else []),
     ]
-    packed = _packed(cfg, shape, b) if machine.device == "cpu" and shape.own_loop else 0
-    return [*parts, Part("packed weights", packed, "in the order that a few rows are read by")] if packed else parts
 
 
-def _packed(cfg: Config, shape: Shape, b: int) -> int:
-    """What the own loop packs on a CPU (rollout/packed.py): plain products, and the head where logits are of the weights' type."""
+def _packed(cfg: Config, shape: Shape, b: int) -> tuple[int, int, int]:
+    """What the own loop packs on a CPU (rollout/packed.py): plain products, and the head where logits are of the weights' type.
+    All of it; what of the last layer, which looks at the prompts' last tokens alone behind its attention; and the head."""
     import torch
 
     from amft_fast.rollout.packed import pays
 
     t, dtype = shape.text, torch.float32 if b == 4 else torch.bfloat16
-    layer = [] if cfg.model.lora.rank else [t.q * t.hidden, t.k * t.hidden, t.k * t.hidden, t.hidden * t.q]
-    if not (cfg.model.lora.rank or t.experts):
-        layer += [2 * t.intermediate * t.hidden, t.hidden * t.intermediate]
-    sizes = t.layers * [b * n for n in layer] + ([b * shape.vocab * t.hidden] if b == 4 else [])
-    return sum(size for size in sizes if pays(dtype, size))
+    before, behind = [t.q * t.hidden, t.k * t.hidden, t.k * t.hidden], [t.hidden * t.q]
+    behind += [] if t.experts else [2 * t.intermediate * t.hidden, t.hidden * t.intermediate]
+    plain, head = not cfg.model.lora.rank, b * shape.vocab * t.hidden
+    before, behind = (plain * sum(b * n for n in sizes if pays(dtype, b * n)) for sizes in (before, behind))
+    head = head if b == 4 and pays(dtype, head) else 0
+    return t.layers * (before + behind) + head, behind, head
 
 
 def _vllm(cfg: Config, shape: Shape, at: Layout, machine: Machine) -> tuple[bool, Part]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from amft_fast.config import Config
 from amft_fast.doctor import installed, shapes
-from amft_fast.doctor.memory import HOLES, PEAK_FLOPS, Layout, Machine, Memory, flops, total
+from amft_fast.doctor.memory import HOLES, PEAK_FLOPS, Layout, Machine, Memory, flops, saves_beside, total
 from amft_fast.doctor.memory import memory as memory_of
 from amft_fast.doctor.shapes import Shape
 from amft_fast.errors import UserError
@@ -171,6 +171,7 @@ def _on_host(cfg: Config) -> str:
         ("states", cfg.engine.offload),
         ("activations", cfg.model.offload_activations),
         ("what a block may be taken back to", cfg.in_blocks),
+        ("copies for a checkpoint", saves_beside(cfg)),
     ]
     return " and ".join(name for name, there in parts if there)
 

@@ -240,11 +240,12 @@ class Decoder:
 
     def logits(self, hidden_NH: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[N, V] in fp32 (fp64 of an fp64 model), whatever the parameters' type."""
+        dtype = compute_dtype(hidden_NH.dtype)
+        if dtype == self.head.dtype and self.head_bias is None and self.head_packed.takes(len(hidden_NH)):
+            logits = self.head_packed(hidden_NH)
+            return logits if out is None else out.copy_(logits)
         if out is None:
-            dtype = compute_dtype(hidden_NH.dtype)
             out = torch.empty(len(hidden_NH), len(self.head), dtype=dtype, device=hidden_NH.device)
-        if out.dtype == self.head.dtype and self.head_bias is None and self.head_packed.takes(len(hidden_NH)):
-            return out.copy_(self.head_packed(hidden_NH))
         logits_into(out, hidden_NH, self.head, self.head_bias)
         return out
 

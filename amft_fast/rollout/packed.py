@@ -1,9 +1,9 @@
 """Weights in the order in which oneDNN's products of few rows read them, on a CPU.
 
-A decoded token reads every weight once for a few rows. The plain product then spends much of its time on bringing the weights into
-its kernels' order, each time anew. Here that is done once for a call of the engine, on first use; it pays from some five tokens on
-and takes as much memory as the weights until the call ends. Measured (docs/rollouts.md): 1.2 to 1.8 times as fast in fp32, 1.4 to
-2.4 times in bf16; for other sizes and more rows it is no faster, and nothing is packed.
+A decoded token reads every weight once for a few rows. The plain product then spends much of its time on bringing the weights
+into its kernels' order, each time anew. Here that is done once for a call of the engine, on first use; it pays from some five
+tokens on and takes as much memory as the weights until the call ends. Measured (docs/rollouts.md): 1.2 to 1.8 times as fast in
+fp32, 1.4 to 2.4 times in bf16; for other sizes and more rows it is no faster, and nothing is packed.
 """
 
 from __future__ import annotations
