@@ -786,7 +786,7 @@ class ControllerConfig(Section):
     """Share of the run's compute of the first block of imitation (blocks)."""
     confidence: float = Field(2.0, ge=0)
     """Standard errors by which a block of imitation must have raised held-out rewards and the likelihood of held-out
-    demonstrations, taken together, to stay (half of it, once one has stayed), and by which rewards must have fallen for a block
+    demonstrations, taken together, to stay (any, once one has stayed), and by which rewards must have fallen for a block
     to be taken back (blocks)."""
     look_prompts: int | None = Field(None, ge=2, le=2**20)
     """Held-out prompts of a look, with `meta.num_generations` answers each (blocks); default: twice `train.prompts_per_step`,

@@ -1,14 +1,15 @@
 """Imitate as long as it shows, take back what did not, then explore: μ is 1 or 0, and what is absent costs nothing.
 
-A run begins with a look at what is held out (the mean rewards of prompts, on answers drawn for it, and the loss of demonstrations)
-and a block of imitation, `imitation_share` of the run's compute. At the end of each block there is another look, compared with the
-one at the weights that are kept: t, Student's t of the rewards' rise, paired by prompt, and z, the signed-rank statistic of the
-fall of the loss beyond 2 %, paired by demonstration. Rewards have risen or fallen where |t| is beyond `confidence`.
+A run begins with a look at what is held out (the mean rewards of prompts, on answers drawn for it, and the loss of
+demonstrations) and a block of imitation, `imitation_share` of the run's compute. At the end of each block there is another
+look, compared with the one at the weights that are kept: t, Student's t of the rewards' rise, paired by prompt, and z, the
+signed-rank statistic of the fall of the loss, from the second block of imitation on beyond 3 %, paired by demonstration.
+Rewards have risen or fallen where |t| is beyond `confidence`.
 
     imitating  fallen                    back to the kept weights and moments, and explore
                shown, or come alive      these weights are kept, and as much imitation again as there was so far, a quarter of
-                                         the run at most. Shown: (t + z)/√2 is over `confidence`, z counted to twice of it; from
-                                         the second block on half of `confidence` will do, since imitation has shown before
+                                         the run at most. Shown: (t + z)/√2 is over `confidence`, z counted to twice of it; over
+                                         0 from the second block on, since imitation has shown before
                dead                      the same: there is nothing to explore from. The answers to all but `min_alive` of the
                                          prompts earned the same and are not right
                solved                    the same: over `solved` of the answers are right and imitation has made them so. There
@@ -19,10 +20,10 @@ fall of the loss beyond 2 %, paired by demonstration. Rewards have risen or fall
                risen                     these are kept; exploring goes on
                else                      exploring goes on
 
-The first half of imitation that begins without a warm-up, or begins again, goes into the form of the demonstrations, which becomes
-likelier whatever is learned: there z is of the second half. A block of imitation that would leave less than half of itself to the
-run goes on to its end. Blocks of exploring double from `imitation_share` on. If for `window` steps no answer of a step earns more
-than another and none is right, a look is taken at once, and imitation begins again where it says dead.
+The first half of imitation that begins without a warm-up, or begins again, goes into the form of the demonstrations, which
+becomes likelier whatever is learned: there z is of the second half. A block of imitation that would leave less than half of
+itself to the run goes on to its end. Blocks of exploring double from `imitation_share` on. If for `window` steps no answer of
+a step earns more than another and none is right, a look is taken at once, and imitation begins again where it says dead.
 
 A step has the compute of one that explores, whatever it does: one that imitates makes as many updates as cost the same.
 """
@@ -44,7 +45,7 @@ Verdict = Literal["keep", "back", "go on"]
 
 LONGEST = 0.25  # of the run, for a block of imitation
 STATE = ("value", "block", "ends", "rewards", "nll", "settling", "was_dead", "imitated", "in_vain", "fell", "barren")
-MARGIN = 0.02  # by which a demonstration must have become likelier, of its loss
+MARGIN = 0.03  # of its loss, by which a demonstration must have become likelier to imitate on
 
 
 class BlockController(Controller):
@@ -97,7 +98,7 @@ class BlockController(Controller):
         if not first:
             figures["rise_t"] = t
             if self.value == 1 and len(self.nll) and not self.settling:
-                z = figures["demo_rise_z"] = signed_rank((1 - MARGIN) * np.array(self.nll) - held_out.nll)
+                z = figures["demo_rise_z"] = self._likelier(held_out)
         if first or (dead and self.value == 0):
             verdict = self._imitate("keep", self.shortest)
         elif self.value == 0:
@@ -110,10 +111,15 @@ class BlockController(Controller):
         self.barren, self.ends = 0, self._end(clock)
         return verdict, named(figures | {"tokens": held_out.sampled, "mu_next": self.value})
 
+    def _likelier(self, held_out: HeldOut) -> float:
+        """z"""
+        margin = MARGIN if self.imitated else 0
+        return signed_rank((1 - margin) * np.array(self.nll) - held_out.nll)
+
     def _imitated(self, t: float, z: float | None, goes_on: bool) -> Verdict:
         most = 2 * self.c.confidence
         evidence = t if z is None else (t + min(max(z, -most), most)) / math.sqrt(2)
-        asked = self.c.confidence / 2 if self.imitated else self.c.confidence
+        asked = 0 if self.imitated else self.c.confidence
         shown = self._lot() if self.c.signal == "lot" else evidence > asked and t > -self.c.confidence
         if shown or self.was_dead or goes_on or (self.fell and t > -self.c.confidence):
             self.imitated += self.block
