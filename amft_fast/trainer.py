@@ -375,14 +375,14 @@ class Trainer:
         routing = self.policy.routing
         routing.begin_update()
         if u is None:
-            sums, maxes = self.sweep(sft + rl)
-            return Update(sums, maxes, self._optimize(), None, left_out, routing.end_update(self.engine.world))
-        sft_sums, sft_maxes = self.sweep(sft)
-        self.engine.end_sweep("sft")
-        rl_sums, rl_maxes = self.sweep(rl)
-        self.engine.end_sweep("rl")
-        probe, norm, load = self.engine.probe(u.halves), self._optimize(), routing.end_update(self.engine.world)
-        return Update(sft_sums + rl_sums, torch.maximum(sft_maxes, rl_maxes), norm, probe, left_out, load)
+            (sums, maxes), probe = self.sweep(sft + rl), None
+        else:
+            sft_sums, sft_maxes = self.sweep(sft)
+            self.engine.end_sweep("sft")
+            rl_sums, rl_maxes = self.sweep(rl)
+            self.engine.end_sweep("rl")
+            sums, maxes, probe = sft_sums + rl_sums, torch.maximum(sft_maxes, rl_maxes), self.engine.probe(u.halves)
+        return Update(sums, maxes, self._optimize(), probe, left_out, routing.end_update(self.engine.world))
 
     def _optimize(self) -> Any:
         self.undoable = False
