@@ -13,7 +13,7 @@ from amft_fast.report import charts
 from amft_fast.report import page as report
 from amft_fast.report import reader as records
 from amft_fast.report.controller import controller_section
-from amft_fast.report.plots import phase_seconds, smooth, time_bars
+from amft_fast.report.plots import budget, in_bars, phase_seconds, smooth
 
 
 def page(run, picture=False) -> Page:
@@ -314,9 +314,28 @@ def test_time_of_a_step_is_shared_out(run_folder):
 
 def test_bars_of_time_hold_whole_intervals_between_evaluations(run_folder):
     record = records.read(run_folder(steps=501, warmup=0))
-    edges, bars, size = time_bars(record)
+    edges, bars, size = in_bars(record, phase_seconds(record))
     assert size == 20 and edges[:2] == [0, 20] and edges[-2:] == [500, 501]
     assert bars["rollout"] == pytest.approx([0.6] * 26)
+
+
+def test_where_the_tokens_went(run_folder):
+    """A look, two steps that imitate, one that explores, one that does both."""
+    rows = [
+        {"step": i, "mu": mu, "tokens_sampled": sampled, "tokens_trained": trained, "tokens": sampled + trained + own}
+        for i, (mu, sampled, trained, own) in enumerate(
+            [(1, 0, 90, 30), (1.0, 0, 110, 0), (0, 40, 60, 50), (0.3, 20, 100, 0)]
+        )
+    ]
+    run = run_folder(**{"metrics.jsonl": lines(rows)})
+    spent = budget(records.read(run))
+    assert spent == {
+        "imitating": [90, 110, 0, 0],
+        "exploring": [0, 0, 100, 0],
+        "both": [0, 0, 0, 120],
+        "controller": [30, 0, 50, 0],
+    }
+    assert "of all 500: imitating 40.0%, exploring 20.0%, both 24.0%, controller 16.0%" in page(run).words
 
 
 def test_colours_can_be_told_from_the_page():

@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 from amft_fast.report.charts import LIGHT, Line
-from amft_fast.report.plots import PHASES, phase_seconds, smoothed, success_lines, time_bars
+from amft_fast.report.plots import PHASES, in_bars, phase_seconds, smoothed, success_lines
 from amft_fast.report.reader import Record
 
 _STYLES = {"solid": "-", "dashed": "--", "dotted": ":", "faint": "-"}
@@ -116,7 +116,7 @@ def _mu(ax, record: Record) -> None:
 
 def _time(ax, record: Record) -> None:
     phases = phase_seconds(record)
-    edges, bars, _ = time_bars(record)
+    edges, bars, _ = in_bars(record, phase_seconds(record))
     widths = [b - a for a, b in itertools.pairwise(edges)]
     total, base = sum(sum(s) for s in phases.values()), [0.0] * len(widths)
     for i, (phase, heights) in enumerate(bars.items()):

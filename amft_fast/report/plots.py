@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jinja2 import Environment
@@ -25,6 +25,8 @@ PHASES = {
     "sync": (7, "new weights to the rollout engine"),
     "rest": (0, "everything else in a step: drawing data, tokenising, logging"),
 }
+# Of tokens, what they were for: colour.
+BUDGET = {"imitating": 1, "exploring": 2, "both": 4, "controller": 0}
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,7 @@ def mix_section(record: Record) -> Section | None:
         include=(0.0, 1.0),
         shaded=warmup(record),
     )
+    body += budget_chart(record)
     target = record.last("entropy_target")
     body += line_chart(
         "Entropy of the policy",
@@ -195,6 +198,30 @@ def mix_section(record: Record) -> Section | None:
     )
     reward = Plot("Reward", (("reward", "reward"),), "Mean over the step's rollouts.")
     return grid("Imitation and exploration", body + draw_all(record, (reward,)))
+
+
+def budget(record: Record) -> dict[str, list[float]]:
+    """Tokens of each step on record by what they were for: steps that imitate (μ = 1), that explore (μ = 0), that do both, and
+    the controller's own; what took none is left out."""
+    out = {name: [0.0] * len(record.metrics) for name in BUDGET}
+    for i, m in enumerate(record.metrics):
+        mu, whole = finite(m.get("mu")), finite(m.get("tokens")) or 0.0
+        used = sum(finite(m.get(f"tokens_{kind}")) or 0.0 for kind in ("sampled", "trained"))
+        out["imitating" if mu == 1 else "exploring" if mu == 0 else "both"][i] = used
+        out["controller"][i] = max(whole - used, 0.0)
+    return {name: tokens for name, tokens in out.items() if sum(tokens) > 0}
+
+
+def budget_chart(record: Record) -> Markup:
+    """Where the tokens went."""
+    tokens = budget(record)
+    total = sum(map(sum, tokens.values()))
+    edges, bars, size = in_bars(record, tokens)
+    note = ", ".join(f"{name} {sum(tokens[name]) / total:.1%}" for name in tokens)
+    note = f"Sampled and trained on; of all {total:,.0f}: {note}." + (
+        f" A bar is the mean of {size} steps." * (size > 1)
+    )
+    return charts.stacked_bars("Tokens per step", edges, [(name, BUDGET[name], h) for name, h in bars.items()], note)
 
 
 UPDATES = (
@@ -295,8 +322,8 @@ def phase_seconds(record: Record) -> dict[str, list[float]]:
     return {p: seconds for p, seconds in out.items() if sum(seconds) > 0}
 
 
-def time_bars(record: Record) -> tuple[list[float], dict[str, list[float]], int]:
-    """Edges of at most 48 bars, mean seconds per step in each by phase, and steps per bar.
+def in_bars(record: Record, layers: Mapping[str, list[float]]) -> tuple[list[float], dict[str, list[float]], int]:
+    """Edges of at most 48 bars, the mean of each layer's steps in each, and steps per bar.
 
     Where that leaves a dozen bars, each holds whole intervals between evaluations: else their seconds make a comb.
     """
@@ -306,8 +333,7 @@ def time_bars(record: Record) -> tuple[list[float], dict[str, list[float]], int]
         size = -(-size // every) * every
     starts = range(0, n, size)
     edges = [record.metrics[i]["step"] for i in starts] + [record.metrics[-1]["step"] + 1 if n else 0]
-    phases = phase_seconds(record)
-    bars = {p: [sum(s[i : i + size]) / len(s[i : i + size]) for i in starts] for p, s in phases.items()}
+    bars = {p: [sum(s[i : i + size]) / len(s[i : i + size]) for i in starts] for p, s in layers.items()}
     return edges, bars, size
 
 
@@ -318,7 +344,7 @@ def time_section(record: Record) -> Section | None:
     if not total:
         return None
     colours = {p: PHASES.get(p, (5 + i % 3, ""))[0] for i, p in enumerate(phases)}
-    edges, heights, size = time_bars(record)
+    edges, heights, size = in_bars(record, phases)
     bars = [(p, colours[p], h) for p, h in heights.items()]
     note = f"Each bar is the mean of {size} steps." if size > 1 else ""
     left = charts.stacked_bars("Seconds per step", edges, bars, note)
