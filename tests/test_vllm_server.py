@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from amft_fast.config import VllmConfig
 from amft_fast.errors import UserError
 from amft_fast.interfaces import Request, Sampling
 from amft_fast.rollout.vllm import server as vllm_server
+from amft_fast.rollout.vllm import setup as vllm_setup
 from amft_fast.rollout.vllm.setup import check_lengths
 from amft_fast.rollout.vllm.targets import EngineError, HttpTarget, check, group_requests, sampling_settings
 
@@ -123,3 +125,22 @@ def test_bad_addresses_and_an_open_host_without_a_key_are_refused():
         VllmConfig(num_servers=2, devices=["0"])
     dead = HttpTarget(f"http://127.0.0.1:{vllm_server.free_port('127.0.0.1')}", None, 1, 1)
     assert "refused" in dead.alive(1)
+
+
+@pytest.mark.parametrize(
+    ("longest", "cache", "fits"),
+    [
+        (8192, 830_472_192, 8192),  # SmolLM2-135M: 46 KB a token, and two sequences of its whole context
+        (1024, 256 << 20, 1024),
+        (131072, 2 << 30, 42366),  # one such sequence would need 6 GB
+    ],
+)
+def test_a_cpu_s_cache_holds_a_sequence_of_the_model(longest, cache, fits):
+    sizes = {"num_hidden_layers": 30, "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3}
+    config = LlamaConfig(**sizes, max_position_embeddings=longest)
+    found = vllm_setup._kv_cache(VllmConfig(), True, config, 4, None)
+    assert found == {"kv_cache_memory_bytes": cache, "max_model_len": fits}
+    assert 1.1 * 2 * 30 * 3 * 64 * 4 * fits <= cache
+    given = vllm_setup._kv_cache(VllmConfig(kv_cache_bytes=1 << 20, max_model_len=64), True, config, 4, None)
+    assert given == {"kv_cache_memory_bytes": 1 << 20, "max_model_len": 64}
+    assert vllm_setup._kv_cache(VllmConfig(), False, config, 4, None) == {"max_model_len": None}

@@ -16,7 +16,7 @@ import torch
 from amft_fast.config import VllmConfig
 from amft_fast.errors import UserError
 from amft_fast.rollout.vllm import channels
-from amft_fast.rollout.vllm.head_padding import CPU_MULTIPLE, padding_for
+from amft_fast.rollout.vllm.head_padding import CPU_MULTIPLE, HeadPadding, padding_for
 from amft_fast.rollout.vllm.targets import RequestGroup
 from amft_fast.rollout.vllm.weight_sync import (
     Channel,
@@ -26,6 +26,7 @@ from amft_fast.rollout.vllm.weight_sync import (
 )
 
 Named = Iterable[tuple[str, torch.Tensor]]
+CPU_CACHE = (256 << 20, 2 << 30)  # bytes of keys and values on a CPU, least and most by default
 
 
 @dataclass
@@ -77,12 +78,11 @@ class Setup:
             "generation_config": "vllm",
             "weight_transfer_config": {"backend": self.backend},
             "worker_extension_cls": "amft_fast.rollout.vllm.worker.Extension",
-            "max_model_len": cfg.max_model_len,
             "max_num_seqs": cfg.max_num_seqs,
             "tensor_parallel_size": cfg.tensor_parallel_size,
             "enforce_eager": cpu if cfg.enforce_eager is None else cfg.enforce_eager,
             **({} if cpu else {"gpu_memory_utilization": cfg.gpu_memory_utilization}),
-            **_kv_cache(cfg, cpu),
+            **_kv_cache(cfg, cpu, self.model.config.get_text_config(), self.model.dtype.itemsize, wire.padding),
         }
 
     def channel(self, fan: FanOut, specs: list[TensorSpec]) -> Channel:
@@ -101,9 +101,18 @@ def changed_positions(config: Any, path: str) -> dict[str, Any]:
     return {n: getattr(now, n) for n in names if getattr(now, n, None) != getattr(then, n, None)}
 
 
-def _kv_cache(cfg: VllmConfig, cpu: bool) -> dict[str, int]:
-    size = cfg.kv_cache_bytes or (256 << 20 if cpu else None)
-    return {} if size is None else {"kv_cache_memory_bytes": size}
+def _kv_cache(cfg: VllmConfig, cpu: bool, config: Any, width: int, padding: HeadPadding | None) -> dict[str, int | None]:
+    """Memory for keys and values, and the longest sequence. vLLM takes no less memory than that sequence needs; on a CPU, which
+    has no share of a GPU to take, the default holds two of them within bounds, and a longer context than it holds is cut."""
+    size, longest = cfg.kv_cache_bytes, cfg.max_model_len
+    if cpu and size is None:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token = 2 * config.num_hidden_layers * heads * (padding.padded if padding else head) * width
+        longest = longest or config.max_position_embeddings
+        size = min(max(int(2.2 * longest * token), CPU_CACHE[0]), CPU_CACHE[1])
+        longest = min(longest, int(size / (1.1 * token)))  # vLLM keeps some of it to itself
+    return {"max_model_len": longest} | ({} if size is None else {"kv_cache_memory_bytes": size})
 
 
 class Copy:
