@@ -875,8 +875,8 @@ class VllmConfig(Section):
     gpu_memory_utilization: float = Field(0.5, gt=0, lt=1)
     """Share of a GPU's memory for the engine (a colocated one gives it back while the trainer works)."""
     kv_cache_bytes: int | None = Field(None, ge=1 << 20)
-    """Memory for keys and values, instead of a share of the GPU; default on a CPU: that of two of the longest sequences, between
-    256 MiB and 2 GiB."""
+    """Memory for keys and values, instead of a share of the GPU; default on a CPU: that of two of the longest sequences, from
+    256 MiB to 2 GiB."""
     max_model_len: int | None = Field(None, ge=2, le=2**24)
     """Longest prompt with its answer; default: the model's own bound."""
     max_num_seqs: Rows = 256
