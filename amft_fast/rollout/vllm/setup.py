@@ -101,7 +101,9 @@ def changed_positions(config: Any, path: str) -> dict[str, Any]:
     return {n: getattr(now, n) for n in names if getattr(now, n, None) != getattr(then, n, None)}
 
 
-def _kv_cache(cfg: VllmConfig, cpu: bool, config: Any, width: int, padding: HeadPadding | None) -> dict[str, int | None]:
+def _kv_cache(
+    cfg: VllmConfig, cpu: bool, config: Any, width: int, padding: HeadPadding | None
+) -> dict[str, int | None]:
     """Memory for keys and values, and the longest sequence. vLLM takes no less memory than that sequence needs; on a CPU, which
     has no share of a GPU to take, the default holds two of them within bounds, and a longer context than it holds is cut."""
     size, longest = cfg.kv_cache_bytes, cfg.max_model_len
