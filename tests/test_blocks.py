@@ -388,6 +388,35 @@ def test_the_dead_are_imitated_to_life_and_the_solved_are_not_explored(tmp_path,
     assert json.loads((tmp_path / "summary.json").read_text())["end"]["train"]["greedy"] == 1
 
 
+class NoneHeldOut(Alive):
+    """No demonstrations beside those of training."""
+
+    def demos(self, split):
+        return super().demos(split) if split == "train" else []
+
+
+def test_a_look_reads_the_likelihood_of_held_out_demonstrations_where_there_are_some(tmp_path, checkpoint_folder):
+    """The mean loss of each, by an independent forward pass; its tokens are counted."""
+    cfg = cfg_for(tmp_path, checkpoint_folder, *AMFT, "--controller.look_demos", "8", "--train.steps", "40")
+    seen = []
+    for task in (Alive(), NoneHeldOut()):
+        trainer = trainer_of(cfg, task)
+        looked = trainer.controller.looked
+        trainer.controller.looked = lambda found, clock, looked=looked: (seen.append(found), looked(found, clock))[1]
+        trainer.look(0)
+        tokens = sum(len(s.ids) for s in trainer.validation)
+        assert trainer.looked.tokens == seen[-1].sampled + tokens and (tokens > 0) == (len(seen) == 1)
+        assert ("controller/demo_nll" in trainer.looked.figures) == (tokens > 0)
+        if tokens:
+            want = []
+            for s in trainer.validation:
+                ids = torch.as_tensor(s.ids)[None]
+                logp = trainer.policy.model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+                want.append(-float(logp[torch.as_tensor(s.trained)[1:]].mean()))
+            assert seen[0].nll == pytest.approx(want, rel=1e-4) and len(want) <= 8
+    assert len(seen) == 2 and len(seen[1].nll) == 0
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("done", [0, 2])
 def test_back_to_the_bit(tmp_path, optimizer, done):
