@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -256,7 +257,8 @@ def write_picture(data: Runs, found: dict[str, Any], baseline: str, path: Path) 
     right.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     if found:
         _draw_differences(last, data, found)
-    _plain_axes(last, f"{main_split(data)} sampled against {baseline}", "points, paired by seed, 95 % intervals")
+    below = textwrap.fill(f"against {baseline}, paired by seed, 95 % intervals", 60)
+    _plain_axes(last, f"Sampled success on {main_split(data)}, difference in points", below)
     held = io.BytesIO()
     fig.savefig(held, format="png", metadata={"Software": None})
     replace_bytes(path, held.getvalue())
