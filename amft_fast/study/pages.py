@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import textwrap
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
