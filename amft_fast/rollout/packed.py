@@ -8,15 +8,26 @@ fp32, 1.4 to 2.4 times in bf16; for other sizes and more rows it is no faster, a
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 # Of a type: bytes of a weight from which it pays, and the rows between which.
 PAYS = {torch.float32: (2 << 20, 2, 64), torch.bfloat16: (256 << 10, 1, 256)}
 
 
+@functools.cache
+def served(dtype: torch.dtype) -> bool:
+    """Whether this CPU and this torch have such products: bf16 wants AVX-512 or AVX-NE-CONVERT."""
+    ops = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_linear_pointwise"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported())
+
+
 def pays(dtype: torch.dtype, size: int) -> bool:
-    """Whether a weight of so many bytes is packed on a CPU, for the rows that it then takes."""
-    return dtype in PAYS and size >= PAYS[dtype][0]
+    """Whether a weight of so many bytes is packed on this CPU, for the rows that it then takes."""
+    return dtype in PAYS and size >= PAYS[dtype][0] and served(dtype)
 
 
 class Packed:
@@ -27,8 +38,7 @@ class Packed:
         self.ordered: torch.Tensor | None = None
         w = weights[0]
         size = sum(w.numel() for w in weights) * w.element_size()
-        here = w.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        self.fewest, self.most = PAYS[w.dtype][1:] if here and pays(w.dtype, size) else (0, -1)
+        self.fewest, self.most = PAYS[w.dtype][1:] if w.device.type == "cpu" and pays(w.dtype, size) else (0, -1)
 
     def takes(self, rows: int) -> bool:
         return self.fewest <= rows <= self.most
