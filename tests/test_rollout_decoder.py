@@ -102,8 +102,8 @@ def test_logprobs_are_those_of_transformers(family, tied, monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "llama with biases", "qwen2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_draw_the_same_and_are_given_back(family, dtype, monkeypatch):
-    """Weights of any size, packed: fp32 log-probs as without; in bf16 within its rounding. What was packed is of one call. A CPU
-    without products in bf16 packs nothing."""
+    """Weights of any size, packed: fp32 log-probs as without; in bf16 within its rounding. What was packed is of one call. A
+    CPU without products in bf16 packs nothing."""
     model = make(FAMILIES[family](), dtype, factor=1)
     plain = TransformersEngine(model).generate(asked(7), Sampling())
     monkeypatch.setattr(packed, "PAYS", {dtype: (0, 1, 64)})
