@@ -10,6 +10,11 @@ import numpy as np
 from amft_fast.interfaces import Sample
 
 
+def losses(logprobs: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean loss of each demonstration's tokens, in nats, from their log-probs."""
+    return np.array([-x.mean() for x in logprobs], float)
+
+
 class HeldOut(NamedTuple):
     """What the answers to held-out prompts earned, which prompts are alive, and how likely held-out demonstrations are."""
 
@@ -20,10 +25,10 @@ class HeldOut(NamedTuple):
     nll: np.ndarray  # [demonstrations]: the mean over a demonstration's tokens, in nats; empty where there are none
 
     @classmethod
-    def of(cls, samples: list[Sample], prompts: int, nll: Sequence[float] = ()) -> HeldOut:
-        """From equally many answers to each prompt, prompt by prompt."""
+    def of(cls, samples: list[Sample], prompts: int, demos: Sequence[np.ndarray] = ()) -> HeldOut:
+        """From equally many answers to each prompt, prompt by prompt, and the log-probs of each demonstration's tokens."""
         rewards = np.array([s.reward for s in samples]).reshape(prompts, -1)
         right = np.array([s.success for s in samples]).reshape(prompts, -1)
         alive = (np.ptp(rewards, axis=1) > 0) | right.all(axis=1)
         sampled = sum(sum(s.loss_mask) for s in samples)
-        return cls(rewards.mean(axis=1), alive, float(right.mean()), sampled, np.array(nll, float))
+        return cls(rewards.mean(axis=1), alive, float(right.mean()), sampled, losses(demos))

@@ -314,7 +314,7 @@ class Trainer:
             with self.undone_on_stop():
                 samples = self.draw_held_out(items, self.step)
                 demos, tokens = self.read_validation()
-            held_out = HeldOut.of(samples, len(items), [-x.mean() for x in demos])
+            held_out = HeldOut.of(samples, len(items), demos)
             verdict, figures = self.controller.looked(held_out, self.clock)
             self.looked, self.updates = Looked(figures, held_out.sampled + tokens), self.updates_of_a_step(samples)
             if verdict == "keep":

@@ -54,5 +54,5 @@ def test_the_demo_learns_with_vllm(tmp_path):
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     explored = [r for r in steps if r["mu"] == 0]  # the first five or ten imitate
     success = [r["success"] for r in explored]
-    assert len(success) >= 70 and sum(success[-20:]) / 20 > sum(success[:20]) / 20 + 0.03
+    assert len(success) in (70, 75) and sum(success[-20:]) / 20 > sum(success[:20]) / 20 + 0.03
     assert max(r["mismatch_max"] for r in explored) < 1e-3, "the engine has the weights that were gone back to"

@@ -39,7 +39,7 @@ from amft_fast.config import Config
 from amft_fast.controller.base import Controller, named
 from amft_fast.controller.statistics import signed_rank, student
 from amft_fast.data.stream import sample_seed
-from amft_fast.held_out import HeldOut
+from amft_fast.held_out import HeldOut, losses
 
 Verdict = Literal["keep", "back", "go on"]
 
@@ -83,7 +83,7 @@ class BlockController(Controller):
 
     def validated(self, logprobs: list[np.ndarray]) -> dict[str, float]:
         """The log-probs of each held-out demonstration's tokens in the middle of a block; the figures of it."""
-        self.nll, self.settling = [-float(x.mean()) for x in logprobs], False
+        self.nll, self.settling = losses(logprobs).tolist(), False
         return named({"demo_nll": float(np.mean(self.nll))})
 
     def looked(self, held_out: HeldOut, clock: float) -> tuple[Verdict, dict[str, float]]:
