@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import torch
 from fakes import CopyTask, make_checkpoint
+from PIL import Image
+from tiny_vlm import KINDS, make_vlm
 from transformers import AutoModelForCausalLM
 
 from amft_fast import config_file, objective
@@ -26,24 +28,37 @@ from amft_fast.engine.deepspeed import DeepSpeedEngine, zero_config
 from amft_fast.engine.local import LocalEngine
 from amft_fast.model import lora
 from amft_fast.model.policy import Policy, load_model, pick_dtype
+from amft_fast.model.vision import load_vision
 from amft_fast.multi_tensor import mixing_slope, named_sums
 from amft_fast.run import checkpoint, launch
 
 OBJECTIVE = ObjectiveConfig(entropy_coef=0.02, tis_cap=2.0)
 SGD = TrainConfig(lr=0.05, optimizer="sgd", max_grad_norm=0.5, weight_decay=0.1)
 ADAM = TrainConfig(lr=0.01, max_grad_norm=0.5)
+SLOW = TrainConfig(lr=0.002, optimizer="sgd", max_grad_norm=0.5, weight_decay=0.1)  # for models of large weights
 MU = 0.3
 
 
-def sequences(seed, lengths=(2, 5, 3, 7, 1), rl=False):
-    """Demonstrations, or recorded rollouts with their log-probs, weighed as in a step at mu."""
+def sequences(seed, lengths=(2, 5, 3, 7, 1), rl=False, eyes=None):
+    """Demonstrations, or recorded rollouts with their log-probs, weighed as in a step at mu. For a model with eyes half of them
+    have pictures, one or two."""
     g = np.random.default_rng(seed)
-    out = [objective.demo_sequence([2, 5, 3], [*g.integers(5, 13, k).tolist(), 1]) for k in lengths]
+    if eyes is None:
+        out = [objective.demo_sequence([2, 5, 3], [*g.integers(5, 13, k).tolist(), 1]) for k in lengths]
+    else:
+        out = [shown(eyes, g, i % 4 // 2 * (1 + i % 2), [*g.integers(8, 16, k).tolist(), 1]) for i, k in enumerate(lengths, 2)]
     tokens = sum(int(s.trained.sum()) for s in out)
     if not rl:
         return objective.weigh_sft(out, MU, tokens)
     out = [s.with_fields(behavior_logprobs=-2.0 + 0.1 * i, advantages=(-1.0) ** i) for i, s in enumerate(out)]
     return objective.weigh_rl(out, 1 - MU, tokens, OBJECTIVE, value_coef=0.1)
+
+
+def shown(eyes, g, count, response):
+    """A demonstration with so many pictures."""
+    pictures = [Image.fromarray(g.integers(0, 256, (8, 8 + 8 * i, 3), np.uint8)) for i in range(count)]
+    prompt = [2, *[5, eyes.image_token, 7] * count, 3]
+    return objective.demo_sequence(eyes.expand(prompt, pictures), response, images=tuple(pictures))
 
 
 def give_returns(policy, seqs):
@@ -63,12 +78,12 @@ def sweep(engine, seqs, tokens=20, least=1):
 
 def steps(engine, utility, shake):
     """Three probed steps: losses, probes, and the gradient of the third before it is applied."""
-    losses, probes = [], []
+    losses, probes, eyes = [], [], engine.policy.vision
     for t in range(3):
-        losses.append(sweep(engine, sequences(t), 10, 2))
+        losses.append(sweep(engine, sequences(t, eyes=eyes), 10, 2))
         shake(engine.groups)
         engine.end_sweep("sft")
-        losses.append(sweep(engine, give_returns(engine.policy, sequences(t + 10, (4, 2, 6), rl=True)), 10, 2))
+        losses.append(sweep(engine, give_returns(engine.policy, sequences(t + 10, (4, 2, 6), True, eyes)), 10, 2))
         shake(engine.groups)
         engine.end_sweep("rl")
         sums, clip = engine.probe(utility)
@@ -80,10 +95,11 @@ def steps(engine, utility, shake):
 
 def utility(engine, shake):
     """Two halves of u; of one no group was useful, so no batch reached the engine."""
-    sweep(engine, sequences(77, (3, 3), rl=False))
+    eyes = engine.policy.vision
+    sweep(engine, sequences(77, (3, 3), eyes=eyes))
     shake(engine.groups)
     half = engine.take_gradient()
-    sweep(engine, sequences(78, (6,)))  # one sequence for two ranks: one of them has nothing
+    sweep(engine, sequences(78, (6,), eyes=eyes))  # one sequence for two ranks: one of them has nothing
     shake(engine.groups)
     return half, engine.take_gradient()
 
@@ -153,7 +169,8 @@ def measure(engine, shake=leave):
     full = {name: p.clone() for name, p in engine.named_full_params(max_bytes=2000)}
     if not lora.adapted(engine.policy.model):
         for name, p in full.items():
-            assert torch.equal(p.flatten(), masters[name].to(dtype)), f"{name} is not its master, rounded"
+            if name in masters:  # eyes may be frozen
+                assert torch.equal(p.flatten(), masters[name].to(dtype)), f"{name} is not its master, rounded"
     return {"utility": u, "losses": losses, "probes": probes, "weights": masters, "whole": full}
 
 
@@ -194,6 +211,18 @@ MIXTURE = {
 }
 
 
+PICTURES = {
+    **{f"qwen2_5-trained-{s}": (SLOW, s, {"folder": "qwen2_5_vl", "vision": "trained"}) for s in (1, 2, 3)},
+    "qwen2_5-frozen-3": (SLOW, 3, {"folder": "qwen2_5_vl", "vision": "frozen"}),
+    "qwen3-projector-2": (SLOW, 2, {"folder": "qwen3_vl", "vision": "projector"}),
+    "qwen3-trained-3": (SLOW, 3, {"folder": "qwen3_vl", "vision": "trained", "checkpointing": True}),
+    "qwen3-bf16-3": (SLOW, 3, {"folder": "qwen3_vl", "vision": "trained", "dtype": "bf16"}),
+    **{f"mllama-trained-{s}": (SLOW, s, {"folder": "mllama", "vision": "trained"}) for s in (1, 2, 3)},
+    "mllama-frozen-2": (SLOW, 2, {"folder": "mllama", "vision": "frozen"}),
+    "mllama-frozen-3": (SLOW, 3, {"folder": "mllama", "vision": "frozen"}),
+}
+
+
 def load(cfg):
     """The model; adapters as after some training, no longer zero, and the same on all ranks."""
     model = load_model(cfg, torch.device("cpu"))
@@ -215,12 +244,13 @@ def engines(folder, world, cases=CASES):
             dtype=options.get("dtype", "fp32"),
             gradient_checkpointing=options.get("checkpointing", False),
             lora=LoraConfig(rank=3, targets=[options["lora"]]) if "lora" in options else LoraConfig(),
+            vision=options.get("vision", "frozen"),
         )
-
+        eyes = load_vision(model)
         plain = model.model_copy(update={"lora": LoraConfig()})
-        key = (cfg.optimizer, base, value, model.dtype, options.get("lora"))
+        key = (cfg.optimizer, base, value, model.dtype, options.get("lora"), model.vision)
         if key not in wanted:
-            alone = [LocalEngine(Policy(load(model), OBJECTIVE, with_value=value), cfg, 0.05) for _ in range(2)]
+            alone = [LocalEngine(Policy(load(model), OBJECTIVE, value, eyes), cfg, 0.05) for _ in range(2)]
             shake = Shake(model.dtype)
             wanted[key], shaken = measure(alone[0]), measure(alone[1], shake)
             # What is compared is a sum itself (a loss over its tokens, a norm): its own rounding comes on top.
@@ -230,7 +260,7 @@ def engines(folder, world, cases=CASES):
         deepspeed.zero_config = lambda *a, t=threshold: with_threshold(zero_config(*a), t)
         settings = EngineConfig(kind="deepspeed", zero_stage=stage, offload=options.get("offload", False))
         with deepspeed.cut_while_loading(settings, pick_dtype(model, torch.device("cpu")), torch.device("cpu")):
-            policy = Policy(load(model), OBJECTIVE, with_value=value)
+            policy = Policy(load(model), OBJECTIVE, value, eyes)
         engine = DeepSpeedEngine(policy, cfg, settings, world, partial(load_model, plain, torch.device("cpu")), 0.05)
         errors = compare(measure(engine), wanted[key])
         found[name] = {what: (error, bounds[key][what]) for what, error in errors.items()}
@@ -364,6 +394,12 @@ def mixtures(folder, world):
     train(folder / "blocks3to2", folder / "tied", *MIXED, *BLOCKS, *KEPT, *zero(2), resume=True)
 
 
+SEEING = [
+    *("--train.steps", "3", "--train.method", "fixed", "--controller.mu_init", "0.5", "--model.vision", "trained"),
+    *("--train.prompts_per_step", "3", "--train.demos_per_step", "3", "--rollout.num_generations", "3"),
+    *("--train.micro_batch_tokens", "200", "--log.to", "[]", "--log.samples_every", "1", "--eval.every", "0"),
+    *("--eval.splits", "[]", "--run.device", "cpu", "--checkpoint.keep_best", "false"),
+]
 BALANCED = ("--model.router_aux_coef", "0.1")
 
 
@@ -380,6 +416,29 @@ def mixture_of_experts(folder, world):
     world.barrier()
 
 
+def pictures(folder, world, *only):
+    """Vision-language models in each engine, and a whole run whose eyes are trained at stage 3."""
+    if world.main:
+        for kind in KINDS:
+            make_vlm(folder / kind, kind)
+    world.barrier()
+    deepspeed.import_deepspeed(torch.device("cpu"))
+    cases = {name: case for name, case in PICTURES.items() if not only or name in only}
+    found = {"world": world.size, "engines": engines(folder, world, cases)}
+    if not only:
+        see(folder / "seeing3", *zero(3))
+    if world.main:
+        (folder / "found.json").write_text(json.dumps(found, indent=1))
+    world.barrier()
+
+
+def see(folder, *flags):
+    """Three steps of General Points in pictures, which the policy learns to read."""
+    config = Path(__file__).resolve().parent.parent / "configs/demo_gp_vl.toml"
+    cfg = config_file.load(config, ["--run.dir", str(folder), *SEEING, *flags])
+    assert launch.train(cfg, False) == 0
+
+
 def main(folder, *what):
     torch.set_num_threads(1)
     world = distributed.join(torch.device("cpu"))
@@ -388,7 +447,7 @@ def main(folder, *what):
         make_checkpoint(folder / "untied", tie=False)
     world.barrier()
     if what:
-        return {"long": long, "mixtures": mixtures, "experts": mixture_of_experts}[what[0]](folder, world, *what[1:])
+        return {"long": long, "mixtures": mixtures, "experts": mixture_of_experts, "pictures": pictures}[what[0]](folder, world, *what[1:])
     deepspeed.import_deepspeed(torch.device("cpu"))
     found = {"world": world.size, "engines": engines(folder, world)}
     if world.main:

@@ -168,6 +168,27 @@ def test_a_mixture_of_experts_takes_the_same_steps_on_two_ranks(experts):
     assert json.loads((experts / "found.json").read_text())["engines"]["export"] < 32 * torch.finfo(torch.float32).eps
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Vision-language models, on two processes and (`alone`) on one."""
+    folder = of_two_processes(tmp_path_factory.mktemp("pictures"), "pictures")
+    scale_worker.see(folder / "alone")
+    return folder
+
+
+@pytest.mark.parametrize("case", scale_worker.PICTURES)
+def test_a_model_with_eyes_in_an_engine_of_two_ranks_equals_the_local_one(pictures, case):
+    """Frozen, projector alone or trained, at every stage; micro-batches with pictures beside such without and empty ones."""
+    for what, (error, bound) in json.loads((pictures / "found.json").read_text())["engines"][case].items():
+        assert error <= bound < 0.1, what
+
+
+def test_trained_eyes_take_the_same_steps_on_two_ranks(pictures):
+    want, got = (without_times(lines(pictures / name)) for name in ("alone", "seeing3"))
+    assert len(want) == 3 and all(r["grad_norm"] > 0 for r in want)
+    assert_close(got, want)
+
+
 def test_a_resumed_run_of_the_same_shape_goes_on_bit_for_bit(folder, found):
     assert found["runs"]["resumed exactly"]
     assert without_times(lines(folder / "again")) == without_times(lines(folder / "zero3"))

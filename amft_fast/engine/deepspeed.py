@@ -29,6 +29,7 @@ from amft_fast.errors import UserError
 from amft_fast.model import lora
 from amft_fast.model.policy import Policy, PolicyOutput, fill
 from amft_fast.model.ulysses import Ulysses
+from amft_fast.model.vision import Vision
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -138,6 +139,8 @@ class DeepSpeedEngine(FlatEngine):
         self.library = import_deepspeed(self.device)
         # A parameter that no row of a micro-batch reaches would be reduced on some ranks and not on others.
         policy.reach_all = True
+        if policy.vision is not None and world.size > 1 and policy.vision.binds(policy.backbone, self.cut):
+            policy.most = self._most_over_ranks(policy.vision)
         self.sequence = world.neighbours(engine.sequence_parallel)
         if self.sequence.size > 1:
             policy.ulysses = Ulysses(self.sequence.size, self.sequence.group)
@@ -159,6 +162,14 @@ class DeepSpeedEngine(FlatEngine):
         self.value_groups = [g for i, g in self.made if named[i].is_value]
         decays = [named[i].weight_decay for i, _ in self.made if not named[i].is_value]
         self.optimizer = self._make_optimizer(decays, value_lr)
+
+    def _most_over_ranks(self, vision: Vision) -> Callable[[list[int]], list[int]]:
+        """What `Policy.most` is: with cross-attention layers are passed over where there are no pictures, so ranks agree about
+        their passes. Raises UserError where this model's ranks cannot take the same way."""
+        if why := vision.unshared(self.policy.backbone):
+            raise UserError(f"engine.kind deepspeed with pictures on {self.world.size} processes: {why}; update it")
+        aside = self.world.aside()  # on the host, so that no GPU is waited for
+        return lambda numbers: aside.max(torch.tensor(numbers)).tolist()
 
     def _stage12_groups(self, names: dict[int, str], offload: bool) -> Iterator[tuple[int, ShardGroup]]:
         z = self.shards

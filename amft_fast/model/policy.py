@@ -22,7 +22,7 @@ from amft_fast.model import attention, experts, layers, lora
 from amft_fast.model.base import check_finite, check_vocabulary, check_whole, read_config, unloadable
 from amft_fast.model.experts import Routing
 from amft_fast.model.ulysses import Ulysses
-from amft_fast.model.vision import Vision, freeze, is_vision_language
+from amft_fast.model.vision import Vision, freeze, is_vision_language, nothing_of
 
 # Sums over the tokens of a micro-batch: they add up over micro-batches and ranks.
 SUMS = (
@@ -115,13 +115,20 @@ class Policy(nn.Module):
         self.weight_grad: torch.Tensor | None = None  # fp32 buffer that the head's dW is added into, set by the engine
         self.ulysses: Ulysses | None = None  # set by an engine that gives `forward` a part of each batch
         self.reach_all = False  # set by an engine that needs a gradient of every parameter from every micro-batch
+        # The largest of some numbers over the ranks; set by an engine whose ranks must all take the same way through a model
+        # that sees pictures, whether their micro-batches have any or not.
+        self.most: Callable[[list[int]], list[int]] | None = None
 
     def hidden_rows(self, batch: Batch, model: nn.Module | None = None) -> torch.Tensor:
         """Hidden states [N, H] at the positions that predict a trained token."""
         backbone = self.backbone if model is None else getattr(model, model.base_model_prefix)
-        if self.vision is not None and batch.texts:
-            return self._seeing(backbone, batch).flatten(0, 1).index_select(0, batch.rows)
-        ids = batch.input_ids if self.vision is None else self.vision.readable(batch.input_ids)
+        ids, most, spare = batch.input_ids, self.most if model is None else None, None
+        if self.vision is not None:
+            cross = self.vision.family == "cross"
+            if batch.texts or (most and cross):
+                return self._seeing(backbone, batch, most if cross else None).flatten(0, 1).index_select(0, batch.rows)
+            ids = self.vision.readable(ids)
+            spare = self.vision.spare_look(backbone, ids.device) if most else None
         config = (model or self.model).config
         packed = {} if batch.layout is None else attention.inputs(config, batch.layout, self.head.weight, self.ulysses)
         out = backbone(input_ids=ids, position_ids=batch.position_ids, use_cache=False, **packed)
@@ -129,24 +136,35 @@ class Policy(nn.Module):
             raise UserError(
                 f"train.packing: {type(self.model).__name__} does not hand packed rows on to its attention; set it to false"
             )
-        return out.last_hidden_state.flatten(0, 1).index_select(0, batch.rows)
+        hidden = out.last_hidden_state.flatten(0, 1).index_select(0, batch.rows)
+        return hidden if spare is None else hidden + spare
 
-    def _seeing(self, backbone: nn.Module, batch: Batch) -> torch.Tensor:
-        """Hidden states [B, L, H] of a batch with images."""
+    def _seeing(
+        self, backbone: nn.Module, batch: Batch, most: Callable[[list[int]], list[int]] | None = None
+    ) -> torch.Tensor:
+        """Hidden states [B, L, H] of a batch that may have images. With `most` the model is passed through as often as on any
+        rank, without images first."""
         device, width, packed = batch.input_ids.device, batch.input_ids.shape[1], batch.position_ids is not None
-        kin = self.vision.kin([len(images) for _, images in batch.texts], packed)
+        texts = batch.texts or [((), ())] * len(batch.input_ids)
+        kin = self.vision.kin([len(images) for _, images in texts], packed)
+        blind = sum(not texts[rows[0]][1] for rows in kin)  # passes; these come first
+        needed = most([blind, len(kin) - blind]) if most else [0, 0]
+        spare = [backbone(input_ids=batch.input_ids[:1, :2], use_cache=False)] if needed[0] > blind else []
         # Rows are taken apart and put together by number: a list of indices would be copied to the device, which waits.
         by_row: dict[int, torch.Tensor] = {}
         for rows in kin:
-            inputs = self.vision.inputs([batch.texts[i] for i in rows], device, packed)
+            inputs = self.vision.inputs([texts[i] for i in rows], device, packed)
             if not inputs:
                 inputs = {"input_ids": torch.stack([batch.input_ids[i] for i in rows])}
             hidden = backbone(**self.vision.arguments(backbone, inputs), use_cache=False).last_hidden_state
             hidden = nn.functional.pad(hidden, (0, 0, 0, width - hidden.shape[1]))
-            if len(kin) == 1:
-                return hidden
             by_row |= zip(rows, hidden)
-        return torch.stack([by_row[i] for i in range(len(by_row))])
+        for _ in range(needed[1] - (len(kin) - blind)):
+            inputs = self.vision.arguments(backbone, self.vision.inputs([self.vision.spare_row()], device))
+            spare.append(backbone(**inputs, use_cache=False))
+        if len(kin) > 1:
+            hidden = torch.stack([by_row[i] for i in range(len(by_row))])
+        return hidden + sum(nothing_of(out.last_hidden_state) for out in spare) if spare else hidden
 
     def forward(
         self,

@@ -54,6 +54,7 @@ class Vision:
         self.substitute = substitute  # read in place of an image token that stands for no image
         self._pixels: OrderedDict[int, tuple[Any, dict[str, np.ndarray]]] = OrderedDict()
         self._held = 0
+        self._blank: Any = None
 
     # ------------------------------------------------------------------------------------------------- in the prompt
 
@@ -138,20 +139,49 @@ class Vision:
 
     def arguments(self, backbone: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         """`inputs` as the arguments of a forward. An image that several rows show goes through the tower once: a group of
-        answers costs one look at its prompt's picture."""
-        which = inputs.pop("which", None)
-        if which is None:
+        answers costs one look at its prompt's picture. The tower comes before the text, as in `spare_look`."""
+        which, sizes = inputs.pop("which", None), inputs.pop("sizes", None)
+        if self.family == "cross" or "pixel_values" not in inputs:
             return inputs
-        pixels, grids, sizes = inputs.pop("pixel_values"), inputs.pop("image_grid_thw"), inputs.pop("sizes")
-        if "mm_encoder_outputs" not in inspect.signature(backbone.forward).parameters:  # transformers before 5.2x
-            patches = pixels.split(sizes)
-            repeated = {"pixel_values": torch.cat([patches[i] for i in which])}
-            return inputs | repeated | {"image_grid_thw": torch.stack([grids[i] for i in which])}
-        seen = backbone.get_image_features(pixels, grids, return_dict=True)
-        seen.pooler_output = [seen.pooler_output[i] for i in which]
-        if getattr(seen, "deepstack_features", None) is not None:
-            seen.deepstack_features = [[layer[i] for i in which] for layer in seen.deepstack_features]
+        if not _takes_features(backbone):
+            return inputs if which is None else inputs | _repeated(inputs, which, sizes)
+        seen = backbone.get_image_features(inputs.pop("pixel_values"), inputs.pop("image_grid_thw"), return_dict=True)
+        if which is not None:
+            seen.pooler_output = [seen.pooler_output[i] for i in which]
+            if getattr(seen, "deepstack_features", None) is not None:
+                seen.deepstack_features = [[layer[i] for i in which] for layer in seen.deepstack_features]
         return inputs | {"mm_encoder_outputs": {"image": seen}}
+
+    # ---------------------------------------------------------------------------------- ranks that wait for each other
+
+    def spare_row(self) -> Row:
+        """A row with a blank picture that nothing is read of."""
+        from PIL import Image
+
+        self._blank = self._blank or Image.new("RGB", (16, 16))
+        return np.array([self.image_token, self.substitute]), (self._blank,)
+
+    def spare_look(self, backbone: nn.Module, device: torch.device) -> torch.Tensor:
+        """0, with a way back through all of the tower, which has looked at a blank picture ("mrope")."""
+        _, (blank,) = self.spare_row()
+        made = {k: _to(torch.from_numpy(v), device) for k, v in self.pixels(blank).items()}
+        seen = backbone.get_image_features(made["pixel_values"], made["image_grid_thw"], return_dict=True)
+        layers = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or ())]
+        return sum(nothing_of(one) for layer in layers for one in layer)
+
+    def binds(self, backbone: nn.Module, cut: bool) -> bool:
+        """Whether ranks must take the same way through the model: where a pass gathers parameters, or trains some that only
+        pictures reach."""
+        eyes = backbone.get_submodule(TOWER[self.family])
+        return cut or self.family == "cross" or any(p.requires_grad for p in eyes.parameters())
+
+    def unshared(self, backbone: nn.Module) -> str:
+        """Why ranks cannot look at pictures together, each at its own; "" if they can."""
+        if self.family == "cross" or _takes_features(backbone):
+            return ""
+        import transformers
+
+        return f"transformers {transformers.__version__} has no mm_encoder_outputs, by which a tower is passed before the text"
 
     @property
     def _merge(self) -> int:
@@ -250,6 +280,24 @@ def mrope_positions(
         position += max(h, w)
     out[:, at:] = position + np.arange(length - at)
     return out
+
+
+def _repeated(inputs: dict[str, Any], which: list[int], sizes: list[int]) -> dict[str, torch.Tensor]:
+    """Pixels and grids as often as they are shown."""
+    patches, grids = inputs["pixel_values"].split(sizes), inputs["image_grid_thw"]
+    return {
+        "pixel_values": torch.cat([patches[i] for i in which]),
+        "image_grid_thw": torch.stack([grids[i] for i in which]),
+    }
+
+
+def nothing_of(tensor: torch.Tensor) -> torch.Tensor:
+    """0, whatever `tensor` holds, with a gradient of zeros for it."""
+    return tensor.flatten()[:0].sum()
+
+
+def _takes_features(backbone: nn.Module) -> bool:
+    return "mm_encoder_outputs" in inspect.signature(backbone.forward).parameters  # transformers before 5.2x: no
 
 
 def _pad_rows(rows: Sequence[np.ndarray], left: bool, fill: int) -> np.ndarray:

@@ -210,12 +210,6 @@ def make_engine(cfg: Config, policy: Policy, world: World, device: torch.device)
     """The update engine that engine.kind asks for."""
     if cfg.engine.kind == "local":
         return LocalEngine(policy, cfg.train, cfg.advantage.value_lr)
-    if policy.vision is not None and (cfg.engine.zero_stage == 3 or cfg.model.vision != "frozen"):
-        # Pictures make ranks pass through different parts of the model, and each waits for the others at every part.
-        raise UserError(
-            "engine.kind deepspeed trains vision-language models with model.vision frozen and engine.zero_stage 1 or 2 only, "
-            f"got {cfg.model.vision} and {cfg.engine.zero_stage}"
-        )
     plain = cfg.model.model_copy(update={"lora": LoraConfig()})
     return DeepSpeedEngine(
         policy, cfg.train, cfg.engine, world, lambda: load_model(plain, device), cfg.advantage.value_lr
