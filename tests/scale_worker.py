@@ -447,7 +447,8 @@ def main(folder, *what):
         make_checkpoint(folder / "untied", tie=False)
     world.barrier()
     if what:
-        return {"long": long, "mixtures": mixtures, "experts": mixture_of_experts, "pictures": pictures}[what[0]](folder, world, *what[1:])
+        work = {"long": long, "mixtures": mixtures, "experts": mixture_of_experts, "pictures": pictures}
+        return work[what[0]](folder, world, *what[1:])
     deepspeed.import_deepspeed(torch.device("cpu"))
     found = {"world": world.size, "engines": engines(folder, world)}
     if world.main:
