@@ -46,7 +46,10 @@ def sequences(seed, lengths=(2, 5, 3, 7, 1), rl=False, eyes=None):
     if eyes is None:
         out = [objective.demo_sequence([2, 5, 3], [*g.integers(5, 13, k).tolist(), 1]) for k in lengths]
     else:
-        out = [shown(eyes, g, i % 4 // 2 * (1 + i % 2), [*g.integers(8, 16, k).tolist(), 1]) for i, k in enumerate(lengths, 2)]
+        out = [
+            shown(eyes, g, i % 4 // 2 * (1 + i % 2), [*g.integers(8, 16, k).tolist(), 1])
+            for i, k in enumerate(lengths, 2)
+        ]
     tokens = sum(int(s.trained.sum()) for s in out)
     if not rl:
         return objective.weigh_sft(out, MU, tokens)
