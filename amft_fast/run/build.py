@@ -172,6 +172,7 @@ def make_rollouts(
         world_size=engine.world_size,
         in_flight=cfg.rollout.in_flight,
         recompute_kv=cfg.rollout.recompute_kv,
+        image_size=None if encoder.vision is None else dict(encoder.vision.processor.size),
     )
     rollouts = vllm.make(setup)
     rollouts.sync(engine.named_full_params(), 0)

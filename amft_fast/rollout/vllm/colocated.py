@@ -44,7 +44,8 @@ class ColocatedEngine:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         if self.setup.backend == "ipc":
             os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-        settings = self.setup.engine_settings(self.wire) | {"skip_tokenizer_init": True, "disable_log_stats": True}
+        blind = self.setup.image_size is None  # vLLM makes pictures' places with the tokenizer
+        settings = self.setup.engine_settings(self.wire) | {"skip_tokenizer_init": blind, "disable_log_stats": True}
         if self.sleeps:
             settings["enable_sleep_mode"] = True
         set_num_threads = torch.set_num_threads

@@ -144,9 +144,9 @@ class ServedEngine:
     # ------------------------------------------------------------------------------------------------- up and running
 
     def _target(self, url: str, key: str | None) -> HttpTarget:
-        images = hasattr(self.setup.model.config, "vision_config")
+        image_token = getattr(self.setup.model.config, "image_token_id", None)
         flight = self.setup.in_flight, self.setup.recompute_kv
-        return HttpTarget(url, key, self.cfg.call_timeout_s, self.cfg.generate_timeout_s, images, *flight)
+        return HttpTarget(url, key, self.cfg.call_timeout_s, self.cfg.generate_timeout_s, image_token, *flight)
 
     def _greet(self, member: Member) -> bool:
         """Asks a server that answers what it is; afterwards it waits for weights. False when it does not answer yet."""

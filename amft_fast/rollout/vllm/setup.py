@@ -45,6 +45,7 @@ class Setup:
     say: Callable[[str], None] = print
     in_flight: bool = False  # servers are given weights in the midst of answers
     recompute_kv: bool = False  # and then compute what was drawn before anew
+    image_size: dict[str, int] | None = None  # the image processor's bounds, where the model sees pictures
 
     @property
     def backend(self) -> str:
@@ -68,6 +69,10 @@ class Setup:
         text = {"tie_word_embeddings": False} | ({"head_dim": wire.padding.padded} if wire.padding else {})
         text |= changed_positions(self.model.config, self.path)
         nested = self.model.config.get_text_config() is not self.model.config
+        eyes: dict[str, Any] = {}
+        if self.image_size is not None:
+            # vLLM would scale pixels inside the model, by buffers that "dummy" fills with noise and nobody sends.
+            eyes = {"mm_device_do_normalize": False, "mm_processor_kwargs": {"size": self.image_size}}
         return {
             "model": self.path,
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -80,6 +85,7 @@ class Setup:
             "worker_extension_cls": "amft_fast.rollout.vllm.worker.Extension",
             "max_num_seqs": cfg.max_num_seqs,
             "tensor_parallel_size": cfg.tensor_parallel_size,
+            **eyes,
             "enforce_eager": cpu if cfg.enforce_eager is None else cfg.enforce_eager,
             **({} if cpu else {"gpu_memory_utilization": cfg.gpu_memory_utilization}),
             **_kv_cache(cfg, cpu, self.model.config.get_text_config(), self.model.dtype.itemsize, wire.padding),

@@ -6,8 +6,10 @@ sampled from, and carry the calls of a weight transfer (`weight_sync.Target`).
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
+import io
 import json
 import math
 import socket
@@ -60,6 +62,25 @@ def single_places(group: RequestGroup, image_token: int | None) -> list[int]:
     if not group.images or image_token is None:
         return list(ids)
     return [t for i, t in enumerate(ids) if t != image_token or i == 0 or ids[i - 1] != image_token]
+
+
+def as_url(image: Any) -> str:
+    """A picture (or its path) as it is, without loss, in a data URL."""
+    from PIL import Image
+
+    picture = image if hasattr(image, "convert") else Image.open(image)
+    out = io.BytesIO()
+    picture.convert("RGB").save(out, "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def check_prompt(read: Sequence[int] | None, group: RequestGroup) -> None:
+    """Raises UserError where an engine makes other tokens of a group's pictures than the trainer; `read` is what it read."""
+    if group.images and list(read or ()) != list(group.prompt_ids):
+        raise UserError(
+            f"rollout.vllm: the engine reads {len(read or ())} tokens where the trainer reads {len(group.prompt_ids)}: its "
+            "image processor makes another size of a picture; start it with the checkpoint's preprocessor_config.json as it is"
+        )
 
 
 def asked_for(group: RequestGroup, sampling: Sampling) -> int:
@@ -123,6 +144,7 @@ class OfflineTarget:
         params = [SamplingParams(**sampling_settings(g, sampling), detokenize=False) for g in groups]
         out = []
         for group, result in zip(groups, self.llm.generate(prompts, params, use_tqdm=False), strict=True):
+            check_prompt(result.prompt_token_ids, group)
             samples = []
             for o in sorted(result.outputs, key=lambda o: o.index):
                 ids = list(o.token_ids)
@@ -212,7 +234,7 @@ class HttpTarget:
         api_key: str | None,
         call_timeout_s: float,
         generate_timeout_s: float,
-        images: bool = False,
+        image_token: int | None = None,
         in_flight: bool = False,
         recompute_kv: bool = False,
     ) -> None:
@@ -222,7 +244,7 @@ class HttpTarget:
         self.host, self.port = parts.hostname, parts.port or 80
         self.name = f"http://{self.host}:{self.port}"
         self.call_timeout_s, self.generate_timeout_s = call_timeout_s, generate_timeout_s
-        self.images = images  # whether the model takes any
+        self.image_token = image_token  # of a model that sees pictures
         self.in_flight, self.recompute_kv = in_flight, recompute_kv
         self._updates = 0  # how often it was given weights
         self.headers = {"Content-Type": "application/json"}
@@ -287,23 +309,22 @@ class HttpTarget:
 
     def generate(self, group: RequestGroup, sampling: Sampling) -> list[Completion]:
         """The samples of one group, each with the versions of the weights that drew it."""
-        if group.images:
-            raise UserError(
-                "rollout.vllm.mode server draws text alone: its HTTP interface takes no images beside token ids; "
-                "use mode colocate"
-            )
         body = {
             "model": self.model,
-            "token_ids": list(group.prompt_ids),
+            "token_ids": single_places(group, self.image_token),
             "sampling_params": sampling_settings(group, sampling) | {"detokenize": False},
             "cache_salt": f"weights {self._updates}",  # a prompt reads no keys and values of older ones
         }
+        if group.images:
+            body["content_parts"] = [{"type": "image_url", "url": as_url(image)} for image in group.images]
+            body["return_token_ids"] = True
         answer = self.request("POST", "/inference/v1/generate", body, self.generate_timeout_s)
         try:
             choices = sorted(answer["choices"], key=lambda c: c["index"])
             logprobs = [[token["logprob"] for token in c["logprobs"]["content"]] for c in choices]
             found = [(c["token_ids"], logprob, c["finish_reason"]) for c, logprob in zip(choices, logprobs)]
             indices, labels = [c["index"] for c in choices], [c["weight_versions"] for c in choices]
+            check_prompt(answer["prompt_token_ids"] if group.images else None, group)
         except (TypeError, KeyError) as e:
             raise EngineError(f"garbage: {str(answer)[:80]}") from e
         count = asked_for(group, sampling)
@@ -389,7 +410,7 @@ class HttpTarget:
                 break
         else:
             raise EngineError("the prefix cache could not be reset: requests are still running")
-        if self.images:
+        if self.image_token is not None:
             for path in ("/reset_mm_cache", "/reset_encoder_cache"):
                 self.request("POST", path)
 

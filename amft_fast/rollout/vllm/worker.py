@@ -119,11 +119,17 @@ class Extension:
         names = []
         for name, module in self.model_runner.model.named_modules():
             info = get_layerwise_info(module)
-            # Buffers (the rotary tables) are computed, not sent.
-            total = sum(p.numel() for p in module._parameters.values() if p is not None)
+            # Buffers that no checkpoint holds (the rotary tables) are computed, not sent; others hold noise until they come.
+            held = [*module._parameters.values(), *_kept_buffers(module)]
+            total = sum(p.numel() for p in held if p is not None)
             if not info.can_load() or not total or is_deferred_attention_layer(module):
                 continue
             padded = hasattr(module, "num_embeddings_padded")  # a vocabulary's rows are padded: never all of them come
             if info.load_numel < (1 if padded else total):
                 names.append(name)
         return names
+
+
+def _kept_buffers(module: torch.nn.Module) -> list[torch.Tensor | None]:
+    kept = module._buffers.keys() - module._non_persistent_buffers_set
+    return [b for n, b in module._buffers.items() if n in kept and b is not None and b.is_floating_point()]
