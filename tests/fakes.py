@@ -42,6 +42,7 @@ def make_checkpoint(
     seed: int = 0,
     experts: int = 0,
     heads: tuple[int, int] = (2, 1),
+    expert_width: int = 12,
 ) -> Path:
     """A random Qwen3 with a word-level tokenizer, as a transformers folder; with `experts` a Qwen3-MoE that takes two. `heads`:
     of queries, and of keys and values."""
@@ -54,10 +55,10 @@ def make_checkpoint(
     )
     tokenizer = word_tokenizer(vocabulary, ["<user>", "<answer>"], template)
     torch.manual_seed(seed)
-    mixture = {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "norm_topk_prob": True}
+    mixture = {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": expert_width}
     config = AutoConfig.for_model(
         "qwen3_moe" if experts else "qwen3",
-        **(mixture if experts else {}),
+        **(mixture | {"norm_topk_prob": True} if experts else {}),
         vocab_size=len(vocabulary),
         hidden_size=hidden,
         num_hidden_layers=layers,

@@ -21,6 +21,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.platforms import current_platform
 
 from amft_fast.rollout.vllm.channels import broadcast, gloo_group, meet
 from amft_fast.rollout.vllm.weight_sync import TensorSpec, plan_buckets, unpack
@@ -76,6 +77,8 @@ class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        if current_platform.is_cpu():
+            _prepack_experts(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # vLLM's own waits for an accelerator after this, which a CPU is not.
@@ -105,6 +108,14 @@ class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
 
     def shutdown(self) -> None:
         self.group = None
+
+
+def _prepack_experts(model: torch.nn.Module) -> None:
+    """On a CPU experts are kept in the order of a grouped product; vLLM 0.32 brings them into it at their first loading alone."""
+    for module in model.modules():
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(module)
 
 
 if "gloo" not in WeightTransferEngineFactory._registry:
