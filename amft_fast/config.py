@@ -868,6 +868,9 @@ class VllmConfig(Section):
     """Python that runs started servers, where vLLM lives in an environment of its own; default: the trainer's."""
     backend: Literal["auto", "nccl", "ipc", "gloo"] = "auto"
     """How weights travel; auto: gloo on a CPU, ipc to a colocated engine on a GPU, nccl to servers on other GPUs."""
+    adapter_only: bool = False
+    """With model.lora.rank: engines read the base from model.path and are given the factors alone, in a folder under run.dir
+    that they must see. Else they are given merged weights."""
     bucket_bytes: int = Field(1 << 28, ge=1 << 10, le=1 << 40)
     """Size of the packed buckets that weights travel in."""
     tensor_parallel_size: int = Field(1, ge=1, le=1024)
@@ -1124,6 +1127,7 @@ class Config(Section):
         self._check_loss()
         self._check_mixture()
         self._check_shared_rows()
+        self._check_adapter()
         if self.rollout.engine == "vllm" and self.objective.tis_cap is None and ":" not in self.objective.loss:
             self.objective = self.objective.model_copy(update={"tis_cap": 2.0})
         split = self.checkpoint.metric.partition("/")[0]
@@ -1155,9 +1159,24 @@ class Config(Section):
         return METHODS[self.train.method].learns_from_utility and not self.in_blocks
 
     @property
+    def sends_adapter(self) -> bool:
+        """Whether rollout engines are given the adapter alone."""
+        return self.rollout.engine == "vllm" and self.rollout.vllm.adapter_only
+
+    @property
     def off_policy(self) -> bool:
         """Whether the policy may have moved since its rollouts were drawn, so that ratios differ from 1."""
         return self.train.minibatches_per_rollout > 1 or self.rollout.async_steps > 0
+
+    def _check_adapter(self) -> None:
+        if not self.sends_adapter:
+            return
+        if not self.model.lora.rank:
+            raise ValueError("rollout.vllm.adapter_only sends an adapter: it needs model.lora.rank above 0, got 0")
+        if self.rollout.in_flight:
+            raise ValueError(
+                "rollout.in_flight changes whole weights under answers that are under way: leave rollout.vllm.adapter_only off"
+            )
 
     def _check_shared_rows(self) -> None:
         if self.engine.sequence_parallel == 1:

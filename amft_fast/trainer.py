@@ -44,7 +44,7 @@ from amft_fast.mixtures.demos import DemoOfPrompt
 from amft_fast.model.figures import LeftOut, Update, read_updates
 from amft_fast.model.policy import MAXES, SUMS, Policy
 from amft_fast.rollout.encoder import Encoder
-from amft_fast.rollout.rollouts import Drawn, Rollouts
+from amft_fast.rollout.rollouts import Drawn, Rollouts, sent
 from amft_fast.scoring import Scorer
 
 T = TypeVar("T")
@@ -110,7 +110,7 @@ class Trainer:
             parts.encoder,
             parts.engine.world,
             parts.phases,
-            parts.engine.named_full_params,
+            sent(cfg, parts.engine),
         )
         self.rollouts.generations = self.mixture.generations
         self.rollouts.hints = lambda: copy(self.mixture).hint  # threads read no progress that the next step changes

@@ -43,9 +43,10 @@ def make_checkpoint(
     experts: int = 0,
     heads: tuple[int, int] = (2, 1),
     expert_width: int = 12,
+    head: int = 8,
 ) -> Path:
     """A random Qwen3 with a word-level tokenizer, as a transformers folder; with `experts` a Qwen3-MoE that takes two. `heads`:
-    of queries, and of keys and values."""
+    of queries, and of keys and values, each `head` wide."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     vocabulary = ["<pad>", "<eos>", "<user>", "<answer>", "<unk>", *WORDS]
@@ -64,7 +65,7 @@ def make_checkpoint(
         num_hidden_layers=layers,
         num_attention_heads=heads[0],
         num_key_value_heads=heads[1],
-        head_dim=8,
+        head_dim=head,
         intermediate_size=2 * hidden,
         max_position_embeddings=256,
         tie_word_embeddings=tie,

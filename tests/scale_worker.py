@@ -170,7 +170,12 @@ def measure(engine, shake=leave):
     masters = whole(engine, [g.master for g in engine.groups])
     dtype = next(engine.policy.model.parameters()).dtype
     full = {name: p.clone() for name, p in engine.named_full_params(max_bytes=2000)}
-    if not lora.adapted(engine.policy.model):
+    factors = {name: p.detach().clone() for name, p in engine.named_factors()}
+    assert bool(factors) == lora.adapted(engine.policy.model)
+    for name, p in masters.items() if factors else ():
+        sent = factors[f"base_model.model.{name.replace('.default', '')}"]
+        assert torch.equal(sent.flatten(), p.to(dtype)), f"{name} is sent as its master, rounded"
+    if not factors:
         for name, p in full.items():
             if name in masters:  # eyes may be frozen
                 assert torch.equal(p.flatten(), masters[name].to(dtype)), f"{name} is not its master, rounded"

@@ -269,6 +269,14 @@ class DeepSpeedEngine(FlatEngine):
                 for x in group:
                     yield x.name, x.value()
 
+    def named_factors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if self.stage < 3:
+            yield from super().named_factors()
+            return
+        for name, p in lora.named_factors(self.policy.model):
+            with self.library.zero.GatheredParameters([p]):
+                yield name, p
+
     def _runs(self, max_bytes: int) -> Iterator[list[lora.Plain]]:
         """Neighbouring parameters of at most `max_bytes` in all, with the factors that belong to them."""
         group: list[lora.Plain] = []

@@ -237,6 +237,10 @@ class FlatEngine:
         for x in lora.plain(self.policy.model):
             yield x.name, x.value()
 
+    def named_factors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(peft's name, tensor) of an adapted policy's factors, whole; every rank must take them all."""
+        yield from lora.named_factors(self.policy.model)
+
     def reference(self) -> nn.Module | KeptFactors:
         """The policy as it is now, for `logprobs(model=...)`: a frozen copy, or of an adapted one its factors alone."""
         if lora.adapted(self.policy.model):

@@ -128,12 +128,22 @@ def export(model: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> 
     (model if dtype is None else model.to(dtype)).save_pretrained(folder, **state)
 
 
-def export_adapter(model: nn.Module, cfg: LoraConfig, base: str, folder: Path, dtype: torch.dtype) -> None:
-    """Writes the factors as a peft folder (`PeftModel.from_pretrained(model, folder)`), for the checkpoint `base`."""
+def named_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(peft's name, parameter) of all factors."""
+    own = _factors_of(model)
+    for name, p in model.named_parameters():
+        if id(p) in own:
+            yield f"base_model.model.{name.replace('.default', '')}", p
+
+
+def save_adapter(model: nn.Module, cfg: LoraConfig, base: str, folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """Writes factors by peft's names as a peft folder, for the checkpoint `base`."""
     config = _peft_config(cfg, sorted(layers(model)))
     config.task_type, config.base_model_name_or_path, config.inference_mode = "CAUSAL_LM", base, True
     config.save_pretrained(folder)
-    own = _factors_of(model)
-    named = {n.replace(".default", ""): p for n, p in model.named_parameters() if id(p) in own}
-    state = {f"base_model.model.{n}": p.detach().to(dtype).contiguous() for n, p in named.items()}
-    save_file(state, folder / "adapter_model.safetensors")
+    save_file({name: p.contiguous() for name, p in state.items()}, folder / "adapter_model.safetensors")
+
+
+def export_adapter(model: nn.Module, cfg: LoraConfig, base: str, folder: Path, dtype: torch.dtype) -> None:
+    """Writes the factors as a peft folder (`PeftModel.from_pretrained(model, folder)`), for the checkpoint `base`."""
+    save_adapter(model, cfg, base, folder, {n: p.detach().to(dtype) for n, p in named_factors(model)})

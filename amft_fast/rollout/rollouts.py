@@ -21,7 +21,7 @@ from amft_fast.data.stream import Stream
 from amft_fast.engine.phases import Phases
 from amft_fast.engine.world import World
 from amft_fast.errors import RolloutFailure
-from amft_fast.interfaces import Item, RolloutEngine, Sample, Sampling, Task
+from amft_fast.interfaces import Item, RolloutEngine, Sample, Sampling, Task, UpdateEngine
 from amft_fast.rollout import episodes
 from amft_fast.rollout.ahead import Ahead
 from amft_fast.rollout.dynamic import draw_with_spread
@@ -51,6 +51,11 @@ def pack(samples: list[Sample]) -> list[Sample]:
         )
         for s in samples
     ]
+
+
+def sent(cfg: Config, engine: UpdateEngine) -> Callable[[], Iterator[tuple[str, torch.Tensor]]]:
+    """What rollout engines are given after each update: whole weights, or the adapter alone."""
+    return engine.named_factors if cfg.sends_adapter else engine.named_full_params
 
 
 class Rollouts:

@@ -23,6 +23,7 @@ from amft_fast.ops import OwnLoss
 from amft_fast.rollout.buckets import Bucketed
 from amft_fast.rollout.context import check_prompts, check_setting
 from amft_fast.rollout.encoder import Encoder, load_encoder
+from amft_fast.rollout.rollouts import sent
 from amft_fast.rollout.transformers import TransformersEngine
 from amft_fast.run import threads
 from amft_fast.run.progress import phase, weights_loaded
@@ -167,15 +168,16 @@ def make_rollouts(
         model.device,
         Path(cfg.run.dir),
         should_stop=should_stop,
-        weights=engine.named_full_params if alone else None,
+        weights=sent(cfg, engine) if alone else None,
         rank=engine.rank,
         world_size=engine.world_size,
         in_flight=cfg.rollout.in_flight,
         recompute_kv=cfg.rollout.recompute_kv,
+        adapter=cfg.model.lora if cfg.sends_adapter else None,
         image_size=None if encoder.vision is None else dict(encoder.vision.processor.size),
     )
     rollouts = vllm.make(setup)
-    rollouts.sync(engine.named_full_params(), 0)
+    rollouts.sync(sent(cfg, engine)(), 0)
     return rollouts
 
 

@@ -14,9 +14,7 @@ from amft_fast.rollout.vllm.targets import OfflineTarget, group_requests
 from amft_fast.rollout.vllm.weight_sync import (
     IncompleteError,
     TransferError,
-    WeightSync,
     check_version,
-    clear_update,
 )
 
 
@@ -30,7 +28,7 @@ class ColocatedEngine:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.wire = setup.wire()
-        self.sync_weights = WeightSync(self.wire, setup.channel)
+        self.sync_weights = setup.make_sync(self.wire)
         self.version: int | None = None
         self.sleeps = setup.device.type == "cuda" and setup.cfg.sleep
         self.asleep = False
@@ -90,7 +88,7 @@ class ColocatedEngine:
         try:
             self.sync_weights.send([self.target], named_tensors, version)
         except IncompleteError as e:
-            clear_update(self.target)
+            self.sync_weights.clear(self.target)
             raise UserError(f"rollout.engine vllm: {e}") from e
         except TransferError as e:
             raise RolloutFailure(f"rollout.engine vllm did not take its weights: {e}") from e
@@ -100,7 +98,7 @@ class ColocatedEngine:
         """Gives the GPU's memory to the trainer until the next sync."""
         if self.sleeps and not self.asleep:
             self.sync_weights.close()
-            self.target.sleep()
+            self.target.sleep(1 if self.setup.adapter is not None else 2)
             self.version, self.asleep = None, True
 
     def health(self) -> str:

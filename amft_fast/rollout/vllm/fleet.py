@@ -28,7 +28,7 @@ from amft_fast.interfaces import Completion, Request, Sampling
 from amft_fast.rollout.vllm.server import ServerProcess
 from amft_fast.rollout.vllm.setup import Copy, Setup, check_lengths
 from amft_fast.rollout.vllm.targets import EngineError, HttpTarget, RequestGroup, group_requests
-from amft_fast.rollout.vllm.weight_sync import IncompleteError, TransferError, WeightSync, clear_update
+from amft_fast.rollout.vllm.weight_sync import IncompleteError, TransferError
 
 THREADS_PER_SERVER = 64  # groups asked of one server at a time
 
@@ -72,7 +72,7 @@ class ServedEngine:
         self.newest = 0 if setup.rank == 0 else math.inf  # version given, or being given, as far as it is known here
         self.changing = threading.RLock()  # held by the thread that starts servers or gives them weights
         self.copy = Copy() if setup.weights is None else None
-        self.weight_sync = WeightSync(self.wire, setup.channel)
+        self.weight_sync = setup.make_sync(self.wire)
         self.key = self._key()
         self.world = World(setup.rank, setup.world_size)
         self.fleet: list[Member] = []
@@ -124,6 +124,10 @@ class ServedEngine:
         ]
 
     def _environment(self, number: int) -> dict[str, str]:
+        adapters = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if self.setup.adapter is not None else {}
+        return adapters | self._device_environment(number)
+
+    def _device_environment(self, number: int) -> dict[str, str]:
         if self.setup.device.type == "cpu":
             # Compiling the sampler for a CPU takes half a minute and gains nothing in eager mode.
             return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
@@ -239,6 +243,8 @@ class ServedEngine:
                         pass
                     for m in self.fleet:  # one that rank 0 had to leave out is found out by its version
                         m.trouble, m.ready = None, True
+                        if self.setup.adapter is not None:
+                            m.target.use_adapter(version)
             except BaseException:
                 self.version = None
                 raise
@@ -289,7 +295,7 @@ class ServedEngine:
             if m.torn:
                 try:
                     m.target.pause()  # what is under way waits for whole weights
-                    clear_update(m.target)
+                    self.weight_sync.clear(m.target)
                     m.torn = False
                 except (EngineError, UserError) as e:
                     m.trouble = f"could not be made ready for weights: {e}"

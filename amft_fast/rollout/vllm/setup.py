@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 
-from amft_fast.config import VllmConfig
+from amft_fast.config import LoraConfig, VllmConfig
 from amft_fast.errors import UserError
-from amft_fast.rollout.vllm import channels
+from amft_fast.rollout.vllm import adapter_sync, channels
+from amft_fast.rollout.vllm.adapter_sync import AdapterSync
 from amft_fast.rollout.vllm.head_padding import CPU_MULTIPLE, HeadPadding, padding_for
 from amft_fast.rollout.vllm.targets import RequestGroup
 from amft_fast.rollout.vllm.weight_sync import (
     Channel,
     FanOut,
     TensorSpec,
+    WeightSync,
     Wire,
 )
 
@@ -46,6 +48,7 @@ class Setup:
     in_flight: bool = False  # servers are given weights in the midst of answers
     recompute_kv: bool = False  # and then compute what was drawn before anew
     image_size: dict[str, int] | None = None  # the image processor's bounds, where the model sees pictures
+    adapter: LoraConfig | None = None  # of the model, where it is all that is sent
 
     @property
     def backend(self) -> str:
@@ -59,6 +62,8 @@ class Setup:
         """Raises UserError for a model that the engine cannot be given."""
         try:
             padding = padding_for(self.model.config, CPU_MULTIPLE) if self.device.type == "cpu" else None
+            if padding and self.adapter is not None:
+                raise ValueError("adapter_only does not pad attention heads, as a CPU needs it here")
             return Wire(self.model, padding)
         except ValueError as e:
             raise UserError(f"rollout.engine vllm: {e}; use rollout.engine transformers") from None
@@ -66,23 +71,31 @@ class Setup:
     def engine_settings(self, wire: Wire) -> dict[str, Any]:
         """vLLM's engine arguments, offline and on its command line alike."""
         cfg, cpu = self.cfg, self.device.type == "cpu"
-        text = {"tie_word_embeddings": False} | ({"head_dim": wire.padding.padded} if wire.padding else {})
+        text: dict[str, Any] = {"head_dim": wire.padding.padded} if wire.padding else {}
         text |= changed_positions(self.model.config, self.path)
         nested = self.model.config.get_text_config() is not self.model.config
         eyes: dict[str, Any] = {}
         if self.image_size is not None:
             # vLLM would scale pixels inside the model, by buffers that "dummy" fills with noise and nobody sends.
             eyes = {"mm_device_do_normalize": False, "mm_processor_kwargs": {"size": self.image_size}}
+        tied = {"tie_word_embeddings": False}
+        sent = {
+            "load_format": "dummy",
+            "hf_overrides": tied | {"text_config": text | tied} if nested else text | tied,
+            "weight_transfer_config": {"backend": self.backend},
+            "worker_extension_cls": "amft_fast.rollout.vllm.worker.Extension",
+        }
+        if self.adapter is not None:  # the base is read, as it lies there
+            sent = {"hf_overrides": {"text_config": text} if nested else text} | adapter_sync.engine_settings(
+                self.adapter
+            )
         return {
             "model": self.path,
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "load_format": "dummy",
-            "hf_overrides": {"tie_word_embeddings": False, "text_config": text} if nested else text,
+            **sent,
             # The distribution sampled from, not the raw one; and no defaults out of generation_config.json.
             "logprobs_mode": "processed_logprobs",
             "generation_config": "vllm",
-            "weight_transfer_config": {"backend": self.backend},
-            "worker_extension_cls": "amft_fast.rollout.vllm.worker.Extension",
             "max_num_seqs": cfg.max_num_seqs,
             "tensor_parallel_size": cfg.tensor_parallel_size,
             **eyes,
@@ -90,6 +103,11 @@ class Setup:
             **({} if cpu else {"gpu_memory_utilization": cfg.gpu_memory_utilization}),
             **_kv_cache(cfg, cpu, self.model.config.get_text_config(), self.model.dtype.itemsize, wire.padding),
         }
+
+    def make_sync(self, wire: Wire) -> WeightSync | AdapterSync:
+        if self.adapter is None:
+            return WeightSync(wire, self.channel)
+        return AdapterSync(self.model, self.adapter, self.path, self.folder / "adapters" / f"rank-{self.rank}")
 
     def channel(self, fan: FanOut, specs: list[TensorSpec]) -> Channel:
         args = self.cfg.host, self.cfg.bucket_bytes, self.cfg.call_timeout_s

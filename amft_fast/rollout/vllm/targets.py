@@ -23,6 +23,7 @@ from typing import Any
 
 from amft_fast.errors import UserError
 from amft_fast.interfaces import Completion, Request, Sampling
+from amft_fast.rollout.vllm import adapter_sync
 
 SEED_MASK = (1 << 62) - 1  # vLLM's seeds are int64, and sample i of a group takes seed + i
 NOT_A_NUMBER = -9999.0  # what a vLLM server says of a log-prob that is none
@@ -131,6 +132,7 @@ class OfflineTarget:
     def __init__(self, llm: Any, vocabulary: int, image_token: int | None = None) -> None:
         self.llm, self.vocabulary, self.image_token = llm, vocabulary, image_token
         self.max_model_len = llm.llm_engine.model_config.max_model_len
+        self.adapter: Any = None  # the adapter that answers, where the engine has one
 
     def generate(self, groups: Sequence[RequestGroup], sampling: Sampling, version: int) -> list[list[Completion]]:
         """The samples of every group, in order."""
@@ -143,7 +145,8 @@ class OfflineTarget:
                 prompt["multi_modal_data"] = {"image": list(g.images)}
         params = [SamplingParams(**sampling_settings(g, sampling), detokenize=False) for g in groups]
         out = []
-        for group, result in zip(groups, self.llm.generate(prompts, params, use_tqdm=False), strict=True):
+        results = self.llm.generate(prompts, params, use_tqdm=False, lora_request=self.adapter)
+        for group, result in zip(groups, results, strict=True):
             check_prompt(result.prompt_token_ids, group)
             samples = []
             for o in sorted(result.outputs, key=lambda o: o.index):
@@ -155,9 +158,10 @@ class OfflineTarget:
             out.append(samples * (len(group.members) // len(samples)))
         return out
 
-    def sleep(self) -> None:
-        """Gives the GPU's memory to the trainer, weights included: they must be sent again after `wake`."""
-        self.llm.sleep(level=2)
+    def sleep(self, level: int) -> None:
+        """Gives the GPU's memory to the trainer, weights included: at level 1 the host keeps them, at 2 they must be sent again
+        after `wake`."""
+        self.llm.sleep(level=level)
 
     def wake(self) -> None:
         self.llm.wake_up()
@@ -187,6 +191,19 @@ class OfflineTarget:
 
     def finish_weight_update(self, version: str | None) -> None:
         self.llm.finish_weight_update(version)
+
+    def load_adapter(self, path: str, version: int) -> None:
+        """Raises UserError for an adapter that the engine does not take."""
+        from vllm.lora.request import LoRARequest
+
+        new, old = LoRARequest(adapter_sync.name_of(version), version + 1, path), self.adapter
+        try:
+            self.llm.llm_engine.add_lora(new)
+        except (ValueError, RuntimeError) as e:
+            raise UserError(f"rollout.vllm.adapter_only: vLLM does not take the adapter: {e}") from e
+        self.adapter = new
+        if old is not None and old.lora_int_id != new.lora_int_id:
+            self.llm.llm_engine.remove_lora(old.lora_int_id)
 
     def reset_caches(self) -> None:
         """Keys and values (and images' features) of the old weights are of no use any more."""
@@ -247,6 +264,7 @@ class HttpTarget:
         self.image_token = image_token  # of a model that sees pictures
         self.in_flight, self.recompute_kv = in_flight, recompute_kv
         self._updates = 0  # how often it was given weights
+        self.adapter: int | None = None  # version of the adapter that answers, where adapters are all that is sent
         self.headers = {"Content-Type": "application/json"}
         if api_key:
             self.headers["Authorization"] = f"Bearer {api_key}"
@@ -257,8 +275,11 @@ class HttpTarget:
         self._size: int | None = None
         self._cuts = 0  # how often `abort` was called
 
-    def request(self, method: str, path: str, body: Any = None, timeout_s: float | None = None) -> Any:
-        """The JSON answer. Raises EngineError when there is none in time, UserError when the server refuses the key."""
+    def request(
+        self, method: str, path: str, body: Any = None, timeout_s: float | None = None, parse: bool = True
+    ) -> Any:
+        """The JSON answer; its text without `parse`. Raises EngineError when there is none in time, UserError when the server
+        refuses the key."""
         timeout = timeout_s or self.call_timeout_s
         payload = None if body is None else json.dumps(body).encode()
         cuts = self._cuts
@@ -283,6 +304,8 @@ class HttpTarget:
             raise (UserError if 400 <= answer.status < 500 else EngineError)(
                 f"{self.name}{path}: status {answer.status}: {data[:300].decode(errors='replace')}"
             )
+        if not parse:
+            return data.decode(errors="replace")
         try:
             return json.loads(data) if data else None
         except ValueError as e:
@@ -310,7 +333,7 @@ class HttpTarget:
     def generate(self, group: RequestGroup, sampling: Sampling) -> list[Completion]:
         """The samples of one group, each with the versions of the weights that drew it."""
         body = {
-            "model": self.model,
+            "model": self.model if self.adapter is None else adapter_sync.name_of(self.adapter),
             "token_ids": single_places(group, self.image_token),
             "sampling_params": sampling_settings(group, sampling) | {"detokenize": False},
             "cache_salt": f"weights {self._updates}",  # a prompt reads no keys and values of older ones
@@ -333,7 +356,8 @@ class HttpTarget:
         samples = []
         for sample, label in zip(found, labels):
             ids, drawn, reason = check(*sample, group, self.vocabulary)
-            runs = runs_of(label, len(ids))
+            # An adapter of another version has another name.
+            runs = runs_of(label, len(ids)) if self.adapter is None else ((self.adapter, len(ids)),)
             samples.append(Completion(ids, drawn, reason, min(v for v, _ in runs), versions=runs))
         return samples * (len(group.members) // count)
 
@@ -400,6 +424,23 @@ class HttpTarget:
         self.request("POST", "/finish_weight_update", {"weight_version": version})
         self._updates += 1
 
+    def load_adapter(self, path: str, version: int) -> None:
+        name, old = adapter_sync.name_of(version), self.adapter
+        self._drop_adapter(name)  # of an attempt before
+        self.request("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, parse=False)
+        self.use_adapter(version)
+        if old is not None and old != version:
+            self._drop_adapter(adapter_sync.name_of(old))
+
+    def use_adapter(self, version: int) -> None:
+        """Answers are asked of this one, which another rank has loaded."""
+        self.adapter = version
+        self._updates += 1
+
+    def _drop_adapter(self, name: str) -> None:
+        with contextlib.suppress(EngineError, UserError):
+            self.request("POST", "/v1/unload_lora_adapter", {"lora_name": name}, parse=False)
+
     def reset_caches(self) -> None:
         if self.in_flight:  # the pause has cleared them, or the salt sees to it
             return
@@ -415,4 +456,7 @@ class HttpTarget:
                 self.request("POST", path)
 
     def weight_version(self) -> str:
+        if self.adapter is not None:
+            served = {m["id"] for m in self.request("GET", "/v1/models")["data"]}
+            return str(self.adapter) if adapter_sync.name_of(self.adapter) in served else "none"
         return str(self.request("GET", "/weight_info")["weight_version"])

@@ -111,7 +111,7 @@ class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
 
 
 def _prepack_experts(model: torch.nn.Module) -> None:
-    """On a CPU experts are kept in the order of a grouped product; vLLM 0.32 brings them into it at their first loading alone."""
+    """On a CPU experts are kept in the order of a grouped product; vLLM 0.32 brings them into it at the first loading alone."""
     for module in model.modules():
         kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
         if kernel is not None:
