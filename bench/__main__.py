@@ -21,6 +21,7 @@ BENCHMARKS = {
     "gym": ("bench.gym", "two steps on each task of reasoning-gym: which run, and which have demonstrations"),
     "simulate": ("bench.simulate", "a run on 8 to 1,024 GPUs, modelled: idle shares, best split, what grows first"),
     "stale": ("bench.stale", "what rollouts drawn ahead cost in learning: success at equal tokens by their age"),
+    "ahead": ("bench.ahead", "what rollouts drawn ahead bring in time, with real vLLM servers in the background"),
     "machine": ("bench.machine", "what the device does at best: a large product and a copy"),
     "head-pieces": ("bench.head_pieces", "the loss head's products and its row kernel, each by itself"),
     "gpu": ("bench.gpu", "everything that needs a GPU, in under ten minutes, a process each"),

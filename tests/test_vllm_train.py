@@ -1,6 +1,7 @@
 """Whole runs on a CPU whose rollouts come from the real vLLM: they learn as with the embedded engine."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-integration has an env
 
 from amft_fast import config_file
 from amft_fast.run import launch
+from bench import ahead
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -56,3 +58,12 @@ def test_the_demo_learns_with_vllm(tmp_path):
     success = [r["success"] for r in explored]
     assert len(success) in (70, 75) and sum(success[-20:]) / 20 > sum(success[:20]) / 20 + 0.03
     assert max(r["mismatch_max"] for r in explored) < 1e-3, "the engine has the weights that were gone back to"
+
+
+def test_bench_ahead_times_servers_at_each_depth(tmp_path):
+    out = tmp_path / "ahead.json"
+    small = ["--steps", "3", "--prompts", "2", "--longest", "40", "--hidden", "32", "--layers", "1"]
+    assert ahead.main(["--vllm-python", sys.executable, "--depths", "0,1", *small, "--out", str(out)]) == 0
+    on_policy, behind, in_flight = json.loads(out.read_text())["rows"]
+    assert (on_policy["age"], behind["age"]) == (0, 1) and 0 < in_flight["age"] <= 1 and in_flight["in_flight"]
+    assert min(r["seconds"] for r in (on_policy, behind, in_flight)) > 0

@@ -3,8 +3,8 @@
 A run begins with a look at what is held out (the mean rewards of prompts, on answers drawn for it, and the loss of
 demonstrations) and a block of imitation, `imitation_share` of the run's compute. At the end of each block there is another
 look, compared with the one at the weights that are kept: t, Student's t of the rewards' rise, paired by prompt, and z, the
-signed-rank statistic of the fall of the loss, from the second block of imitation on beyond 3 %, paired by demonstration.
-Rewards have risen or fallen where |t| is beyond `confidence`.
+signed-rank statistic of the fall of the loss beyond 3 % of it, paired by demonstration. Rewards have risen or fallen where
+|t| is beyond `confidence`.
 
     imitating  fallen                    back to the kept weights and moments, and explore
                shown, or come alive      these weights are kept, and as much imitation again as there was so far, a quarter of
@@ -45,7 +45,7 @@ Verdict = Literal["keep", "back", "go on"]
 
 LONGEST = 0.25  # of the run, for a block of imitation
 STATE = ("value", "block", "ends", "rewards", "nll", "settling", "was_dead", "imitated", "in_vain", "fell", "barren")
-MARGIN = 0.03  # of its loss, by which a demonstration must have become likelier to imitate on
+MARGIN = 0.03  # of its loss: a demonstration that became likelier by less has not
 
 
 class BlockController(Controller):
@@ -113,8 +113,7 @@ class BlockController(Controller):
 
     def _likelier(self, held_out: HeldOut) -> float:
         """z"""
-        margin = MARGIN if self.imitated else 0
-        return signed_rank((1 - margin) * np.array(self.nll) - held_out.nll)
+        return signed_rank((1 - MARGIN) * np.array(self.nll) - held_out.nll)
 
     def _imitated(self, t: float, z: float | None, goes_on: bool) -> Verdict:
         most = 2 * self.c.confidence
