@@ -24,7 +24,7 @@ EVAL_EPILOG = """ With --benchmarks, --temperature and the like are given as suc
 settings (--model.rope_theta 40000 --rollout.max_batch 64)."""
 
 
-# Lowest and highest value of the options that are numbers; those of a config have theirs in config.py.
+# Lowest and highest value of the options that are numbers; those of a config have theirs in config/.
 NUMBERS = {
     "samples": (1, 2**20),
     "limit": (1, config.MAX_INT),

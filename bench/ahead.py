@@ -96,7 +96,16 @@ def run(args: argparse.Namespace, model: Path, folder: Path, depth: int, in_flig
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = ["steps ahead", "s a step", "of synchronous", "waiting for rollouts", "update", "sync", "mean age", "tokens a step"]
+    head = [
+        "steps ahead",
+        "s a step",
+        "of synchronous",
+        "waiting for rollouts",
+        "update",
+        "sync",
+        "mean age",
+        "tokens a step",
+    ]
     cells = [
         [
             f"{r['depth']}{', in flight' if r['in_flight'] else ''}",
@@ -125,7 +134,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file (default bench/results/ahead_cpu.json)")
     args = parser.parse_args(argv)
     if not Path(args.vllm_python).exists():
-        print(f"bench ahead: --vllm-python: there is no {args.vllm_python}; make test-integration makes one", file=sys.stderr)
+        print(
+            f"bench ahead: --vllm-python: there is no {args.vllm_python}; make test-integration makes one",
+            file=sys.stderr,
+        )
         return 2
     rows = []
     with tempfile.TemporaryDirectory() as temporary:

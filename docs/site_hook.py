@@ -1,4 +1,4 @@
-"""What the site has beyond the files of docs/: every setting, generated from config.py, and files of the repository that pages
+"""What the site has beyond the files of docs/: every setting, generated from config/, and files of the repository that pages
 link to. mkdocs calls these functions by their names."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every setting as people read it: type, default, bounds and meaning, all taken from config.py."""
+"""Every setting as people read it: type, default, bounds and meaning, all taken from config/."""
 
 from __future__ import annotations
 
