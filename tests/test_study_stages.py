@@ -301,6 +301,7 @@ def test_regret_ranks_by_the_worst_regime(tmp_path, capsys):
     assert data["losses"]["hpt"] == {
         "dense": {"mean": pytest.approx(-0.045), "half": pytest.approx(12.706 * 0.005, rel=1e-3), "seeds": 2}
     }
+    assert (out / "regret.png").read_bytes().startswith(b"\x89PNG")
     text = (out / "regret.md").read_text()
     assert "| amft | 1 | −1.0 ± 0.0 (dense) | −1.0 ± 0.0 | −1.0 ± 12.7 |" in text.replace("(sparse)", "(dense)")
     assert "| hpt |  |  | −4.5 ± 6.4 |  |" in text and "| dense | dense.toml | test | rl | 35.0 | 2 |" in text

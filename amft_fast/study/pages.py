@@ -240,7 +240,7 @@ def write_picture(data: Runs, found: dict[str, Any], baseline: str, path: Path) 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(15, max(4.2, 0.3 * len(data))), dpi=130, layout="constrained")
+    fig = Figure(figsize=(17, max(4.2, 0.3 * len(data))), dpi=130, layout="constrained")
     FigureCanvasAgg(fig)
     left, right, last = fig.subplots(1, 3)
     split = next(iter(data.values()))[0]["curve_split"]
@@ -253,12 +253,12 @@ def write_picture(data: Runs, found: dict[str, Any], baseline: str, path: Path) 
             ax.plot(
                 line.xs, [scale * y for y in line.ys], style, color=LIGHT[line.colour], label=line.name, linewidth=1.6
             )
-        _plain_axes(ax, title, "tokens sampled and trained on (millions)")
+        plain_axes(ax, title, "tokens sampled and trained on (millions)")
     right.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     if found:
         _draw_differences(last, data, found)
     below = textwrap.fill(f"against {baseline}, paired by seed, 95 % intervals", 60)
-    _plain_axes(last, f"Sampled success on {main_split(data)}, difference in points", below)
+    plain_axes(last, f"{main_split(data)}, sampled: difference in points", below)
     held = io.BytesIO()
     fig.savefig(held, format="png", metadata={"Software": None})
     replace_bytes(path, held.getvalue())
@@ -274,7 +274,7 @@ def _draw_differences(ax: Any, data: Runs, found: dict[str, Any]) -> None:
     ax.set_yticks(range(len(ds)), [label.replace("$", r"\$") for label in ranked])
 
 
-def _plain_axes(ax: Any, title: str, below: str) -> None:
+def plain_axes(ax: Any, title: str, below: str) -> None:
     ax.set_title(title.replace("$", r"\$"), loc="left", fontsize=10, fontweight="bold")
     ax.set_xlabel(below, fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)

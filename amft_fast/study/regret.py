@@ -1,19 +1,23 @@
 """Studies of several regimes side by side: what each method loses to the best of each, and where it loses most.
 
-`amft-fast regret STUDY STUDY ... --out FOLDER` reads their compare.json alone and writes regret.json, .md and .html.
+`amft-fast regret STUDY STUDY ... --out FOLDER` reads their compare.json alone and writes regret.json, .md, .html and
+.png.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from amft_fast.errors import UserError
-from amft_fast.run.writers import plain, replace_text
-from amft_fast.study.pages import points
+from amft_fast.report.charts import LIGHT
+from amft_fast.run.writers import plain, replace_bytes, replace_text
+from amft_fast.study.pages import plain_axes, points
 from amft_fast.study.stages import Scores, best, mean
 from amft_fast.study.stats import paired, reported_split
 from amft_fast.study.tables import Table, page
@@ -132,8 +136,34 @@ def regime_table(regimes: Sequence[Regime]) -> Table:
     return Table("Regimes", ("regime", "config", "split", "best", "sampled %", "seeds"), rows)
 
 
+def write_picture(regimes: Sequence[Regime], found: dict[str, Any], path: Path) -> None:
+    """A row a method, the least worst on top, and a point for what it loses in each regime, with its interval."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    labels = [*found["ranked"], *found["unranked"]][::-1]
+    fig = Figure(figsize=(8.5, 1.2 + 0.32 * len(labels)), dpi=130, layout="constrained")
+    FigureCanvasAgg(fig)
+    ax = fig.subplots()
+    for i, r in enumerate(regimes):
+        shown = [
+            (y, found["losses"][label][r.name]) for y, label in enumerate(labels) if r.name in found["losses"][label]
+        ]
+        places = [y + 0.16 * ((len(regimes) - 1) / 2 - i) for y, _ in shown]
+        halves = [100 * loss.half if math.isfinite(loss.half) else 0.0 for _, loss in shown]
+        means, colour = [100 * loss.mean for _, loss in shown], LIGHT[(i + 1) % len(LIGHT)]
+        ax.errorbar(means, places, xerr=halves, fmt="o", color=colour, ms=4, lw=1.2, label=r.name)
+    ax.axvline(0, color=LIGHT[0], linewidth=0.8)
+    ax.set_yticks(range(len(labels)), [label.replace("$", r"\$") for label in labels])
+    ax.legend(fontsize=8, frameon=False, loc="lower left")
+    plain_axes(ax, "Loss to the best of each regime, points of sampled success", "paired by seed, 95 % intervals")
+    held = io.BytesIO()
+    fig.savefig(held, format="png", metadata={"Software": None})
+    replace_bytes(path, held.getvalue())
+
+
 def write_regret(folders: Sequence[Path], out: Path) -> str:
-    """Reads the studies, writes regret.json, regret.md and regret.html under `out`; returns the table as Markdown."""
+    """Reads the studies, writes regret.json, .md, .html and .png under `out`; returns the table as Markdown."""
     regimes = read_regimes(folders)
     found = regret(regimes)
     tables = [regret_table(regimes, found), regime_table(regimes)]
@@ -148,6 +178,7 @@ def write_regret(folders: Sequence[Path], out: Path) -> str:
     replace_text(out / "regret.json", json.dumps(plain(record), indent=1))
     text = "\n\n".join(f"## {t.title}\n\n{t.markdown()}" for t in tables)
     replace_text(out / "regret.md", f"# Regret over {len(regimes)} regimes\n\n{text}\n\n- {NOTE}\n")
+    write_picture(regimes, found, out / "regret.png")
     sentence = f"{len(found['losses'])} methods, {len(found['ranked'])} of them in all of {len(regimes)} regimes."
     replace_text(out / "regret.html", page("regret", "Regret over regimes", sentence, tables, [NOTE]))
     return f"{text}\n\n{out / 'regret.html'}"
