@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -174,9 +176,14 @@ class Sample:
     advantage: float | None = None  # mean over the policy's tokens, once the step has judged it
     entropy: float | None = 0.0
     versions: list[tuple[int, int]] = field(default_factory=list)
+    experts: np.ndarray | None = None  # of prompt and response, as `Completion.experts`
     success: bool = False
     info: dict[str, Any] = field(default_factory=dict)
     text: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.experts, list):  # as JSON has them
+            self.experts = np.array(self.experts, np.int16)
 
     @property
     def runs(self) -> list[tuple[int, int]]:
@@ -185,7 +192,8 @@ class Sample:
 
     def lists(self) -> dict[str, list]:
         """Its tokens as JSON has them."""
-        return {k: list(getattr(self, k)) for k in ("prompt_ids", "response_ids", "loss_mask", "behavior_logprobs")}
+        tokens = {k: list(getattr(self, k)) for k in ("prompt_ids", "response_ids", "loss_mask", "behavior_logprobs")}
+        return tokens | {"experts": None if self.experts is None else self.experts.tolist()}
 
 
 @dataclass(frozen=True)
@@ -202,7 +210,9 @@ class Request:
 class Completion:
     """What an engine returns for a `Request`: token ids (the stop token included) and their log-probs. `entropy`: of the
     distributions that they were drawn from, in nats, summed; None where an engine does not tell. `versions`: runs (version,
-    tokens) of the weights that drew them, where those were changed in their midst; `weight_version` is the oldest then."""
+    tokens) of the weights that drew them, where those were changed in their midst; `weight_version` is the oldest then.
+    `experts` [tokens, layers, k], where an engine tells them: those that the routers of a mixture sent each token to, the
+    prompt's too and all but the last, whose hidden state drew nothing."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -210,6 +220,7 @@ class Completion:
     weight_version: int
     entropy: float | None = None
     versions: tuple[tuple[int, int], ...] = ()
+    experts: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def rollout_sequence(sample: Sample, temperature: float, oldest: int | None = No
         fields["fresh"] = np.ones(len(ids))
         versions, counts = zip(*sample.runs)
         fields["fresh"][np.flatnonzero(trained)] = np.repeat(versions, counts) >= oldest
-    return TokenSequence(ids, trained, images=sample.images).with_fields(**fields)
+    return TokenSequence(ids, trained, images=sample.images, experts=sample.experts).with_fields(**fields)
 
 
 def count_tokens(sft: list[TokenSequence], rl: list[TokenSequence]) -> Counts:

@@ -144,6 +144,11 @@ class Config(Section):
     def _check_shared_rows(self) -> None:
         if self.engine.sequence_parallel == 1:
             return
+        if self.rollout.engine == "vllm" and self.rollout.vllm.router_replay:
+            raise ValueError(
+                "engine.sequence_parallel gives each GPU a part of a row, and rollout.vllm.router_replay is for whole ones: "
+                "turn one of them off"
+            )
         if self.train.packing is False or self.model.attention in ("sdpa", "eager"):
             raise ValueError(
                 "engine.sequence_parallel shares packed rows: it needs train.packing and model.attention auto or one of "

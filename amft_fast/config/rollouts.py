@@ -31,6 +31,9 @@ class VllmConfig(Section):
     adapter_only: bool = False
     """With model.lora.rank: engines read the base from model.path and are given the factors alone, in a folder under run.dir
     that they must see. Else they are given merged weights."""
+    router_replay: bool = False
+    """With a mixture of experts: the engine tells which experts each token went to, and the trainer's passes send it there too.
+    vLLM needs Triton for it, so a GPU."""
     bucket_bytes: int = Field(1 << 28, ge=1 << 10, le=1 << 40)
     """Size of the packed buckets that weights travel in."""
     tensor_parallel_size: int = Field(1, ge=1, le=1024)

@@ -36,13 +36,15 @@ class TokenSequence:
 
     `ids` [T] int64; `trained` [T] bool marks the tokens that some loss reads (never the first: nothing predicts it);
     `fields` holds [T] float arrays: those named in `FIELDS` go into micro-batches, others (`values`, `token_weight`) are read
-    before and stay with the sequence. `images` are the pictures that the ids have places for.
+    before and stay with the sequence. `images` are the pictures that the ids have places for. `experts` [n, layers, k], n ≤ T:
+    those that each token is to be sent to; the routers choose where there are none.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     fields: dict[str, np.ndarray] = field(default_factory=dict)
     images: tuple[Any, ...] = ()
+    experts: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.trained[0] = False
@@ -63,6 +65,7 @@ class Batch:
     [N] floats; one that no sequence carries is absent. `members` lists the sequences in order and `counts` how many of the N
     rows each has. Where one has images, `texts` holds the ids and images of all: the policy makes pixels of them.
     `kept`, of a part of a batch: those of the whole one's N rows that it has; one without any has a row that weighs nothing.
+    `experts` [B·L, layers, k] int64: where each token goes, −1 where its router is to choose; None where all are.
     """
 
     input_ids: torch.Tensor
@@ -75,6 +78,7 @@ class Batch:
     texts: list[tuple[np.ndarray, tuple[Any, ...]]] = field(default_factory=list)
     layout: packing.Layout | None = None
     kept: torch.Tensor | None = None
+    experts: torch.Tensor | None = None
 
     def get(self, name: str) -> torch.Tensor | None:
         return self.fields.get(name)
@@ -96,6 +100,7 @@ class Batch:
             fields={k: move(v) for k, v in self.fields.items()},
             layout=None if self.layout is None else self.layout.map(move),
             kept=move(self.kept),
+            experts=move(self.experts),
         )
 
     def part(self, rank: int, ranks: int) -> Batch:
@@ -192,12 +197,14 @@ def collate(
         row = packing.pack(ids, prefixes)
         input_ids, position_ids, layout = row.input_ids[None], row.position_ids[None], row.layout
         rows = np.concatenate([row.where(i, w - 1) for i, w in enumerate(where)])
+        places = [row.where(i, np.arange(len(x))) for i, x in enumerate(ids)]
     else:
         width = max(len(x) for x in ids)
         input_ids = np.zeros((len(chosen), width), np.int64)
         for place, x in enumerate(ids):
             input_ids[place, : len(x)] = x
         rows = np.concatenate([place * width + w - 1 for place, w in enumerate(where)])
+        places = [place * width + np.arange(len(x)) for place, x in enumerate(ids)]
     targets = np.concatenate([s.ids[w] for s, w in zip(chosen, where)])
     names = [n for n in FIELDS if any(n in s.fields for s in chosen)]
     fields = {
@@ -216,7 +223,20 @@ def collate(
         counts=[len(w) for w in where],
         texts=[(s.ids, s.images) for s in chosen] if any(s.images for s in chosen) else [],
         layout=layout,
+        experts=_experts(chosen, places, input_ids.size),
     )
+
+
+def _experts(chosen: list[TokenSequence], places: list[np.ndarray], size: int) -> torch.Tensor | None:
+    """[size, layers, k]: what `Batch.experts` is, of sequences whose tokens lie at these places."""
+    told = [(s.experts, where) for s, where in zip(chosen, places) if s.experts is not None]
+    if not told:
+        return None
+    out = np.full((size, *told[0][0].shape[1:]), -1, np.int64)
+    for experts, where in told:
+        n = min(len(experts), len(where))
+        out[where[:n]] = experts[:n]
+    return torch.from_numpy(out)
 
 
 def micro_batches(

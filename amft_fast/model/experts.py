@@ -45,7 +45,8 @@ def routers(model: nn.Module) -> list[nn.Module]:
 class Routing:
     """What the routers of a policy choose for trained tokens, added up over an update, and L_aux.
 
-    `load` [L, E]: f of the last update; None before the first.
+    `load` [L, E]: f of the last update; None before the first. `replay` [T, L, k], −1 where a router is to choose: experts that
+    the tokens of the pass under way, and of its backward pass, are sent to, with the weights that the routers give these.
     """
 
     def __init__(self, model: nn.Module, aux_coef: float = 0.0) -> None:
@@ -55,12 +56,17 @@ class Routing:
         self.load: torch.Tensor | None = None
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # (logits, experts) of a pass under way
         self._sums: torch.Tensor | None = None
+        self.replay: torch.Tensor | None = None
+        self._layer = {id(router): i for i, router in enumerate(self.routers)}  # a copied model's are not among them
         for router in self.routers:
             router.register_forward_hook(self._keep)
 
-    def _keep(self, router: nn.Module, inputs: Any, out: tuple[torch.Tensor, ...]) -> None:
+    def _keep(self, router: nn.Module, inputs: Any, out: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        if self.replay is not None and id(router) in self._layer:
+            out = _sent_to(router, out, self.replay[:, self._layer[id(router)]])
         if self._seen is not None:  # a layer that is computed again in the backward pass has been seen
             self._seen.append((out[0], out[2]))
+        return out
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -109,6 +115,19 @@ class Routing:
 
     def load_state_dict(self, state: list[list[float]] | None, device: torch.device) -> None:
         self.load = None if state is None else torch.tensor(state, dtype=torch.float64, device=device)
+
+
+def _sent_to(
+    router: nn.Module, out: tuple[torch.Tensor, ...], given_Tk: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a router returns when its tokens go to these experts, and where it says −1 to those that it chose."""
+    logits_TE, weights_Tk, chosen_Tk = out
+    told_Tk = given_Tk >= 0
+    experts_Tk = torch.where(told_Tk, given_Tk, chosen_Tk)
+    probs_Tk = logits_TE.float().softmax(-1).gather(1, experts_Tk)
+    if router.norm_topk_prob:
+        probs_Tk = probs_Tk / probs_Tk.sum(-1, keepdim=True)
+    return logits_TE, torch.where(told_Tk, probs_Tk.to(weights_Tk.dtype), weights_Tk), experts_Tk
 
 
 def prepare(model: nn.Module) -> None:

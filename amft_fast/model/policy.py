@@ -122,6 +122,7 @@ class Policy(nn.Module):
     def hidden_rows(self, batch: Batch, model: nn.Module | None = None) -> torch.Tensor:
         """Hidden states [N, H] at the positions that predict a trained token."""
         backbone = self.backbone if model is None else getattr(model, model.base_model_prefix)
+        self.routing.replay = batch.experts if model is None else None
         ids, most, spare = batch.input_ids, self.most if model is None else None, None
         if self.vision is not None:
             cross = self.vision.family == "cross"

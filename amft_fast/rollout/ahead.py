@@ -30,7 +30,7 @@ class Batch:
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON values: the weights that drew it are gone, so it cannot be drawn again as it was."""
-        samples = [asdict(sample) | sample.lists() for sample in self.drawn.result()]
+        samples = [kept(sample) for sample in self.drawn.result()]
         return {"step": self.step, "position": self.position, "samples": samples}
 
 
@@ -81,6 +81,11 @@ class Ahead:
             drawn: Future[list[Sample]] = Future()
             drawn.set_result([sample_of(s) for s in state["samples"]])
             self.queue.append(Batch(state["step"], state["position"], drawn))
+
+
+def kept(sample: Sample) -> dict[str, Any]:
+    """The sample as JSON values."""
+    return asdict(sample) | sample.lists()
 
 
 def sample_of(state: dict[str, Any]) -> Sample:

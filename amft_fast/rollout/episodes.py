@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
+import numpy as np
+
 from amft_fast.data.stream import sample_seed
 from amft_fast.errors import UserError
 from amft_fast.interfaces import (
@@ -151,6 +153,16 @@ def _note_versions(sample: Sample, completion: Completion) -> None:
     sample.weight_version = min(version for version, _ in sample.versions)
 
 
+def _note_experts(sample: Sample, completion: Completion) -> None:
+    """Where this completion's tokens went, and what was said to it; of earlier tokens what is known from their own turn."""
+    known = 0 if sample.experts is None else len(sample.experts)
+    if completion.experts is None or (sample.turns and not known):
+        sample.experts = None
+        return
+    new = completion.experts[known:]
+    sample.experts = np.concatenate([sample.experts, new]) if known else new
+
+
 def _take_turn(sample: Sample, result: StepResult, completion, text: str, encoder: Encoder, last: bool) -> bool:
     """Appends one completion to its sample, with what the task answered; True when the policy is to go on."""
     n = len(completion.token_ids)
@@ -161,6 +173,7 @@ def _take_turn(sample: Sample, result: StepResult, completion, text: str, encode
     sample.entropy = sample.entropy + completion.entropy if known else None
     sample.finish_reason = completion.finish_reason
     _note_versions(sample, completion)
+    _note_experts(sample, completion)
     sample.text += text
     if "success" not in result.info:
         raise UserError(f"task: an episode of {sample.prompt_id} returned no 'success' in its info")

@@ -149,7 +149,7 @@ class ServedEngine:
 
     def _target(self, url: str, key: str | None) -> HttpTarget:
         image_token = getattr(self.setup.model.config, "image_token_id", None)
-        flight = self.setup.in_flight, self.setup.recompute_kv
+        flight = self.setup.in_flight, self.setup.recompute_kv, self.cfg.router_replay
         return HttpTarget(url, key, self.cfg.call_timeout_s, self.cfg.generate_timeout_s, image_token, *flight)
 
     def _greet(self, member: Member) -> bool:

@@ -15,6 +15,7 @@ import torch
 
 from amft_fast.config import LoraConfig, VllmConfig
 from amft_fast.errors import UserError
+from amft_fast.model import experts
 from amft_fast.rollout.vllm import adapter_sync, channels
 from amft_fast.rollout.vllm.adapter_sync import AdapterSync
 from amft_fast.rollout.vllm.head_padding import CPU_MULTIPLE, HeadPadding, padding_for
@@ -68,8 +69,13 @@ class Setup:
         except ValueError as e:
             raise UserError(f"rollout.engine vllm: {e}; use rollout.engine transformers") from None
 
+    def _check_replay(self) -> None:
+        if self.cfg.router_replay and not experts.routers(self.model):
+            raise UserError("rollout.vllm.router_replay: the model has no routers; leave it off")
+
     def engine_settings(self, wire: Wire) -> dict[str, Any]:
         """vLLM's engine arguments, offline and on its command line alike."""
+        self._check_replay()
         cfg, cpu = self.cfg, self.device.type == "cpu"
         text: dict[str, Any] = {"head_dim": wire.padding.padded} if wire.padding else {}
         text |= changed_positions(self.model.config, self.path)
@@ -98,6 +104,7 @@ class Setup:
             "generation_config": "vllm",
             "max_num_seqs": cfg.max_num_seqs,
             "tensor_parallel_size": cfg.tensor_parallel_size,
+            **({"enable_return_routed_experts": True} if cfg.router_replay else {}),
             **eyes,
             "enforce_eager": cpu if cfg.enforce_eager is None else cfg.enforce_eager,
             **({} if cpu else {"gpu_memory_utilization": cfg.gpu_memory_utilization}),

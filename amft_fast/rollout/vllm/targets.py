@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from amft_fast.errors import UserError
 from amft_fast.interfaces import Completion, Request, Sampling
 from amft_fast.rollout.vllm import adapter_sync
@@ -124,13 +126,21 @@ def check(
     return ids, [min(float(x), 0.0) for x in logprobs], reason
 
 
+def check_experts(routed: Any, tokens: int) -> np.ndarray:
+    """The experts of all but the last of so many tokens. Raises EngineError unless they are those."""
+    if not isinstance(routed, np.ndarray) or routed.ndim != 3 or len(routed) < tokens - 1:
+        shape = list(routed.shape) if isinstance(routed, np.ndarray) else routed
+        raise EngineError(f"garbage: the experts of {tokens} tokens are {shape}")
+    return routed[: tokens - 1].astype(np.int16)
+
+
 class OfflineTarget:
     """A vLLM `LLM` object that the trainer holds itself."""
 
     name = "vllm (colocated)"
 
-    def __init__(self, llm: Any, vocabulary: int, image_token: int | None = None) -> None:
-        self.llm, self.vocabulary, self.image_token = llm, vocabulary, image_token
+    def __init__(self, llm: Any, vocabulary: int, image_token: int | None = None, replay: bool = False) -> None:
+        self.llm, self.vocabulary, self.image_token, self.replay = llm, vocabulary, image_token, replay
         self.max_model_len = llm.llm_engine.model_config.max_model_len
         self.adapter: Any = None  # the adapter that answers, where the engine has one
 
@@ -152,7 +162,10 @@ class OfflineTarget:
             for o in sorted(result.outputs, key=lambda o: o.index):
                 ids = list(o.token_ids)
                 logprobs = [float(at[i].logprob) for i, at in zip(ids, o.logprobs)]
-                samples.append(Completion(*check(ids, logprobs, o.finish_reason, group, self.vocabulary), version))
+                drawn = check(ids, logprobs, o.finish_reason, group, self.vocabulary)
+                tokens = len(group.prompt_ids) + len(ids)
+                routed = check_experts(o.routed_experts, tokens) if self.replay else None
+                samples.append(Completion(*drawn, version, experts=routed))
             if len(samples) != asked_for(group, sampling):
                 raise EngineError(f"garbage: {len(samples)} samples for a group of {len(group.members)}")
             out.append(samples * (len(group.members) // len(samples)))
@@ -224,6 +237,14 @@ class OfflineTarget:
             self.llm.llm_engine.engine_core.shutdown()
 
 
+def unpacked(text: Any) -> np.ndarray | None:
+    """An array that came as .npy in base64; None for what is none."""
+    try:
+        return np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
+    except (TypeError, ValueError, EOFError):
+        return None
+
+
 def runs_of(labels: Any, tokens: int) -> tuple[tuple[int, int], ...]:
     """Runs (version, tokens) from the spans [start, end) of a sample that vLLM labels with the weights that drew them. Raises
     EngineError unless they are versions and cover the sample."""
@@ -254,6 +275,7 @@ class HttpTarget:
         image_token: int | None = None,
         in_flight: bool = False,
         recompute_kv: bool = False,
+        replay: bool = False,
     ) -> None:
         parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme != "http" or not parts.hostname:
@@ -262,7 +284,7 @@ class HttpTarget:
         self.name = f"http://{self.host}:{self.port}"
         self.call_timeout_s, self.generate_timeout_s = call_timeout_s, generate_timeout_s
         self.image_token = image_token  # of a model that sees pictures
-        self.in_flight, self.recompute_kv = in_flight, recompute_kv
+        self.in_flight, self.recompute_kv, self.replay = in_flight, recompute_kv, replay
         self._updates = 0  # how often it was given weights
         self.adapter: int | None = None  # version of the adapter that answers, where adapters are all that is sent
         self.headers = {"Content-Type": "application/json"}
@@ -347,6 +369,7 @@ class HttpTarget:
             logprobs = [[token["logprob"] for token in c["logprobs"]["content"]] for c in choices]
             found = [(c["token_ids"], logprob, c["finish_reason"]) for c, logprob in zip(choices, logprobs)]
             indices, labels = [c["index"] for c in choices], [c["weight_versions"] for c in choices]
+            routed = [c["routed_experts"] if self.replay else None for c in choices]
             check_prompt(answer["prompt_token_ids"] if group.images else None, group)
         except (TypeError, KeyError) as e:
             raise EngineError(f"garbage: {str(answer)[:80]}") from e
@@ -354,11 +377,13 @@ class HttpTarget:
         if indices != list(range(count)):
             raise EngineError(f"garbage: samples {indices} where {count} were asked for")
         samples = []
-        for sample, label in zip(found, labels):
+        for sample, label, packed in zip(found, labels, routed):
             ids, drawn, reason = check(*sample, group, self.vocabulary)
             # An adapter of another version has another name.
             runs = runs_of(label, len(ids)) if self.adapter is None else ((self.adapter, len(ids)),)
-            samples.append(Completion(ids, drawn, reason, min(v for v, _ in runs), versions=runs))
+            tokens = len(group.prompt_ids) + len(ids)
+            where = check_experts(unpacked(packed), tokens) if self.replay else None
+            samples.append(Completion(ids, drawn, reason, min(v for v, _ in runs), versions=runs, experts=where))
         return samples * (len(group.members) // count)
 
     def abort(self) -> None:
