@@ -16,9 +16,10 @@ from vllm_cases import GREEDY, SAMPLED, named, requests, shake
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-integration has an environment with it")
 
-from amft_fast.config import VllmConfig
+from amft_fast.config import ModelConfig, VllmConfig
 from amft_fast.errors import UserError
 from amft_fast.interfaces import Request, Sampling
+from amft_fast.model.policy import load_model
 from amft_fast.rollout import vllm
 from amft_fast.rollout.transformers import TransformersEngine
 from amft_fast.rollout.vllm.setup import Setup
@@ -241,3 +242,22 @@ def test_training_in_flight(tmp_path):
     steps = records(tmp_path / "run")
     assert [r["staleness_max"] for r in steps][:2] == [0, 1] and all(r["staleness_max"] <= 2 for r in steps)
     assert all(r["mismatch_ess"] > 0.3 for r in steps)
+
+
+def test_a_mixture_of_experts_answers_as_the_trainers(tmp_path):
+    """Experts come one by one; after a sync vLLM's CPU kernel must read them in its own order, and the router is a new one."""
+    folder = make_checkpoint(tmp_path, hidden=32, experts=6, expert_width=32)
+    model = load_model(ModelConfig(path=str(folder)), torch.device("cpu"))
+    cfg = VllmConfig(mode="server", call_timeout_s=60, **SMALL)
+    engine = vllm.make(Setup(cfg, model, str(folder), torch.device("cpu"), folder))
+    try:
+        for version in range(3):
+            shake(model, version)
+            engine.sync(named(model), version)
+            got = engine.generate(requests(6), GREEDY)
+            want = TransformersEngine(model).generate(requests(6), GREEDY)
+            assert [c.token_ids for c in got] == [c.token_ids for c in want]
+            for a, b in zip(got, want):
+                assert a.logprobs == pytest.approx(b.logprobs, abs=2e-4)
+    finally:
+        engine.close()
