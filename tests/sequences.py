@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from amft_fast.data.batch import TokenSequence
+from amft_fast.data.batch import TokenSequence, micro_batches
+from amft_fast.model.policy import Policy
 
 
 def family_of(rng: np.random.Generator, prompt: int, answers: list[int]) -> list[TokenSequence]:
@@ -33,3 +35,20 @@ def assert_same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], t
     for name, g in wanted.items():
         distance = (got[name] - g).norm() / g.norm().clamp_min(1e-9)
         assert distance < tolerance, f"{name}: {distance:.1e} apart"
+
+
+def gradients(
+    policy: Policy, sequences: list[TokenSequence], max_tokens: int = 10**6, packed: bool = True
+) -> dict[str, torch.Tensor]:
+    """The gradient of the sequences' loss by the policy, in micro-batches."""
+    policy.zero_grad()
+    for batch in micro_batches(sequences, max_tokens, packed):
+        policy(batch).loss.backward()
+    return {n.removeprefix("model."): p.grad.double() for n, p in policy.named_parameters()}
+
+
+def imitate(model: torch.nn.Module, sequence: TokenSequence) -> None:
+    """Backward of the same loss of one sequence, by transformers alone."""
+    ids = torch.from_numpy(sequence.ids)
+    nll = F.cross_entropy(model(input_ids=ids[None], use_cache=False).logits[0, :-1], ids[1:], reduction="none")
+    (nll * torch.from_numpy(sequence.fields["nll_weight"] * sequence.trained)[1:]).sum().backward()

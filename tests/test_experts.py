@@ -10,7 +10,7 @@ from fakes import CopyTask, copy_run, make_checkpoint
 from rounding import rounding
 from runs import lines
 from safetensors import safe_open
-from sequences import assert_same, mixed
+from sequences import assert_same, gradients, imitate, mixed
 from transformers import AutoModelForCausalLM
 
 from amft_fast import objective
@@ -47,22 +47,13 @@ def make_policy(folder, coef=0.0, kernel="amft_packed", **more):
     return Policy(model, ObjectiveConfig(), router_aux_coef=coef)
 
 
-def gradients(policy, sequences, max_tokens=10**6, packed=True):
-    policy.zero_grad()
-    for batch in micro_batches(sequences, max_tokens, packed):
-        policy(batch).loss.backward()
-    return {n.removeprefix("model."): p.grad.double() for n, p in policy.named_parameters()}
-
-
 def plain_gradients(folder, sequences):
     """Sequences one by one through transformers' own loop over experts and its own attention, in fp64."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     )
     for s in sequences:
-        ids = torch.from_numpy(s.ids)
-        nll = F.cross_entropy(model(input_ids=ids[None], use_cache=False).logits[0, :-1], ids[1:], reduction="none")
-        (nll * torch.from_numpy(s.fields["nll_weight"] * s.trained)[1:]).sum().backward()
+        imitate(model, s)
     return {n: p.grad for n, p in model.named_parameters()}
 
 

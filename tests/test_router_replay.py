@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from fakes import make_checkpoint
 from rounding import rounding
-from sequences import assert_same, mixed
+from sequences import assert_same, gradients, imitate, mixed
 from transformers import AutoModelForCausalLM
 
 from amft_fast import config_file, objective
@@ -53,13 +53,6 @@ def with_experts(sequences):
     return [replace(s, experts=np.array([told(s.ids, t) for t in range(len(s.ids) - 1)], np.int16)) for s in sequences]
 
 
-def gradients(policy, sequences, max_tokens=10**6, packed=True):
-    policy.zero_grad()
-    for batch in micro_batches(sequences, max_tokens, packed):
-        policy(batch).loss.backward()
-    return {n.removeprefix("model."): p.grad.double() for n, p in policy.named_parameters()}
-
-
 def plain_gradients(folder, sequences):
     """One by one through transformers' loop in fp64, with routers whose choice is overwritten token by token."""
     model = AutoModelForCausalLM.from_pretrained(
@@ -85,9 +78,7 @@ def plain_gradients(folder, sequences):
         gate.forward = forward
     for s in sequences:
         now["experts"] = s.experts
-        ids = torch.from_numpy(s.ids)
-        nll = F.cross_entropy(model(input_ids=ids[None], use_cache=False).logits[0, :-1], ids[1:], reduction="none")
-        (nll * torch.from_numpy(s.fields["nll_weight"] * s.trained)[1:]).sum().backward()
+        imitate(model, s)
     return {n: p.grad for n, p in model.named_parameters()}
 
 

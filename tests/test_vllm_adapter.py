@@ -6,7 +6,7 @@ import pytest
 import torch
 from fakes import CopyTask, copy_run, make_checkpoint
 from runs import lines
-from vllm_cases import GREEDY, SAMPLED, requests
+from vllm_cases import GREEDY, SAMPLED, assert_answers_as, requests
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-integration has an environment with it")
 
@@ -15,7 +15,6 @@ from amft_fast.errors import RolloutFailure, UserError
 from amft_fast.model import lora
 from amft_fast.model.policy import load_model
 from amft_fast.rollout import vllm
-from amft_fast.rollout.transformers import TransformersEngine
 from amft_fast.rollout.vllm.setup import Setup
 from amft_fast.run import launch
 
@@ -55,11 +54,7 @@ def test_after_each_of_several_syncs_it_answers_as_the_trainer(pair):
         if version:
             shake(model, version)
         engine.sync(lora.named_factors(model), version)
-        got = engine.generate(requests(6), GREEDY)
-        want = TransformersEngine(model).generate(requests(6), GREEDY)
-        assert [c.token_ids for c in got] == [c.token_ids for c in want]
-        for a, b in zip(got, want):
-            assert a.logprobs == pytest.approx(b.logprobs, abs=2e-4)
+        got = assert_answers_as(engine, model, requests(6))
         assert {c.weight_version for c in got} == {version}
         seen.add(tuple(got[0].logprobs))
     assert len(seen) == 4

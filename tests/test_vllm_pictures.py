@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_vlm import make_vlm
-from vllm_cases import GREEDY, named, shake
+from vllm_cases import GREEDY, assert_answers_as, named, shake
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-integration has an environment with it")
 pytest.importorskip("torchvision", reason="needs torchvision: make test-integration puts it on PYTHONPATH")
@@ -16,7 +16,6 @@ from amft_fast.interfaces import Request
 from amft_fast.model.policy import load_model
 from amft_fast.model.vision import load_vision
 from amft_fast.rollout import vllm
-from amft_fast.rollout.transformers import TransformersEngine
 from amft_fast.rollout.vllm.setup import Setup
 from amft_fast.rollout.vllm.targets import RequestGroup, check_prompt
 
@@ -58,11 +57,7 @@ def test_after_each_sync_it_sees_and_answers_as_the_trainer_does(seeing):
         if version:
             shake(model, version)
         engine.sync(named(model), version)
-        got = engine.generate(requests(vision, 6), GREEDY)
-        want = TransformersEngine(model, vision=vision).generate(requests(vision, 6), GREEDY)
-        assert [c.token_ids for c in got] == [c.token_ids for c in want]
-        for a, b in zip(got, want):
-            assert a.logprobs == pytest.approx(b.logprobs, abs=2e-4)
+        got = assert_answers_as(engine, model, requests(vision, 6), vision)
         assert {c.weight_version for c in got} == {version}
         seen.add(tuple(got[0].logprobs))
     assert len(seen) == 3

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fakes import CopyTask, copy_run, make_checkpoint
 from transformers import AutoModelForCausalLM
-from vllm_cases import GREEDY, SAMPLED, named, requests, shake
+from vllm_cases import GREEDY, SAMPLED, assert_answers_as, named, requests, shake
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-integration has an environment with it")
 
@@ -53,11 +53,7 @@ def fleet(tmp_path_factory):
 
 
 def check(model, engine, version, n=12):
-    got = engine.generate(requests(n), GREEDY)
-    want = TransformersEngine(model).generate(requests(n), GREEDY)
-    assert [c.token_ids for c in got] == [c.token_ids for c in want]
-    for a, b in zip(got, want):
-        assert a.logprobs == pytest.approx(b.logprobs, abs=2e-4)
+    got = assert_answers_as(engine, model, requests(n))
     assert {c.weight_version for c in got} == {version}
     assert {m.target.weight_version() for m in engine.fleet if m.trouble is None} == {str(version)}
 
@@ -254,10 +250,6 @@ def test_a_mixture_of_experts_answers_as_the_trainers(tmp_path):
         for version in range(3):
             shake(model, version)
             engine.sync(named(model), version)
-            got = engine.generate(requests(6), GREEDY)
-            want = TransformersEngine(model).generate(requests(6), GREEDY)
-            assert [c.token_ids for c in got] == [c.token_ids for c in want]
-            for a, b in zip(got, want):
-                assert a.logprobs == pytest.approx(b.logprobs, abs=2e-4)
+            assert_answers_as(engine, model, requests(6))
     finally:
         engine.close()

@@ -5,7 +5,7 @@ Legend: B rows, L columns of a micro-batch, N tokens with a loss in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -196,15 +196,17 @@ def collate(
     if packed:
         row = packing.pack(ids, prefixes)
         input_ids, position_ids, layout = row.input_ids[None], row.position_ids[None], row.layout
-        rows = np.concatenate([row.where(i, w - 1) for i, w in enumerate(where)])
-        places = [row.where(i, np.arange(len(x))) for i, x in enumerate(ids)]
+        place_of = row.where
     else:
         width = max(len(x) for x in ids)
         input_ids = np.zeros((len(chosen), width), np.int64)
         for place, x in enumerate(ids):
             input_ids[place, : len(x)] = x
-        rows = np.concatenate([place * width + w - 1 for place, w in enumerate(where)])
-        places = [place * width + np.arange(len(x)) for place, x in enumerate(ids)]
+
+        def place_of(i: int, positions: np.ndarray) -> np.ndarray:
+            return i * width + positions
+
+    rows = np.concatenate([place_of(i, w - 1) for i, w in enumerate(where)])
     targets = np.concatenate([s.ids[w] for s, w in zip(chosen, where)])
     names = [n for n in FIELDS if any(n in s.fields for s in chosen)]
     fields = {
@@ -223,19 +225,22 @@ def collate(
         counts=[len(w) for w in where],
         texts=[(s.ids, s.images) for s in chosen] if any(s.images for s in chosen) else [],
         layout=layout,
-        experts=_experts(chosen, places, input_ids.size),
+        experts=_experts([s.experts for s in chosen], [len(x) for x in ids], place_of, input_ids.size),
     )
 
 
-def _experts(chosen: list[TokenSequence], places: list[np.ndarray], size: int) -> torch.Tensor | None:
-    """[size, layers, k]: what `Batch.experts` is, of sequences whose tokens lie at these places."""
-    told = [(s.experts, where) for s, where in zip(chosen, places) if s.experts is not None]
-    if not told:
+def _experts(
+    told: list[np.ndarray | None], lengths: list[int], place_of: Callable[[int, np.ndarray], np.ndarray], size: int
+) -> torch.Tensor | None:
+    """[size, layers, k]: what `Batch.experts` is, of sequences of which so many tokens are read."""
+    first = next((experts for experts in told if experts is not None), None)
+    if first is None:
         return None
-    out = np.full((size, *told[0][0].shape[1:]), -1, np.int64)
-    for experts, where in told:
-        n = min(len(experts), len(where))
-        out[where[:n]] = experts[:n]
+    out = np.full((size, *first.shape[1:]), -1, np.int64)
+    for i, experts in enumerate(told):
+        if experts is not None:
+            n = min(len(experts), lengths[i])
+            out[place_of(i, np.arange(n))] = experts[:n]
     return torch.from_numpy(out)
 
 

@@ -56,9 +56,14 @@ class PackedImages:
 def _packed(image: Any) -> dict[str, str]:
     if not hasattr(image, "save"):
         return {"path": str(image)}
+    return {"png": png(image)}
+
+
+def png(image: Any, **settings: Any) -> str:
+    """A PIL image in RGB, as PNG in base64 without loss; `settings` are those of PIL's writer."""
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="PNG")
-    return {"png": base64.b64encode(buffer.getvalue()).decode()}
+    image.convert("RGB").save(buffer, format="PNG", **settings)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def unpack_images(packed: Iterable[dict[str, str]]) -> list[Any]:

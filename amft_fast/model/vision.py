@@ -111,13 +111,7 @@ class Vision:
         return made
 
     def _process(self, image: Any) -> dict[str, np.ndarray]:
-        from PIL import Image
-
-        try:
-            picture = image if hasattr(image, "convert") else Image.open(image)
-            picture = picture.convert("RGB")
-        except (OSError, AttributeError, ValueError) as e:
-            raise UserError(f"the image {image!r} cannot be read: {e}") from None
+        picture = opened(image)
         nested = [picture] if self.family == "mrope" else [[picture]]
         return {k: np.asarray(v) for k, v in self.processor(images=nested, return_tensors="np").items()}
 
@@ -289,6 +283,17 @@ def _repeated(inputs: dict[str, Any], which: list[int], sizes: list[int]) -> dic
         "pixel_values": torch.cat([patches[i] for i in which]),
         "image_grid_thw": torch.stack([grids[i] for i in which]),
     }
+
+
+def opened(image: Any) -> Any:
+    """A picture, or the one at this path, as PIL has it in RGB. Raises UserError where it cannot be read."""
+    from PIL import Image
+
+    try:
+        picture = image if hasattr(image, "convert") else Image.open(image)
+        return picture.convert("RGB")
+    except (OSError, AttributeError, ValueError) as e:
+        raise UserError(f"the image {image!r} cannot be read: {e}") from None
 
 
 def nothing_of(tensor: torch.Tensor) -> torch.Tensor:

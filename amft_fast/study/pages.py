@@ -259,6 +259,11 @@ def write_picture(data: Runs, found: dict[str, Any], baseline: str, path: Path) 
         _draw_differences(last, data, found)
     below = textwrap.fill(f"against {baseline}, paired by seed, 95 % intervals", 60)
     plain_axes(last, f"{main_split(data)}, sampled: difference in points", below)
+    save_picture(fig, path)
+
+
+def save_picture(fig: Any, path: Path) -> None:
+    """Writes a figure as a PNG: whole or not at all, and the same bytes for the same figure."""
     held = io.BytesIO()
     fig.savefig(held, format="png", metadata={"Software": None})
     replace_bytes(path, held.getvalue())

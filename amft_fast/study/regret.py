@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ from typing import Any
 
 from amft_fast.errors import UserError
 from amft_fast.report.charts import LIGHT
-from amft_fast.run.writers import plain, replace_bytes, replace_text
-from amft_fast.study.pages import plain_axes, points
+from amft_fast.run.writers import plain, replace_text
+from amft_fast.study.pages import plain_axes, points, save_picture
 from amft_fast.study.stages import Scores, best, mean
 from amft_fast.study.stats import paired, reported_split
 from amft_fast.study.tables import Table, page
@@ -161,9 +160,7 @@ def write_picture(regimes: Sequence[Regime], found: dict[str, Any], path: Path) 
     ax.set_xlim(low, max(2.0, -0.15 * low))
     ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     plain_axes(ax, "Loss to the best of each regime, points of sampled success", "paired by seed, 95 % intervals")
-    held = io.BytesIO()
-    fig.savefig(held, format="png", metadata={"Software": None})
-    replace_bytes(path, held.getvalue())
+    save_picture(fig, path)
 
 
 def write_regret(folders: Sequence[Path], out: Path) -> str:

@@ -63,8 +63,8 @@ class ColocatedEngine:
             raise UserError(f"rollout.engine vllm did not start: {str(e).strip().splitlines()[-1]}") from e
         finally:
             torch.set_num_threads = set_num_threads  # its CPU worker puts a function there that does nothing
-        config, replay = self.setup.model.config, self.setup.cfg.router_replay
-        return OfflineTarget(llm, config.get_text_config().vocab_size, getattr(config, "image_token_id", None), replay)
+        vocabulary = self.setup.model.config.get_text_config().vocab_size
+        return OfflineTarget(llm, vocabulary, self.setup.image_token, self.setup.cfg.router_replay)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in order."""

@@ -148,9 +148,10 @@ class ServedEngine:
     # ------------------------------------------------------------------------------------------------- up and running
 
     def _target(self, url: str, key: str | None) -> HttpTarget:
-        image_token = getattr(self.setup.model.config, "image_token_id", None)
         flight = self.setup.in_flight, self.setup.recompute_kv, self.cfg.router_replay
-        return HttpTarget(url, key, self.cfg.call_timeout_s, self.cfg.generate_timeout_s, image_token, *flight)
+        return HttpTarget(
+            url, key, self.cfg.call_timeout_s, self.cfg.generate_timeout_s, self.setup.image_token, *flight
+        )
 
     def _greet(self, member: Member) -> bool:
         """Asks a server that answers what it is; afterwards it waits for weights. False when it does not answer yet."""

@@ -59,6 +59,11 @@ class Setup:
             return "gloo"
         return "ipc" if self.cfg.mode == "colocate" else "nccl"
 
+    @property
+    def image_token(self) -> int | None:
+        """What stands in a prompt for pictures, in models that vLLM makes the run of an image's tokens for."""
+        return getattr(self.model.config, "image_token_id", None)
+
     def wire(self) -> Wire:
         """Raises UserError for a model that the engine cannot be given."""
         try:

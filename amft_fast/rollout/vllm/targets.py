@@ -23,8 +23,10 @@ from typing import Any
 
 import numpy as np
 
+from amft_fast.data.pictures import png
 from amft_fast.errors import UserError
 from amft_fast.interfaces import Completion, Request, Sampling
+from amft_fast.model.vision import opened
 from amft_fast.rollout.vllm import adapter_sync
 
 SEED_MASK = (1 << 62) - 1  # vLLM's seeds are int64, and sample i of a group takes seed + i
@@ -69,12 +71,7 @@ def single_places(group: RequestGroup, image_token: int | None) -> list[int]:
 
 def as_url(image: Any) -> str:
     """A picture (or its path) as it is, without loss, in a data URL."""
-    from PIL import Image
-
-    picture = image if hasattr(image, "convert") else Image.open(image)
-    out = io.BytesIO()
-    picture.convert("RGB").save(out, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    return "data:image/png;base64," + png(opened(image), compress_level=1)
 
 
 def check_prompt(read: Sequence[int] | None, group: RequestGroup) -> None:
