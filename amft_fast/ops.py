@@ -8,7 +8,7 @@ from amft_kernels.chunks import default_chunk_bytes
 from amft_kernels.linear_logprob import linear_logprob
 from amft_kernels.linear_policy_loss import PolicyLoss, linear_policy_loss
 from amft_kernels.loss_forms import LossForm, OwnLoss, value_and_slope
-from amft_kernels.matmul import compute_dtype, cpu_scratch_bytes, logits_into
+from amft_kernels.matmul import bf16_is_faster, compute_dtype, cpu_scratch_bytes, logits_into
 
 from amft_fast.multi_tensor import AdamState, backends, multi_tensor_dot
 
@@ -17,6 +17,7 @@ __all__ = [
     "LossForm",
     "OwnLoss",
     "PolicyLoss",
+    "bf16_is_faster",
     "chunk_bytes",
     "compute_dtype",
     "cpu_scratch_bytes",

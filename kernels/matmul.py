@@ -4,7 +4,8 @@
     weight_grad_into     dW_VH (+)= g_NVᵀ h_NH
 
 bf16 logits are off by up to 0.06 at |z| ≈ 16–32, which would go straight into the policy ratio; so low-precision
-operands give fp32 results here. CUDA has GEMMs for that (`out_dtype`); on the CPU operands are upcast slab by slab.
+operands give fp32 results here. CUDA has GEMMs for that (`out_dtype`). On a CPU operands are upcast slab by slab; where its
+bf16 products leave the fp32 ones far behind (AMX), two of them make the logits, and one each of the gradients.
 
 Legend: N rows, V vocabulary columns, H hidden size; m, n, k: the sides of one product.
 """
@@ -44,9 +45,13 @@ def logits_into(
 ) -> None:
     """out = h Wᵀ + b, in out's dtype."""
     if out_NV.device.type == "cpu":
-        wide_NH = hidden_NH.to(out_NV.dtype)
+        narrow = _stays_narrow(hidden_NH.dtype, out_NV.dtype)
+        wide_NH = hidden_NH if narrow else hidden_NH.to(out_NV.dtype)
         for slab in _slabs(out_NV, weight_VH):
-            _cpu_product(out_NV[:, slab], wide_NH, weight_VH[slab].to(out_NV.dtype), accumulate=False)
+            if narrow:
+                _widened_product(out_NV[:, slab], hidden_NH, weight_VH[slab])
+            else:
+                _cpu_product(out_NV[:, slab], wide_NH, weight_VH[slab].to(out_NV.dtype), accumulate=False)
     elif hidden_NH.dtype == out_NV.dtype:
         torch.mm(hidden_NH, weight_VH.t(), out=out_NV)
     else:
@@ -67,19 +72,26 @@ def hidden_grad_into(
         return
     wide_NH = out_NH if accumulate else torch.zeros_like(out_NH, dtype=grad_NV.dtype)
     for slab in _slabs(grad_NV, weight_VH):
-        _cpu_product(wide_NH, grad_NV[:, slab], weight_VH[slab].to(grad_NV.dtype).t(), accumulate=True)
+        if _stays_narrow(weight_VH.dtype, grad_NV.dtype):
+            _narrow_product(wide_NH, grad_NV[:, slab].to(weight_VH.dtype), weight_VH[slab], accumulate=True)
+        else:
+            _cpu_product(wide_NH, grad_NV[:, slab], weight_VH[slab].to(grad_NV.dtype).t(), accumulate=True)
     if not accumulate:
         out_NH.copy_(wide_NH)
 
 
 def weight_grad_into(out_VH: torch.Tensor, grad_NV: torch.Tensor, hidden_NH: torch.Tensor, *, accumulate: bool) -> None:
     """out (+)= gᵀ h. The first chunk of rows need not read `out`: that saves a pass over [V, H]."""
-    hidden_NH = hidden_NH.to(grad_NV.dtype)
+    narrow = out_VH.device.type == "cpu" and _stays_narrow(hidden_NH.dtype, grad_NV.dtype)
+    hidden_NH = hidden_NH if narrow else hidden_NH.to(grad_NV.dtype)
     if out_VH.device.type != "cpu":
         _cuda_product(out_VH, grad_NV.t(), hidden_NH, accumulate)
         return
     for slab in _slabs(grad_NV, out_VH):
-        _cpu_product(out_VH[slab], grad_NV[:, slab].t(), hidden_NH.t(), accumulate)
+        if narrow:
+            _narrow_product(out_VH[slab], grad_NV[:, slab].to(hidden_NH.dtype).t(), hidden_NH, accumulate)
+        else:
+            _cpu_product(out_VH[slab], grad_NV[:, slab].t(), hidden_NH.t(), accumulate)
 
 
 def _cuda_product(out_mn: torch.Tensor, left_mk: torch.Tensor, right_kn: torch.Tensor, accumulate: bool) -> None:
@@ -98,6 +110,35 @@ def _cpu_product(out_mn: torch.Tensor, left_mk: torch.Tensor, right_nk: torch.Te
         out_mn.add_(product_mn) if accumulate else out_mn.copy_(product_mn)
     else:
         torch.addmm(out_mn, left_mk, right_nk.t(), beta=float(accumulate), out=out_mn)
+
+
+def _narrow_product(out_mn: torch.Tensor, left_mk: torch.Tensor, right_kn: torch.Tensor, accumulate: bool) -> None:
+    """out (+)= left @ right, rounded to bf16 before it is added."""
+    product_mn = left_mk @ right_kn
+    out_mn.add_(product_mn) if accumulate else out_mn.copy_(product_mn)
+
+
+def _widened_product(out_mn: torch.Tensor, left_mk: torch.Tensor, right_nk: torch.Tensor) -> None:
+    """out = left @ rightᵀ in fp32 of bf16 operands, 2⁻¹⁷ of it off at most beside rounding in fp32.
+
+    The first product is rounded to bf16. The second takes it off again before rounding, in the fp32 sums that a product
+    keeps, and so is what the first one's rounding lost.
+    """
+    rounded_mn = left_mk @ right_nk.t()
+    out_mn.copy_(rounded_mn).add_(torch.addmm(rounded_mn, left_mk, right_nk.t(), beta=-1))
+
+
+def _stays_narrow(dtype: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether a CPU's products of `dtype` with results in `wide` are made of bf16 products."""
+    return dtype == torch.bfloat16 and wide == torch.float32 and bf16_is_faster()
+
+
+@functools.cache
+def bf16_is_faster() -> bool:
+    """Whether two bf16 products cost less than one in fp32: with AMX they run at four to eight times its speed."""
+    limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
+    held = limit not in ("", "DEFAULT", "ALL") and "AMX" not in limit
+    return not held and torch.cpu.get_capabilities().get("amx_bf16", False) and torch.backends.mkldnn.is_available()
 
 
 def _onednn_suits(left_mk: torch.Tensor, right_nk: torch.Tensor) -> bool:
@@ -139,12 +180,16 @@ def _slab_columns(rows: int, vocab: int, hidden: int, width: int) -> int:
 def cpu_scratch_bytes(rows: int, vocab: int, hidden: int, dtype: torch.dtype) -> int:
     """The most that the three products over a chunk of `rows` rows allocate beside operands and results, on this CPU.
 
+    bf16 products of AMX take two of their own for the logits, then ∂L/∂x of a slab in bf16 and a product of either gradient.
     MKL writes where it is told: it needs the fp32 copies of operands of a narrower `dtype` and nothing else. oneDNN's op
     returns a product of its own, and wants the left operand contiguous, which the columns of a slab are not.
     """
     wide = compute_dtype(dtype)
     b, columns = wide.itemsize, _slab_columns(rows, vocab, hidden, wide.itemsize)
     narrow = dtype != wide
+    if _stays_narrow(dtype, wide):
+        slab = 2 * rows * columns
+        return max(2 * slab, 4 * rows * hidden + slab + 2 * rows * hidden, slab + 2 * columns * hidden)
     of_rows, of_weight, of_logits = b * rows * hidden, b * columns * hidden, b * rows * columns
     onednn = wide == torch.float32 and _onednn_is_faster()
     by_slab = onednn and rows * columns * hidden >= _ONEDNN_WORK

@@ -70,10 +70,14 @@ class Place(NamedTuple):
 
 
 def serve(products: str, monkeypatch) -> None:
-    """CPU products by "mkl", as on a CPU without AVX-512, or "onednn", as on one with it; every CPU can do both."""
+    """CPU products by "mkl", as on a CPU without AVX-512, or "onednn", as on one with it, which every CPU can do; or those of
+    bf16 by "bf16", as on a CPU with AMX, which one can do that oneDNN has bf16 for."""
     if products == "onednn" and not matmul.has_onednn():
         pytest.skip("this torch was built without oneDNN")
+    if products == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bf16 on this CPU")
     monkeypatch.setattr(matmul, "_onednn_is_faster", lambda: products == "onednn")
+    monkeypatch.setattr(matmul, "bf16_is_faster", lambda: products == "bf16")
 
 
 def generator(seed: int) -> torch.Generator:

@@ -170,7 +170,32 @@ def test_onednn_products_are_right(monkeypatch):
         check_logprob(place, *inputs, chunk_bytes=8 * 530 * 9)
 
 
-@pytest.mark.parametrize("products", ["mkl", "onednn"])
+def test_products_of_bf16_make_logits_in_fp32(monkeypatch):
+    """Two of them, the second of what the first one's rounding took off: as good as fp32 but for 2⁻¹⁷, whatever the slabs."""
+    serve("bf16", monkeypatch)
+    monkeypatch.setattr(matmul, "_SLAB_BYTES", 1 << 14)
+    place = Place("cpu", torch.bfloat16, "torch")
+    hidden, weight, _ = make_inputs(place, 33, 40, 530, scale=20)
+    logits = torch.empty(33, 530)
+    matmul.logits_into(logits, hidden, weight, None)
+    truth = hidden.double() @ weight.double().t()
+    assert (logits - truth).abs().max() < 2**-17 * truth.abs().max() + 1e-5
+    assert (hidden @ weight.t() - truth).abs().max() > 2**-12 * truth.abs().max(), "one product is not"
+    inputs = make_inputs(place, 23, 30, 530)
+    check_policy(place, *inputs, chunk_bytes=8 * 530 * 9, **make_terms(place, 23))
+    check_logprob(place, *inputs, chunk_bytes=8 * 530 * 9)
+
+
+@pytest.mark.parametrize("limit,faster", [("", True), ("ALL", True), ("AVX2", False), ("AVX512_CORE_BF16", False)])
+@pytest.mark.parametrize("amx", [True, False])
+def test_where_bf16_products_serve(amx, limit, faster, monkeypatch):
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    assert matmul.bf16_is_faster.__wrapped__() == (amx and faster and torch.backends.mkldnn.is_available())
+
+
+@pytest.mark.parametrize("products", ["mkl", "onednn", "bf16"])
 @pytest.mark.parametrize("dtype", DTYPES[:2] + DTYPES[3:])
 @pytest.mark.parametrize("n,v,h", [(256, 8192, 256), (48, 2048, 64), (700, 5000, 128), (7, 3000, 16)])
 def test_scratch_of_the_products_is_counted(n, v, h, dtype, products, monkeypatch):

@@ -388,10 +388,12 @@ def _rollouts(cfg: Config, shape: Shape, at: Layout, machine: Machine) -> list[P
 
 
 def _packed(cfg: Config, shape: Shape, b: int) -> tuple[int, int, int]:
-    """What the own loop packs on a CPU (rollout/packed.py): plain products, and the head where logits are of the weights' type.
-    All of it; what of the last layer, which looks at the prompts' last tokens alone behind its attention; and the head."""
+    """What the own loop packs on a CPU (rollout/packed.py): plain products, and the head where logits come of products in the
+    weights' type. All of it; what of the last layer, which looks at the prompts' last tokens alone behind its attention; and
+    the head."""
     import torch
 
+    from amft_fast.ops import bf16_is_faster
     from amft_fast.rollout.packed import pays
 
     t, dtype = shape.text, torch.float32 if b == 4 else torch.bfloat16
@@ -399,7 +401,7 @@ def _packed(cfg: Config, shape: Shape, b: int) -> tuple[int, int, int]:
     behind += [] if t.experts else [2 * t.intermediate * t.hidden, t.hidden * t.intermediate]
     plain, head = not cfg.model.lora.rank, b * shape.vocab * t.hidden
     before, behind = (plain * sum(b * n for n in sizes if pays(dtype, b * n)) for sizes in (before, behind))
-    head = head if b == 4 and pays(dtype, head) else 0
+    head = head if (b == 4 or bf16_is_faster()) and pays(dtype, head) else 0
     return t.layers * (before + behind) + head, behind, head
 
 

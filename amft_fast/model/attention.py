@@ -32,6 +32,9 @@ NAMES = {
     "flash_attention_2": "amft_packed_2",
 }
 TINY = 1024  # query-key pairs of a row, up to which attention is written out on a CPU
+SHORT = (
+    1 << 14
+)  # the same, up to which bf16 is attended in fp32 there: torch's backward in bf16 starts at a price of its own
 LAYERS = {
     "full_attention",
     "sliding_attention",
@@ -217,14 +220,16 @@ def _padded(q_TAD, k_TAD, v_TAD, layout: Layout, scale, dropout, window) -> torc
     calls, back = layout.padded
     for call in calls:
         q, k, v = (_rows(x, i) for x, i in ((q_TAD, call.q_index), (k_TAD, call.k_index), (v_TAD, call.k_index)))
-        mask = _windowed(call, window)
+        mask, dtype = _windowed(call, window), q.dtype
+        if q.device.type == "cpu" and dtype == torch.bfloat16 and q.shape[2] * k.shape[2] <= SHORT:
+            q, k, v = q.float(), k.float(), v.float()
         if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= TINY and not dropout:
             o_BALD = _tiny(q, k, v, mask, scale)
         else:
             o_BALD = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=gqa
             )
-        out.append(o_BALD.transpose(1, 2).flatten(0, 1))
+        out.append(o_BALD.to(dtype).transpose(1, 2).flatten(0, 1))
     return torch.cat(out).index_select(0, back)
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from amft_fast.interfaces import Request
 from amft_fast.model import attention
-from amft_fast.ops import compute_dtype, decode_attention, logits_into, triton_obstacle
+from amft_fast.ops import bf16_is_faster, compute_dtype, decode_attention, logits_into, triton_obstacle
 from amft_fast.rollout.cache import Sections, StaticCache
 from amft_fast.rollout.graphs import Graphs, padded_rows
 from amft_fast.rollout.packed import Packed
@@ -241,8 +241,9 @@ class Decoder:
     def logits(self, hidden_NH: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[N, V] in fp32 (fp64 of an fp64 model), whatever the parameters' type."""
         dtype = compute_dtype(hidden_NH.dtype)
-        if dtype == self.head.dtype and self.head_bias is None and self.head_packed.takes(len(hidden_NH)):
-            logits = self.head_packed(hidden_NH)
+        as_it_is = dtype == self.head.dtype
+        if (as_it_is or bf16_is_faster()) and self.head_bias is None and self.head_packed.takes(len(hidden_NH)):
+            logits = self.head_packed(hidden_NH) if as_it_is else self.head_packed.widened(hidden_NH)
             return logits if out is None else out.copy_(logits)
         if out is None:
             out = torch.empty(len(hidden_NH), len(self.head), dtype=dtype, device=hidden_NH.device)

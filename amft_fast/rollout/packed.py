@@ -48,3 +48,9 @@ class Packed:
             weight = self.weights[0] if len(self.weights) == 1 else torch.cat(self.weights)
             self.ordered = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
         return torch.ops.mkldnn._linear_pointwise(x, self.ordered, None, "none", [], "")
+
+    def widened(self, x: torch.Tensor) -> torch.Tensor:
+        """x Wᵀ of bf16 in fp32: the product, and what rounding took off it, as the loss head has them (kernels/matmul.py)."""
+        rounded = self(x)
+        lost = torch.ops.mkldnn._linear_pointwise.binary(x, rounded, self.ordered, None, "sub")
+        return rounded.float().add_(lost)
