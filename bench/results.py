@@ -69,6 +69,11 @@ def commit(measured: Sequence[str]) -> str:
         return "unknown"
 
 
+def folder_name(model: Path, dtype: str | None) -> str:
+    """Of a transformers folder, for the names of files: with its type where it is not fp32."""
+    return model.resolve().name + (f"_{dtype}" if dtype not in (None, "fp32") else "")
+
+
 def write_json(path: Path, result: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

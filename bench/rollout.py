@@ -27,7 +27,7 @@ import torch
 from amft_fast.interfaces import Request, Sampling
 from amft_fast.rollout import decoder
 from amft_fast.rollout.transformers import TransformersEngine
-from bench.results import RESULTS, environment, markdown_table, prepare_vllm, write_json
+from bench.results import RESULTS, environment, folder_name, markdown_table, prepare_vllm, write_json
 
 MEASURED = ("amft_fast/rollout", "bench/rollout.py")
 # hidden, layers, heads, key heads, intermediate, vocabulary; random weights in the shapes of SmolLM2-135M and Qwen2.5-1.5B.
@@ -44,14 +44,15 @@ LOADS = ("even", "ragged", "long-tailed")
 GENERATE, PAGED = "transformers generate", "transformers generate_batch"
 ENGINE, FORWARD = "engine", "engine by transformers' forward"
 PAGE = 32
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NARROW = 0.1  # by how much of the logits' spread a first choice may be off in bf16
 
 
-def make_model(name: str, device: str) -> torch.nn.Module:
+def make_model(name: str, device: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
     """The demo's model, one of a folder, or a Llama with random weights of one of MODELS."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     if name not in MODELS:
         model = AutoModelForCausalLM.from_pretrained("configs/demo_base" if name == "demo" else name, dtype=dtype)
         model.generation_config.eos_token_id = None
@@ -202,9 +203,11 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def measure(name: str, load: str, device: str, rounds: int, peers: Sequence[str] = ()) -> dict[str, object]:
+def measure(
+    name: str, load: str, device: str, rounds: int, peers: Sequence[str] = (), dtype: torch.dtype | None = None
+) -> dict[str, object]:
     """One model and load. Raises SystemExit when greedy tokens differ."""
-    model = make_model(name, device)
+    model = make_model(name, device, dtype)
     asked = requests(load, CASES.get(name, FOLDER_CASE), model.config.vocab_size)
     if not greedy_agrees(model, asked):
         raise SystemExit("red: the engine's greedy tokens are not generate's; no figures")
@@ -315,6 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--models", default=",".join(ON_CPU), help=f"of {', '.join(CASES)} (default %(default)s)")
     parser.add_argument("--model", type=Path, help="a transformers folder, instead of --models")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU (default 1)")
     parser.add_argument("--loads", default=",".join(LOADS), help=f"of {', '.join(LOADS)}")
     parser.add_argument("--ways", default="", help="these alone, with commas between; all by default")
@@ -330,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--model takes a transformers folder, got {str(args.model)!r}")
     prepare_vllm(args.device)
     torch.set_num_threads(args.threads)
-    suffix = f"_{args.model.resolve().name}" if args.model else ""
+    suffix = f"_{folder_name(args.model, args.dtype)}" if args.model else ""
     out = args.out or RESULTS / f"rollout_{args.device}{suffix}.json"
     result = {
         "benchmark": "rollout",
@@ -338,12 +342,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rounds": args.rounds,
         "threads": args.threads,
     }
+    if args.dtype:
+        result["dtype"] = args.dtype
     result |= {"clock": "processor time" if args.device == "cpu" else "wall time", "results": []}
     result["overhead_ms_per_token"] = {} if args.no_overhead else overhead(args.device)
     peers = [way for way in args.ways.split(",") if way]
     for name in [str(args.model)] if args.model else args.models.split(","):
         for load in args.loads.split(","):
-            result["results"].append(measure(name, load, args.device, args.rounds, peers))
+            result["results"].append(measure(name, load, args.device, args.rounds, peers, DTYPES.get(args.dtype)))
             print(table(result["results"][-1:]), flush=True)
             for way, why in result["results"][-1]["failed"].items():
                 print(f"{way}: {why}", flush=True)

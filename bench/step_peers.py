@@ -178,6 +178,7 @@ class Trl:
         except ImportError as e:
             raise LeftOut(f"TRL is not installed ({e.name or e})") from None
         cuda = work.device.type == "cuda"
+        rows = min(rows, len(work.samples))
         self.batches = work.padded(rows)
         steps = len(self.batches)
         if len(work.samples) % rows:
@@ -186,7 +187,7 @@ class Trl:
             args = GRPOConfig(
                 output_dir=folder,
                 use_cpu=not cuda,
-                bf16=cuda,
+                bf16=work.dtype == torch.bfloat16,
                 per_device_train_batch_size=rows,
                 gradient_accumulation_steps=steps,
                 steps_per_generation=steps,

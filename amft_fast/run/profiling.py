@@ -163,12 +163,12 @@ def _drop_memory_events(path: Path) -> None:
     path.write_text(json.dumps(trace))
 
 
-def peak_flops(device: torch.device) -> float:
-    """Of a GPU in dense bf16 as its vendor states it (0: unknown); of a CPU the best of a few large fp32 products."""
+def peak_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """Of a GPU in dense bf16 as its vendor states it (0: unknown); of a CPU the best of a few large products of `dtype`."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return next((flops for key, flops in PEAK_FLOPS.items() if key in name), 0.0)
-    a, b, best = torch.randn(768, 768), torch.randn(768, 768), float("inf")
+    a, b, best = torch.randn(768, 768).to(dtype), torch.randn(768, 768).to(dtype), float("inf")
     for _ in range(10):
         begin = time.process_time()  # what others do on the machine is not this processor's limit
         a @ b
