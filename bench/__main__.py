@@ -12,6 +12,7 @@ BENCHMARKS = {
     "loss-head": ("bench.loss_head", "the fused loss head against eager, torch.compile and other libraries"),
     "probe": ("bench.probe", "multi_tensor_dot against torch's own ways to the same numbers"),
     "controller": ("bench.controller", "what learning mu costs: steps of amft against steps of fixed mu"),
+    "designs": ("bench.designs", "the controller's rules played on recorded regimes, a hundred designs a minute"),
     "step": ("bench.step", "one update on recorded rollouts against TRL and an eager loop"),
     "scaling": ("bench.scaling", "an update's cost against length, group size, vocabulary and ranks"),
     "compile-gate": ("bench.compile_gate", "every Triton configuration compiled for GPUs that are not here"),
