@@ -2,20 +2,23 @@
 
 import copy
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from fakes import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3ForCausalLM
 
-from amft_fast.config import LoraConfig, ObjectiveConfig, TrainConfig
+from amft_fast.config import LoraConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from amft_fast.engine.local import LocalEngine
 from amft_fast.errors import UserError
 from amft_fast.model import lora
-from amft_fast.model.policy import Policy
+from amft_fast.model.policy import Policy, load_model
 from amft_fast.rollout.vllm import weight_sync as ws
+from amft_fast.rollout.vllm.adapter_sync import AdapterSync
 from amft_fast.rollout.vllm.channels import GlooChannel, broadcast, gloo_group, meet
 from amft_fast.rollout.vllm.head_padding import HeadPadding, padding_for
 from amft_fast.rollout.vllm.setup import Copy
@@ -334,3 +337,31 @@ def test_the_copy_for_restarts_is_that_of_the_last_transfer_even_of_one_that_bro
     sync.send([engine], copy(), 2)
     assert torch.equal(engine.tensors["model.norm.weight"], dict(later)["model.norm.weight"])
     sync.close()
+
+
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_an_adapter_that_cannot_be_written_is_a_transfer_that_failed(fault, tmp_path, monkeypatch):
+    """A full disk: nothing is told to the engine, nothing half-written is left, and the version before it is still there."""
+    pytest.importorskip("peft")
+    cfg = LoraConfig(rank=2)
+    folder = make_checkpoint(tmp_path / "base")
+    adapted = load_model(ModelConfig(path=str(folder), lora=cfg), torch.device("cpu"))
+    sync, engine = AdapterSync(adapted, cfg, str(folder), tmp_path / "adapters"), AdapterEngine()
+    sync.send([engine], lora.named_factors(adapted), 1)
+    assert engine.calls == ["pause", "load amft-1", "reset", "resume"]
+
+    def full(tensors, path, **more):
+        Path(path).write_bytes(b"half")
+        raise fault
+
+    monkeypatch.setattr(lora, "save_file", full)
+    with pytest.raises(
+        ws.TransferError, match=r"the adapter could not be written to .*amft-2: .*No space left on device"
+    ):
+        sync.send([engine], lora.named_factors(adapted), 2)
+    assert len(engine.calls) == 4 and [p.name for p in (tmp_path / "adapters").iterdir()] == ["amft-1"]
+
+
+class AdapterEngine(FakeEngine):
+    def load_adapter(self, path, version):
+        self._called(f"load {Path(path).name}")

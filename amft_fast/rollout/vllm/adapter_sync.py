@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from amft_fast.errors import UserError
 from amft_fast.model import lora
-from amft_fast.rollout.vllm.weight_sync import FanOut, IncompleteError, Target
+from amft_fast.rollout.vllm.weight_sync import FanOut, IncompleteError, Target, TransferError
 
 if TYPE_CHECKING:
     from amft_fast.config import LoraConfig
@@ -49,10 +50,7 @@ class AdapterSync:
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in named}
         if missing := [name for name in self.wanted if name not in state]:
             raise IncompleteError(f"adapter: {len(missing)} factors are missing, the first is {missing[0]}")
-        path = self.folder / name_of(version)
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
-        lora.save_adapter(self.model, self.cfg, self.base, path, state)
+        path = self._written(state, version)
         fan = FanOut(list(targets))
         try:
             fan.each(lambda t: t.pause())
@@ -64,6 +62,17 @@ class AdapterSync:
         for old in self.folder.glob("amft-*"):
             if old != path:
                 shutil.rmtree(old, ignore_errors=True)
+
+    def _written(self, state: dict[str, torch.Tensor], version: int) -> Path:
+        path = self.folder / name_of(version)
+        shutil.rmtree(path, ignore_errors=True)
+        try:
+            path.mkdir(parents=True)
+            lora.save_adapter(self.model, self.cfg, self.base, path, state)
+        except (OSError, SafetensorError) as e:  # a full disk: nothing has been sent
+            shutil.rmtree(path, ignore_errors=True)
+            raise TransferError(f"the adapter could not be written to {path}: {e}") from e
+        return path
 
     def clear(self, target: Target) -> None:
         """An adapter that was not read whole is in no slot."""
