@@ -25,7 +25,9 @@ from amft_fast.model import attention
 from amft_fast.model.layers import checkpoint_layers
 from amft_fast.model.policy import Policy
 from amft_fast.rollout import ahead, episodes
-from amft_fast.rollout.vllm.targets import EngineError, HttpTarget, OfflineTarget, group_requests
+from amft_fast.rollout.vllm.groups import EngineError, group_requests
+from amft_fast.rollout.vllm.http_target import HttpTarget
+from amft_fast.rollout.vllm.offline_target import OfflineTarget
 
 SAME = rounding(sum(len(s.ids) for s in mixed()) + 32)
 E, K, LAYERS = 6, 2, 2

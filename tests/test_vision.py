@@ -346,7 +346,7 @@ def test_cached_rollouts_keep_their_pictures_through_a_checkpoint(qwen):
 
 def test_vllm_is_given_one_place_for_each_image(qwen):
     """It makes their runs of tokens itself."""
-    from amft_fast.rollout.vllm.targets import group_requests, single_places
+    from amft_fast.rollout.vllm.groups import group_requests, single_places
 
     ids = qwen.prompt("a b", *PICTURES[:2])
     (group,) = group_requests([Request(tuple(ids), 1, 4, tuple(PICTURES[:2]))])
@@ -357,7 +357,7 @@ def test_vllm_is_given_one_place_for_each_image(qwen):
 
 
 def test_a_picture_travels_to_a_server_without_loss(tmp_path):
-    from amft_fast.rollout.vllm.targets import as_url
+    from amft_fast.rollout.vllm.groups import as_url
 
     picture = noise(24, 16)
     picture.save(tmp_path / "it.png")

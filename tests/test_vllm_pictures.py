@@ -16,8 +16,8 @@ from amft_fast.interfaces import Request
 from amft_fast.model.policy import load_model
 from amft_fast.model.vision import load_vision
 from amft_fast.rollout import vllm
+from amft_fast.rollout.vllm.groups import RequestGroup, check_prompt
 from amft_fast.rollout.vllm.setup import Setup
-from amft_fast.rollout.vllm.targets import RequestGroup, check_prompt
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 CPU = torch.device("cpu")

@@ -22,8 +22,9 @@ from amft_fast.interfaces import Request, Sampling
 from amft_fast.model.policy import load_model
 from amft_fast.rollout import vllm
 from amft_fast.rollout.transformers import TransformersEngine
+from amft_fast.rollout.vllm.groups import group_requests
+from amft_fast.rollout.vllm.http_target import HttpTarget
 from amft_fast.rollout.vllm.setup import Setup
-from amft_fast.rollout.vllm.targets import HttpTarget, group_requests
 from amft_fast.rollout.vllm.weight_sync import TransferError
 from amft_fast.run import launch
 

@@ -16,8 +16,9 @@ from amft_fast.errors import UserError
 from amft_fast.interfaces import Request, Sampling
 from amft_fast.rollout.vllm import server as vllm_server
 from amft_fast.rollout.vllm import setup as vllm_setup
+from amft_fast.rollout.vllm.groups import EngineError, check, group_requests, sampling_settings
+from amft_fast.rollout.vllm.http_target import HttpTarget
 from amft_fast.rollout.vllm.setup import check_lengths
-from amft_fast.rollout.vllm.targets import EngineError, HttpTarget, check, group_requests, sampling_settings
 
 
 def running(pid):

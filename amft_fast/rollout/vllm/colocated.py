@@ -9,8 +9,9 @@ import torch
 
 from amft_fast.errors import RolloutFailure, UserError
 from amft_fast.interfaces import Completion, Request, Sampling
+from amft_fast.rollout.vllm.groups import group_requests
+from amft_fast.rollout.vllm.offline_target import OfflineTarget
 from amft_fast.rollout.vllm.setup import Named, Setup, check_lengths
-from amft_fast.rollout.vllm.targets import OfflineTarget, group_requests
 from amft_fast.rollout.vllm.weight_sync import (
     IncompleteError,
     TransferError,

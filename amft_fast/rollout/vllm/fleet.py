@@ -25,9 +25,10 @@ import torch
 from amft_fast.engine.world import World
 from amft_fast.errors import RolloutFailure, UserError
 from amft_fast.interfaces import Completion, Request, Sampling
+from amft_fast.rollout.vllm.groups import EngineError, RequestGroup, group_requests
+from amft_fast.rollout.vllm.http_target import HttpTarget
 from amft_fast.rollout.vllm.server import ServerProcess
 from amft_fast.rollout.vllm.setup import Copy, Setup, check_lengths
-from amft_fast.rollout.vllm.targets import EngineError, HttpTarget, RequestGroup, group_requests
 from amft_fast.rollout.vllm.weight_sync import IncompleteError, TransferError
 
 THREADS_PER_SERVER = 64  # groups asked of one server at a time

@@ -18,8 +18,8 @@ from amft_fast.errors import UserError
 from amft_fast.model import experts
 from amft_fast.rollout.vllm import adapter_sync, channels
 from amft_fast.rollout.vllm.adapter_sync import AdapterSync
+from amft_fast.rollout.vllm.groups import RequestGroup
 from amft_fast.rollout.vllm.head_padding import CPU_MULTIPLE, HeadPadding, padding_for
-from amft_fast.rollout.vllm.targets import RequestGroup
 from amft_fast.rollout.vllm.weight_sync import (
     Channel,
     FanOut,

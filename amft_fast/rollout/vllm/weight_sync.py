@@ -6,8 +6,9 @@ One transfer is   pause → start → update ∥ send → check → finish(versi
     nccl   vLLM's packed NCCL broadcast between GPUs
     ipc    vLLM's packed CUDA IPC buffer between processes of one GPU
 
-vLLM's API changes with almost every minor version: what touches it is here, in channels.py, vllm_worker.py and vllm_targets.py,
-and is written for VLLM_VERSION. Imports no vLLM itself: a trainer that talks to servers over gloo needs none.
+vLLM's API changes with almost every minor version: what touches it is here, in channels.py, worker.py, offline_target.py
+and http_target.py, and is written for VLLM_VERSION. Imports no vLLM itself: a trainer that talks to servers over gloo needs
+none.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""One vLLM engine as this project uses it: an `LLM` held by the trainer, or a server spoken to over HTTP.
-
-Both take groups (one prompt, several samples, prefilled once), return token ids with the log-probs of the distribution that was
-sampled from, and carry the calls of a weight transfer (`weight_sync.Target`).
-"""
+"""A vLLM server spoken to over HTTP: it samples, and carries the calls of a weight transfer (`weight_sync.Target`)."""
 
 from __future__ import annotations
 
@@ -11,227 +7,29 @@ import contextlib
 import http.client
 import io
 import json
-import math
 import socket
 import threading
 import time
 import urllib.parse
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from amft_fast.data.pictures import png
 from amft_fast.errors import UserError
-from amft_fast.interfaces import Completion, Request, Sampling
-from amft_fast.model.vision import opened
+from amft_fast.interfaces import Completion, Sampling
 from amft_fast.rollout.vllm import adapter_sync
-
-SEED_MASK = (1 << 62) - 1  # vLLM's seeds are int64, and sample i of a group takes seed + i
-NOT_A_NUMBER = -9999.0  # what a vLLM server says of a log-prob that is none
-
-
-class EngineError(RuntimeError):
-    """An engine that is gone, does not answer in time, or answers nonsense. Another try may do."""
-
-
-@dataclass(frozen=True)
-class RequestGroup:
-    """Requests that continue one prompt to one length: `members` are their places in the list. Sample i draws from seed + i."""
-
-    prompt_ids: tuple[int, ...]
-    seed: int
-    max_new_tokens: int
-    images: tuple[Any, ...]
-    members: tuple[int, ...]
-
-
-def group_requests(requests: Sequence[Request]) -> list[RequestGroup]:
-    """Neighbours with the same prompt and length bound, as one group each, with the seed of its first."""
-    groups: list[RequestGroup] = []
-    for i, r in enumerate(requests):
-        last = groups[-1] if groups else None
-        same = last is not None and (last.prompt_ids, last.max_new_tokens) == (r.prompt_ids, r.max_new_tokens)
-        if same and last.images == r.images:
-            groups[-1] = RequestGroup(last.prompt_ids, last.seed, last.max_new_tokens, last.images, (*last.members, i))
-        else:
-            groups.append(RequestGroup(tuple(r.prompt_ids), r.seed & SEED_MASK, r.max_new_tokens, r.images, (i,)))
-    return groups
-
-
-def single_places(group: RequestGroup, image_token: int | None) -> list[int]:
-    """The prompt with one token for each image, as vLLM wants it: it makes the run of tokens that an image takes by itself."""
-    ids = group.prompt_ids
-    if not group.images or image_token is None:
-        return list(ids)
-    return [t for i, t in enumerate(ids) if t != image_token or i == 0 or ids[i - 1] != image_token]
-
-
-def as_url(image: Any) -> str:
-    """A picture (or its path) as it is, without loss, in a data URL."""
-    return "data:image/png;base64," + png(opened(image), compress_level=1)
-
-
-def check_prompt(read: Sequence[int] | None, group: RequestGroup) -> None:
-    """Raises UserError where an engine makes other tokens of a group's pictures than the trainer; `read` is what it read."""
-    if group.images and list(read or ()) != list(group.prompt_ids):
-        raise UserError(
-            f"rollout.vllm: the engine reads {len(read or ())} tokens where the trainer reads {len(group.prompt_ids)}: its "
-            "image processor makes another size of a picture; start it with the checkpoint's preprocessor_config.json as it is"
-        )
-
-
-def asked_for(group: RequestGroup, sampling: Sampling) -> int:
-    """How many samples an engine is asked for: greedy ones are all the same, and vLLM refuses to draw several."""
-    return 1 if sampling.temperature == 0 else len(group.members)
-
-
-def sampling_settings(group: RequestGroup, sampling: Sampling) -> dict[str, Any]:
-    """vLLM's names for how this group is sampled; the same for its offline and its HTTP interface."""
-    return {
-        "n": asked_for(group, sampling),
-        "seed": group.seed,
-        "max_tokens": group.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        # Said even so: a server that others started may have defaults out of the checkpoint's generation_config.json.
-        "top_k": 0,
-        "min_p": 0.0,
-        "stop_token_ids": list(sampling.stop_token_ids),
-        "ignore_eos": True,  # stop tokens are ours alone, as with the transformers engine
-        "logprobs": 0,  # of the sampled token only
-    }
-
-
-def check(
-    ids: Any, logprobs: Any, reason: Any, group: RequestGroup, vocabulary: int
-) -> tuple[list[int], list[float], str]:
-    """What an engine returned for one sample. Raises EngineError unless it is a sample that could be trained on."""
-    good_ids = isinstance(ids, list) and all(type(i) is int and 0 <= i < vocabulary for i in ids)
-    if not good_ids or not 1 <= len(ids) <= group.max_new_tokens:
-        raise EngineError(f"garbage: token ids {str(ids)[:80]}")
-    # A log-prob may come out of rounding a hair above 0.
-    good = isinstance(logprobs, list) and all(
-        type(x) in (int, float) and math.isfinite(x) and NOT_A_NUMBER < x < 1e-3 for x in logprobs
-    )
-    if not good or len(logprobs) != len(ids):
-        raise EngineError(f"garbage: log-probs {str(logprobs)[:80]} for {len(ids)} tokens")
-    if reason not in ("stop", "length"):
-        raise EngineError(f"garbage: finish reason {reason!r}")
-    return ids, [min(float(x), 0.0) for x in logprobs], reason
-
-
-def check_experts(routed: Any, tokens: int) -> np.ndarray:
-    """The experts of all but the last of so many tokens. Raises EngineError unless they are those."""
-    if not isinstance(routed, np.ndarray) or routed.ndim != 3 or len(routed) < tokens - 1:
-        shape = list(routed.shape) if isinstance(routed, np.ndarray) else routed
-        raise EngineError(f"garbage: the experts of {tokens} tokens are {shape}")
-    return routed[: tokens - 1].astype(np.int16)
-
-
-class OfflineTarget:
-    """A vLLM `LLM` object that the trainer holds itself."""
-
-    name = "vllm (colocated)"
-
-    def __init__(self, llm: Any, vocabulary: int, image_token: int | None = None, replay: bool = False) -> None:
-        self.llm, self.vocabulary, self.image_token, self.replay = llm, vocabulary, image_token, replay
-        self.max_model_len = llm.llm_engine.model_config.max_model_len
-        self.adapter: Any = None  # the adapter that answers, where the engine has one
-
-    def generate(self, groups: Sequence[RequestGroup], sampling: Sampling, version: int) -> list[list[Completion]]:
-        """The samples of every group, in order."""
-        from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
-
-        prompts = [TokensPrompt(prompt_token_ids=single_places(g, self.image_token)) for g in groups]
-        for prompt, g in zip(prompts, groups):
-            if g.images:
-                prompt["multi_modal_data"] = {"image": list(g.images)}
-        params = [SamplingParams(**sampling_settings(g, sampling), detokenize=False) for g in groups]
-        out = []
-        results = self.llm.generate(prompts, params, use_tqdm=False, lora_request=self.adapter)
-        for group, result in zip(groups, results, strict=True):
-            check_prompt(result.prompt_token_ids, group)
-            samples = []
-            for o in sorted(result.outputs, key=lambda o: o.index):
-                ids = list(o.token_ids)
-                logprobs = [float(at[i].logprob) for i, at in zip(ids, o.logprobs)]
-                drawn = check(ids, logprobs, o.finish_reason, group, self.vocabulary)
-                tokens = len(group.prompt_ids) + len(ids)
-                routed = check_experts(o.routed_experts, tokens) if self.replay else None
-                samples.append(Completion(*drawn, version, experts=routed))
-            if len(samples) != asked_for(group, sampling):
-                raise EngineError(f"garbage: {len(samples)} samples for a group of {len(group.members)}")
-            out.append(samples * (len(group.members) // len(samples)))
-        return out
-
-    def sleep(self, level: int) -> None:
-        """Gives the GPU's memory to the trainer, weights included: at level 1 the host keeps them, at 2 they must be sent again
-        after `wake`."""
-        self.llm.sleep(level=level)
-
-    def wake(self) -> None:
-        self.llm.wake_up()
-
-    def world_size(self) -> int:
-        return self.llm.llm_engine.vllm_config.parallel_config.world_size_across_dp
-
-    def pause(self) -> None:
-        """Nothing runs: generate returns when all is drawn."""
-
-    def resume(self) -> None: ...
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self.llm.init_weight_transfer_engine({"init_info": init_info})
-
-    def shutdown_weight_transfer_engine(self) -> None:
-        self.llm.shutdown_weight_transfer_engine()
-
-    def start_weight_update(self) -> None:
-        self.llm.start_weight_update()
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.llm.update_weights({"update_info": update_info})
-
-    def missing(self) -> list[str]:
-        return [name for worker in self.llm.collective_rpc("amft_missing") for name in worker]
-
-    def finish_weight_update(self, version: str | None) -> None:
-        self.llm.finish_weight_update(version)
-
-    def load_adapter(self, path: str, version: int) -> None:
-        """Raises UserError for an adapter that the engine does not take."""
-        from vllm.lora.request import LoRARequest
-
-        new, old = LoRARequest(adapter_sync.name_of(version), version + 1, path), self.adapter
-        try:
-            self.llm.llm_engine.add_lora(new)
-        except (ValueError, RuntimeError) as e:
-            raise UserError(f"rollout.vllm.adapter_only: vLLM does not take the adapter: {e}") from e
-        self.adapter = new
-        if old is not None and old.lora_int_id != new.lora_int_id:
-            self.llm.llm_engine.remove_lora(old.lora_int_id)
-
-    def reset_caches(self) -> None:
-        """Keys and values (and images' features) of the old weights are of no use any more."""
-        if not self.llm.reset_prefix_cache():
-            raise EngineError("the prefix cache could not be reset: requests are still running")
-        for name in ("reset_mm_cache", "reset_encoder_cache"):
-            if hasattr(self.llm.llm_engine, name):
-                getattr(self.llm.llm_engine, name)()
-
-    def weight_version(self) -> str:
-        return self.llm.get_weight_version()
-
-    def alive(self, timeout_s: float) -> str:
-        return "ok"
-
-    def close(self) -> None:
-        with contextlib.suppress(Exception):
-            self.llm.llm_engine.engine_core.shutdown()
+from amft_fast.rollout.vllm.groups import (
+    EngineError,
+    RequestGroup,
+    as_url,
+    asked_for,
+    check,
+    check_experts,
+    check_prompt,
+    sampling_settings,
+    single_places,
+)  # fmt: skip
 
 
 def unpacked(text: Any) -> np.ndarray | None:
