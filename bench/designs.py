@@ -4,10 +4,10 @@
     python -m bench designs dense.json sparse.json [--set controller.imitation_share=0.12] [--set MARGIN=0]
 
 `--record` imitates from the start of a budget to its end, and from `--shares` of the way explores to the end of it (weights
-and moments are put back afterwards). At `--places` of each way it looks at held-out prompts and demonstrations. Played is
-`BlockController` on what was found: the state of a run is how much was imitated and how much explored, and between recorded
-ways rewards and losses go linearly. A look is as noisy as a real one (other prompts and demonstrations for each run, answers
-by lot), what follows a kept block is the recorded course, and the end is judged by its noise-free success.
+and moments are put back afterwards). At `--places` of each way, more of them early, it looks at held-out prompts and
+demonstrations. Played is `BlockController` on what was found: the state of a run is how much was imitated and how much
+explored, and between recorded ways rewards (smoothed) and losses go linearly. A look is as noisy as a real one (other prompts
+and demonstrations for each run, answers by lot), and the end is judged by its success without noise.
 
 What that leaves out: how a run's own course differs from the recorded one, and exploring that is followed by more imitation
 has its rewards added up. So a point between two designs is not to be believed before real runs have shown it.
@@ -98,25 +98,24 @@ class Recorder:
 
     def record(self, budget: int, shares: Sequence[float], places: int) -> dict[str, Any]:
         """All ways of a budget of tokens, in shares of it."""
-        t, piece = self.trainer, budget / places
+        t, at = self.trainer, (np.arange(places + 1) / places) ** 2  # most happens early
+        starts = {int(np.abs(at - share).argmin()) for share in shares}
         imitated, explored = [{"at": 0.0, **self.look()}], {}
         for place in range(places + 1):
-            at = place / places
             if place:
-                self.go(1.0, round(piece))
-                imitated.append({"at": at, **self.look()})
-                self.log(f"imitated {at:.0%}: {100 * np.mean(imitated[-1]['rewards']):.1f} %")
-            for share in shares:
-                if round(share * places) == place:
-                    kept = t.engine.snapshot()
-                    way = []
-                    for k in range(1, places - place + 1):
-                        self.go(0.0, round(piece))
-                        way.append({"at": k / places, **self.look()})
-                    explored[f"{at:g}"] = way
-                    self.log(f"explored from {at:.0%}: {100 * np.mean(way[-1]['rewards']):.1f} %")
-                    t.engine.restore(kept)
-                    t.rollouts.replace()
+                self.go(1.0, round(budget * (at[place] - at[place - 1])))
+                imitated.append({"at": at[place], **self.look()})
+                self.log(f"imitated {at[place]:.0%}: {100 * np.mean(imitated[-1]['rewards']):.1f} %")
+            if place in starts and place < places:
+                kept = t.engine.snapshot()
+                explored[f"{at[place]:.6g}"] = way = []
+                ends = [*at[1:][at[1:] < 0.999 * (1 - at[place])], 1 - at[place]]
+                for before, end in zip([0.0, *ends], ends):
+                    self.go(0.0, round(budget * (end - before)))
+                    way.append({"at": end, **self.look()})
+                self.log(f"explored from {at[place]:.0%}: {100 * np.mean(way[-1]['rewards']):.1f} %")
+                t.engine.restore(kept)
+                t.rollouts.replace()
         costs = {name: tokens / budget for name, tokens in self.tokens_of_a_look.items()}
         return {"imitated": imitated, "explored": explored, "look": costs}
 
@@ -132,15 +131,15 @@ class World:
         self.look = recorded["look"]
         ways = [recorded["imitated"], *recorded["explored"].values()]
         self.at = np.array([p["at"] for p in recorded["imitated"]])
-        self.rewards = np.array([np.mean(p["rewards"]) for p in recorded["imitated"]])
+        self.rewards = smoothed([np.mean(p["rewards"]) for p in recorded["imitated"]])
         self.nll = np.array([p["nll"] for p in recorded["imitated"]])  # [places, demonstrations]
         self.shares = np.array([float(share) for share in recorded["explored"]])
         self.ways = []
         for share, way in zip(self.shares, recorded["explored"].values()):
             start = np.array([0.0, *(p["at"] for p in way)])
-            gained = [0.0, *(np.mean(p["rewards"]) - self._on(self.rewards, share) for p in way)]
+            course = smoothed([self._on(self.rewards, share), *(np.mean(p["rewards"]) for p in way)])
             forgot = np.array([0 * self.nll[0], *(np.array(p["nll"]) - self._on(self.nll, share) for p in way)])
-            self.ways.append((start, np.array(gained), forgot))
+            self.ways.append((start, course - course[0], forgot))
         # How hard each prompt is, beside how good the policy is: in log-odds, over all looks.
         means = np.mean([p["rewards"] for way in ways for p in way], axis=0).clip(0.01, 0.99)
         odds = np.log(means / (1 - means))
@@ -186,6 +185,18 @@ class World:
         return max((self.success(s, 1 - s), s) for s in np.linspace(0, 1, 51))
 
 
+def smoothed(values: Sequence[float], width: float = 1.5) -> np.ndarray:
+    """A course without the noise of its looks: at each place a line through its neighbours, whose weights are a bell's."""
+    y, k = np.asarray(values, float), np.arange(len(values))
+    out = []
+    for i in k:
+        w = np.exp(-(((k - i) / width) ** 2) / 2)
+        x = k - (w * k).sum() / w.sum()
+        slope = (w * x * y).sum() / max((w * x * x).sum(), 1e-12)
+        out.append((w * y).sum() / w.sum() + slope * x[i])
+    return np.array(out)
+
+
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
@@ -218,7 +229,7 @@ class Design:
 
     def _play(self, rng: np.random.Generator, seed: int) -> Played:
         world, cfg = self.world, self.cfg.model_copy(deep=True)
-        cfg.run.seed = seed
+        cfg.run.seed = seed  # of its lot
         n, demos = len(world.hardness), world.nll.shape[1] if self.reads_demos else 0
         hardness = world.hardness[rng.permutation(n)[: cfg.prompts_of_a_look]]
         read = rng.permutation(demos)[: cfg.demos_of_a_look]
@@ -231,11 +242,11 @@ class Design:
                 chance = world.prompts(s, e, hardness)
                 right = rng.binomial(1, chance[:, None], (len(chance), cfg.meta.num_generations))
                 alive = (np.ptp(right, axis=1) > 0) | right.all(axis=1)
-                nll = world.losses(s, e)[read] if len(read) else np.zeros(0)
+                nll = world.losses(s, e)[read] if demos else np.zeros(0)
                 verdict, _ = control.looked(HeldOut(right.mean(1), alive, right.mean(), 0, nll), clock)
                 looks, clock = looks + cost, clock + cost * steps
                 kept, (s, e) = ((s, e), (s, e)) if verdict == "keep" else (kept, kept if verdict == "back" else (s, e))
-            if control.wants_validation(int(clock), clock):
+            if demos and control.wants_validation(int(clock), clock):
                 control.validated([-world.losses(s, e)[[i]] for i in read])
             done = min(1.0, steps - clock)  # a step
             clock += done

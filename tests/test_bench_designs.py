@@ -92,13 +92,12 @@ def test_a_regime_is_recorded_along_all_its_ways(tmp_path, checkpoint_folder):
         "meta.num_generations": 2,
     }
     flags = [x for k, v in settings.items() for x in ("--set", f"{k}={v}")]
-    record = ["--record", str(tmp_path / "c.toml"), "--budget", "4000", "--shares", "0,0.5", "--places", "2"]
+    record = ["--record", str(tmp_path / "c.toml"), "--budget", "4000", "--shares", "0,0.3", "--places", "2"]
     assert designs.main([*record, "--out", str(out), *flags]) == 0
     found = json.loads(out.read_text())
-    assert [p["at"] for p in found["imitated"]] == [0, 0.5, 1] and [len(w) for w in found["explored"].values()] == [
-        2,
-        1,
-    ]
+    assert [p["at"] for p in found["imitated"]] == [0, 0.25, 1], "more places early"
+    ways = {float(share): [p["at"] for p in way] for share, way in found["explored"].items()}
+    assert ways == {0: [0.25, 1], 0.25: [0.25, 0.75]}, "from the places nearest to the shares, to the end of the budget"
     assert len(found["imitated"][0]["rewards"]) == 4 and found["look"]["prompt"] > 0
     losses = [np.mean(p["nll"]) for p in found["imitated"]]
     assert losses[0] > losses[1], "it imitates"
