@@ -94,6 +94,21 @@ def wait_for(condition):
     raise TimeoutError("a minute went by")
 
 
+def test_the_first_of_many_answers_to_end_tells_no_pace(monkeypatch):
+    """Answers are drawn side by side: of 144 two had ended after 29 s, and the rest took a minute."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    phase = progress.Phase("evaluating", 144, "answers", False, lambda text: None)
+    now[0] = 29.0
+    phase.advance(2)
+    assert phase.eta() is None and phase.text() == "evaluating: 2/144 answers  0m29s so far"
+    phase.advance(57)
+    assert phase.eta() == pytest.approx(29 * 85 / 59)
+    slow = progress.Phase("evaluating", 1e6, "answers", False, lambda text: None)
+    slow.begin, slow.done = now[0] - 301, 1000
+    assert slow.eta() == pytest.approx(301 * 999), "hours ahead are told after minutes"
+
+
 def test_a_phase_is_silent_at_first_and_then_speaks_from_a_thread(monkeypatch):
     said = []
     with progress.phase("short", say=said.append):

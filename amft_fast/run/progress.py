@@ -16,6 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+TELLING = 0.1  # share of a phase from which its pace is told
+LONG_PHASE = 300.0  # seconds from which it is told anyway
 QUIET = 2.0  # seconds
 LONG = 30.0  # seconds, of a step: what is longer says how far it is
 PAUSES = (8.0, 20.0, 30.0)  # between a phase's plain lines: the first ones, then the last of these
@@ -94,8 +96,12 @@ class Phase:
         return time.monotonic() - self.begin
 
     def eta(self) -> float | None:
-        """Seconds left at the pace so far; None while nothing is done or where the total is not known."""
+        """Seconds left at the pace so far; None where the total is not known, and while nothing is done or, in the first
+        minutes, so little that it tells no pace: of answers drawn side by side the first to end says nothing of the others.
+        """
         if not self.total or not self.done:
+            return None
+        if self.done < TELLING * self.total and self.seconds < LONG_PHASE:
             return None
         return self.seconds * max(self.total / self.done - 1, 0.0)
 
