@@ -298,8 +298,8 @@ def test_a_candidate_that_runs_out_of_memory_late_is_noted_and_the_others_go_on(
     assert [c.note for c in found] == ["", "does not fit", ""] and [len(c.seconds) for c in found] == [2, 0, 2]
 
 
-def test_a_candidate_may_be_as_far_off_as_the_eager_loop_and_no_further():
-    made = {"amft-fast": stand_in(1.03), "worse": stand_in(1.05), "nan": stand_in(float("nan"))}
+def test_a_candidate_may_be_twice_as_far_off_as_the_eager_loop_and_no_further():
+    made = {"amft-fast": stand_in(1.06), "worse": stand_in(1.08), "nan": stand_in(float("nan"))}
     found = measured(made | {"transformers, eager loss": stand_in(1.03)})
     assert [bool(c.seconds) for c in found] == [True, False, False, True]
     assert found[1].note.startswith("RED") and found[2].note.startswith("RED")
