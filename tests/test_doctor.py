@@ -124,6 +124,15 @@ def test_operations_that_cannot_be_imported_are_named(monkeypatch):
     assert "amft_fast.ops cannot be imported" in text and "multi_tensor_dot none" in text
 
 
+@pytest.mark.parametrize("amx,words", [(True, "bf16 is faster on this CPU"), (False, "bf16 gains nothing on this CPU")])
+def test_a_cpu_with_products_in_bf16_is_told(amx, words, monkeypatch):
+    from amft_fast import ops
+
+    monkeypatch.setattr(ops, "bf16_is_faster", lambda: amx)
+    text = "\n".join(" ".join(row) for row in doctor.backends(gpu_torch(available=False)))
+    assert "parameters fp32" in text and words in text
+
+
 def test_gpu_is_described_and_its_limits_named():
     notes: list[str] = []
     rows = list(doctor.devices(gpu_torch(), notes))

@@ -264,14 +264,26 @@ def memory_gib() -> float:
 # ------------------------------------------------------------------------------------------------------------ backends
 
 
+def _parameters(device: str) -> tuple[str, str]:
+    """(type that `model.dtype auto` takes, reason)."""
+    if device == "cuda":
+        return "bf16", "with fp32 masters"
+    faster = False
+    with contextlib.suppress(Exception):  # `_explained` says what is wrong with ops.py
+        faster = importlib.import_module("amft_fast.ops").bf16_is_faster()
+    return (
+        "fp32",
+        "model.dtype bf16 is faster on this CPU, which has AMX" if faster else "bf16 gains nothing on this CPU",
+    )
+
+
 def backends(torch: ModuleType | None) -> Iterator[tuple[str, ...]]:
     """(operation, backend, reason) on the device that `run.device auto` takes."""
     if torch is None:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yield "device", device, "run.device auto takes CUDA where there is one"
-    half = device == "cuda"
-    yield "parameters", "bf16" if half else "fp32", "with fp32 masters" if half else "bf16 gains nothing on most CPUs"
+    yield ("parameters", *_parameters(device))
     yield from _explained(device)
     yield ("attention", *attention(device))
     from amft_fast.model.layers import liger
