@@ -34,6 +34,7 @@ from bench.results import environment, markdown_table
 
 MEASURED = ("amft_fast", "bench/designs.py")
 SHARES = (0.0, 0.06, 0.12, 0.24, 0.48)
+FORGOTTEN = 0.06  # of the budget: where exploring has begun to tell more than how it was begun
 CONSTANTS = ("MARGIN", "LONGEST")  # of controller/blocks.py, that --set may name beside settings
 # What is tried unless --set says something else: name, and what it changes.
 DESIGNS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -134,12 +135,12 @@ class World:
         self.rewards = smoothed([np.mean(p["rewards"]) for p in recorded["imitated"]])
         self.nll = np.array([p["nll"] for p in recorded["imitated"]])  # [places, demonstrations]
         self.shares = np.array([float(share) for share in recorded["explored"]])
-        self.ways = []
+        self.ways = []  # from each share: places, mean rewards, losses [places, demonstrations]
         for share, way in zip(self.shares, recorded["explored"].values()):
-            start = np.array([0.0, *(p["at"] for p in way)])
-            course = smoothed([self._on(self.rewards, share), *(np.mean(p["rewards"]) for p in way)])
-            forgot = np.array([0 * self.nll[0], *(np.array(p["nll"]) - self._on(self.nll, share) for p in way)])
-            self.ways.append((start, course - course[0], forgot))
+            places = np.array([0.0, *(p["at"] for p in way)])
+            rewards = smoothed([self._on(self.rewards, share), *(np.mean(p["rewards"]) for p in way)])
+            losses = np.array([self._on(self.nll, share), *(p["nll"] for p in way)])
+            self.ways.append((places, rewards, losses))
         # How hard each prompt is, beside how good the policy is: in log-odds, over all looks.
         means = np.mean([p["rewards"] for way in ways for p in way], axis=0).clip(0.01, 0.99)
         odds = np.log(means / (1 - means))
@@ -151,10 +152,11 @@ class World:
         part = min(max((share - self.at[i - 1]) / (self.at[i] - self.at[i - 1]), 0.0), 1.0)
         return values[i - 1] + part * (values[i] - values[i - 1])
 
-    def _since(self, which: int, s: float, e: float) -> np.ndarray:
-        """What exploring for e changed (1: rewards, 2: losses) from where s was imitated, between the recorded ways."""
+    def _after(self, which: int, s: float, e: float) -> np.ndarray:
+        """After exploring for e from where s was imitated, between the recorded ways (1: rewards, 2: losses). What the way that
+        imitates has at s beside the line between theirs is forgotten as exploring goes on."""
 
-        def of(way: tuple[np.ndarray, ...]) -> np.ndarray:
+        def of(way: tuple[np.ndarray, ...], e: float) -> np.ndarray:
             at, values = way[0], way[which]
             i = min(max(int(np.searchsorted(at, e, side="right")), 1), len(at) - 1)
             part = min((e - at[i - 1]) / (at[i] - at[i - 1]), 1.0)
@@ -163,14 +165,16 @@ class World:
         k = min(max(int(np.searchsorted(self.shares, s, side="right")), 1), len(self.shares) - 1)
         low, high = self.shares[k - 1], self.shares[k]
         part = min(max((s - low) / (high - low), 0.0), 1.0)
-        return (1 - part) * of(self.ways[k - 1]) + part * of(self.ways[k])
+        beside = self._on((self.rewards, self.nll)[which - 1], s)
+        now, start = ((1 - part) * of(self.ways[k - 1], at) + part * of(self.ways[k], at) for at in (e, 0.0))
+        return now + (beside - start) * np.exp(-e / FORGOTTEN)
 
     def success(self, s: float, e: float) -> float:
         """Mean reward, 0 to 1."""
-        return float(np.clip(self._on(self.rewards, s) + self._since(1, s, e), 0, 1))
+        return float(np.clip(self._after(1, s, e), 0, 1))
 
     def losses(self, s: float, e: float) -> np.ndarray:
-        return np.maximum(self._on(self.nll, s) + self._since(2, s, e), 1e-4)
+        return np.maximum(self._after(2, s, e), 1e-4)
 
     def prompts(self, s: float, e: float, hardness: np.ndarray) -> np.ndarray:
         """The chance of each prompt's answers, whose mean over all recorded prompts is `success`."""
