@@ -196,6 +196,13 @@ class Trainer:
         used = (self.tokens - self.warmup_tokens) / max(cfg.token_budget - self.warmup_tokens, 1)
         return min(used, 1.0) * cfg.steps
 
+    def clock_of(self, tokens: int) -> float:
+        """By how much that many tokens beside the steps move the clock on: where steps are counted, by nothing."""
+        cfg = self.cfg.train
+        if cfg.token_budget is None:
+            return 0.0
+        return tokens / max(cfg.token_budget - self.warmup_tokens, 1) * cfg.steps
+
     # ------------------------------------------------------------------------------------------------------- the step
 
     def train_step(self) -> Step:
@@ -315,8 +322,9 @@ class Trainer:
                 samples = self.draw_held_out(items, self.step)
                 demos, tokens = self.read_validation()
             held_out = HeldOut.of(samples, len(items), demos)
-            verdict, figures = self.controller.looked(held_out, self.clock)
-            self.looked, self.updates = Looked(figures, held_out.sampled + tokens), self.updates_of_a_step(samples)
+            tokens += held_out.sampled
+            verdict, figures = self.controller.looked(held_out, self.clock + self.clock_of(tokens))
+            self.looked, self.updates = Looked(figures, tokens), self.updates_of_a_step(samples)
             if verdict == "keep":
                 self.kept = self.engine.snapshot()
             elif verdict == "back":

@@ -44,6 +44,7 @@ DESIGNS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("confidence 1", {"controller.confidence": 1.0}),
     ("confidence 3", {"controller.confidence": 3.0}),
     ("no margin", {"MARGIN": 0.0}),
+    ("margin of 1.5 %", {"MARGIN": 0.015}),
     ("margin of 6 %", {"MARGIN": 0.06}),
     ("blocks of at most 1/8", {"LONGEST": 0.125}),
     ("blocks of at most 1/2", {"LONGEST": 0.5}),
@@ -247,8 +248,8 @@ class Design:
                 right = rng.binomial(1, chance[:, None], (len(chance), cfg.meta.num_generations))
                 alive = (np.ptp(right, axis=1) > 0) | right.all(axis=1)
                 nll = world.losses(s, e)[read] if demos else np.zeros(0)
+                looks, clock = looks + cost, min(clock + cost * steps, steps)
                 verdict, _ = control.looked(HeldOut(right.mean(1), alive, right.mean(), 0, nll), clock)
-                looks, clock = looks + cost, clock + cost * steps
                 kept, (s, e) = ((s, e), (s, e)) if verdict == "keep" else (kept, kept if verdict == "back" else (s, e))
             if demos and control.wants_validation(int(clock), clock):
                 control.validated([-world.losses(s, e)[[i]] for i in read])

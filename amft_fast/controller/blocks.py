@@ -87,7 +87,10 @@ class BlockController(Controller):
         return named({"demo_nll": float(np.mean(self.nll))})
 
     def looked(self, held_out: HeldOut, clock: float) -> tuple[Verdict, dict[str, float]]:
-        """What becomes of the weights: they are kept, they go back to those that are, or neither; and figures."""
+        """What becomes of the weights: they are kept, they go back to those that are, or neither; and figures.
+
+        `clock`: when the look is over, so that the block that begins is none the shorter for it.
+        """
         alive = float(held_out.alive.mean())
         figures = {"alive": alive, "right": held_out.right, "reward": float(held_out.rewards.mean())}
         first, dead = not self.rewards, alive < self.c.min_alive
