@@ -35,17 +35,26 @@ from bench.results import environment, markdown_table
 MEASURED = ("amft_fast", "bench/designs.py")
 SHARES = (0.0, 0.06, 0.12, 0.24, 0.48)
 FORGOTTEN = 0.06  # of the budget: where exploring has begun to tell more than how it was begun
-CONSTANTS = ("MARGIN", "LONGEST")  # of controller/blocks.py, that --set may name beside settings
+CONSTANTS = (
+    "MARGIN",
+    "LATER_MARGIN",
+    "LATER_ASKED",
+    "LONGEST",
+)  # of controller/blocks.py, that --set may name beside settings
 # What is tried unless --set says something else: name, and what it changes.
 DESIGNS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("as it is", {}),
+    ("later blocks as they were until now", {"LATER_MARGIN": 0.03, "LATER_ASKED": 0.0}),
     ("first block of 3 %", {"controller.imitation_share": 0.03}),
     ("first block of 12 %", {"controller.imitation_share": 0.12}),
     ("confidence 1", {"controller.confidence": 1.0}),
     ("confidence 3", {"controller.confidence": 3.0}),
-    ("no margin", {"MARGIN": 0.0}),
-    ("margin of 1.5 %", {"MARGIN": 0.015}),
-    ("margin of 6 %", {"MARGIN": 0.06}),
+    ("no margin", {"MARGIN": 0.0, "LATER_MARGIN": 0.0}),
+    ("first margin 6 %", {"MARGIN": 0.06}),
+    ("later margin 3 %", {"LATER_MARGIN": 0.03}),
+    ("later margin 9 %", {"LATER_MARGIN": 0.09}),
+    ("later blocks must rise (0)", {"LATER_ASKED": 0.0}),
+    ("later blocks must show (1)", {"LATER_ASKED": 1.0}),
     ("blocks of at most 1/8", {"LONGEST": 0.125}),
     ("blocks of at most 1/2", {"LONGEST": 0.5}),
     ("16 prompts a look", {"controller.look_prompts": 16}),

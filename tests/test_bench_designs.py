@@ -79,7 +79,10 @@ def test_a_design_changes_settings_and_constants_for_its_own_runs_alone(tmp_path
     assert "as it is" in out and "MARGIN 0.0, controller.confidence 1" in out and "by lot" not in out
     with pytest.raises(SystemExit):
         designs.main([str(tmp_path / "w.json"), "--set", "margin=0"])
-    assert "takes controller.setting=value or one of MARGIN, LONGEST=value" in capsys.readouterr().err
+    assert (
+        "takes controller.setting=value or one of MARGIN, LATER_MARGIN, LATER_ASKED, LONGEST=value"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_regime_is_recorded_along_all_its_ways(tmp_path, checkpoint_folder):

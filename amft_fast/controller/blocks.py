@@ -3,13 +3,13 @@
 A run begins with a look at what is held out (the mean rewards of prompts, on answers drawn for it, and the loss of
 demonstrations) and a block of imitation, `imitation_share` of the run's compute. At the end of each block there is another
 look, compared with the one at the weights that are kept: t, Student's t of the rewards' rise, paired by prompt, and z, the
-signed-rank statistic of the fall of the loss beyond 3 % of it, paired by demonstration. Rewards have risen or fallen where
-|t| is beyond `confidence`.
+signed-rank statistic of the fall of the loss beyond a margin, paired by demonstration: 3 % of it in the first block, 6 % in
+later ones. Rewards have risen or fallen where |t| is beyond `confidence`.
 
     imitating  fallen                    back to the kept weights and moments, and explore
                shown, or come alive      these weights are kept, and as much imitation again as there was so far, a quarter of
-                                         the run at most. Shown: (t + z)/√2 is over `confidence`, z counted to twice of it; over
-                                         0 from the second block on, since imitation has shown before
+                                         the run at most. Shown: (t + z)/√2 is over `confidence`, z counted to twice of it; from
+                                         the second block on over −`confidence`: what has shown before must be seen to harm
                dead                      the same: there is nothing to explore from. The answers to all but `min_alive` of the
                                          prompts earned the same and are not right
                solved                    the same: over `solved` of the answers are right and imitation has made them so. There
@@ -45,7 +45,11 @@ Verdict = Literal["keep", "back", "go on"]
 
 LONGEST = 0.25  # of the run, for a block of imitation
 STATE = ("value", "block", "ends", "rewards", "nll", "settling", "was_dead", "imitated", "in_vain", "fell", "barren")
-MARGIN = 0.03  # of its loss: a demonstration that became likelier by less has not
+MARGIN = 0.03  # of its loss: a demonstration that became likelier by less in the first block has not
+LATER_MARGIN = 0.06  # and in a later one
+LATER_ASKED = (
+    -1.0
+)  # of `confidence`: the evidence that is asked of a later block, where the first is asked for all of it
 
 
 class BlockController(Controller):
@@ -116,12 +120,13 @@ class BlockController(Controller):
 
     def _likelier(self, held_out: HeldOut) -> float:
         """z"""
-        return signed_rank((1 - MARGIN) * np.array(self.nll) - held_out.nll)
+        margin = LATER_MARGIN if self.imitated else MARGIN
+        return signed_rank((1 - margin) * np.array(self.nll) - held_out.nll)
 
     def _imitated(self, t: float, z: float | None, goes_on: bool) -> Verdict:
         most = 2 * self.c.confidence
         evidence = t if z is None else (t + min(max(z, -most), most)) / math.sqrt(2)
-        asked = 0 if self.imitated else self.c.confidence
+        asked = self.c.confidence * (LATER_ASKED if self.imitated else 1)
         shown = self._lot() if self.c.signal == "lot" else evidence > asked and t > -self.c.confidence
         if shown or self.was_dead or goes_on or (self.fell and t > -self.c.confidence):
             self.imitated += self.block
