@@ -44,7 +44,7 @@ CONSTANTS = (
 # What is tried unless --set says something else: name, and what it changes.
 DESIGNS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("as it is", {}),
-    ("later blocks as they were until now", {"LATER_MARGIN": 0.03, "LATER_ASKED": 0.0}),
+    ("later blocks as before: 0, 3 %", {"LATER_MARGIN": 0.03, "LATER_ASKED": 0.0}),
     ("first block of 3 %", {"controller.imitation_share": 0.03}),
     ("first block of 12 %", {"controller.imitation_share": 0.12}),
     ("confidence 1", {"controller.confidence": 1.0}),
