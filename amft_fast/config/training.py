@@ -157,9 +157,9 @@ class ControllerConfig(Section):
     imitation_share: float = Field(0.06, gt=0, le=1)
     """Share of the run's compute of the first block of imitation (blocks)."""
     confidence: float = Field(2.0, ge=0)
-    """Standard errors by which a block of imitation must have raised held-out rewards and the likelihood of held-out
-    demonstrations, taken together, to stay (any, once one has stayed), and by which rewards must have fallen for a block
-    to be taken back (blocks)."""
+    """Standard errors by which the first block of imitation must have raised held-out rewards and the likelihood of held-out
+    demonstrations, taken together, to stay; by which they must have fallen for a later one to be taken back; and rewards for
+    one of exploring (blocks)."""
     look_prompts: int | None = Field(None, ge=2, le=2**20)
     """Held-out prompts of a look, with `meta.num_generations` answers each (blocks); default: twice `train.prompts_per_step`,
     between 32 and 64."""

@@ -56,8 +56,8 @@ BLOCKS = (
     Plot(
         "Rise of the held-out reward",
         (("controller/rise_t", "Student's t"),),
-        "Over the block that has ended, paired by prompt: above the line it stayed, below it was taken back, but where the "
-        "policy was dead or all but perfect.",
+        "Over the block that has ended, paired by prompt. Together with the likelihood of held-out demonstrations it decides: "
+        "the first block of imitation stays where it shows (above the line), later ones unless they are seen to harm.",
         guides=(("confidence", "controller.confidence"),),
         include=(0.0,),
     ),
