@@ -29,6 +29,10 @@ class HeldOut(NamedTuple):
         """From equally many answers to each prompt, prompt by prompt, and the log-probs of each demonstration's tokens."""
         rewards = np.array([s.reward for s in samples]).reshape(prompts, -1)
         right = np.array([s.success for s in samples]).reshape(prompts, -1)
+        return cls.of_answers(rewards, right, sum(sum(s.loss_mask) for s in samples), losses(demos))
+
+    @classmethod
+    def of_answers(cls, rewards: np.ndarray, right: np.ndarray, sampled: int, nll: np.ndarray) -> HeldOut:
+        """From each answer's reward and whether it is right, both [prompts, answers], and each demonstration's loss."""
         alive = (np.ptp(rewards, axis=1) > 0) | right.all(axis=1)
-        sampled = sum(sum(s.loss_mask) for s in samples)
-        return cls(rewards.mean(axis=1), alive, float(right.mean()), sampled, losses(demos))
+        return cls(rewards.mean(axis=1), alive, float(right.mean()), sampled, nll)

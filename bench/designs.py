@@ -22,11 +22,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 
 from amft_fast import config_file
-from amft_fast.controller import BlockController, blocks
+from amft_fast.controller import BlockController, Controller, blocks
 from amft_fast.held_out import HeldOut
 from amft_fast.run.build import build
 from amft_fast.trainer import Trainer
@@ -68,10 +69,10 @@ DESIGNS: tuple[tuple[str, dict[str, Any]], ...] = (
 # ----------------------------------------------------------------------------------------------------------- recording
 
 
-class ByHand:
+class ByHand(Controller):
     """μ as it was set, and no looks of its own."""
 
-    learned, needs_entropy_target = True, False
+    learned = True
 
     def __init__(self) -> None:
         self.value = 1.0
@@ -79,8 +80,8 @@ class ByHand:
     def mu(self, clock: float) -> float:
         return self.value
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        return lambda *args: {} if name in ("observe", "state_dict") else False
+    def wants_look(self, step: int, clock: float) -> bool:
+        return False
 
 
 class Recorder:
@@ -158,25 +159,20 @@ class World:
 
     def _on(self, values: np.ndarray, share: float) -> np.ndarray:
         """Of the way that imitates, at a share of it."""
-        i = min(int(np.searchsorted(self.at, share, side="right")), len(self.at) - 1)
-        part = min(max((share - self.at[i - 1]) / (self.at[i] - self.at[i - 1]), 0.0), 1.0)
-        return values[i - 1] + part * (values[i] - values[i - 1])
+        return between(self.at, values, share)
 
     def _after(self, which: int, s: float, e: float) -> np.ndarray:
         """After exploring for e from where s was imitated, between the recorded ways (1: rewards, 2: losses). What the way that
         imitates has at s beside the line between theirs is forgotten as exploring goes on."""
 
-        def of(way: tuple[np.ndarray, ...], e: float) -> np.ndarray:
-            at, values = way[0], way[which]
-            i = min(max(int(np.searchsorted(at, e, side="right")), 1), len(at) - 1)
-            part = min((e - at[i - 1]) / (at[i] - at[i - 1]), 1.0)
-            return values[i - 1] + part * (values[i] - values[i - 1])
-
         k = min(max(int(np.searchsorted(self.shares, s, side="right")), 1), len(self.shares) - 1)
         low, high = self.shares[k - 1], self.shares[k]
         part = min(max((s - low) / (high - low), 0.0), 1.0)
         beside = self._on((self.rewards, self.nll)[which - 1], s)
-        now, start = ((1 - part) * of(self.ways[k - 1], at) + part * of(self.ways[k], at) for at in (e, 0.0))
+        less, more = self.ways[k - 1], self.ways[k]
+        now, start = (
+            (1 - part) * between(less[0], less[which], at) + part * between(more[0], more[which], at) for at in (e, 0.0)
+        )
         return now + (beside - start) * np.exp(-e / FORGOTTEN)
 
     def success(self, s: float, e: float) -> float:
@@ -197,6 +193,13 @@ class World:
     def best(self) -> tuple[float, float]:
         """(success, share) of the best place to leave imitation for exploring, known afterwards; no looks to pay."""
         return max((self.success(s, 1 - s), s) for s in np.linspace(0, 1, 51))
+
+
+def between(at: np.ndarray, values: np.ndarray, x: float) -> np.ndarray:
+    """The values [places, ...] at x, linear between places and as at the last one beyond it."""
+    i = min(max(int(np.searchsorted(at, x, side="right")), 1), len(at) - 1)
+    part = min(max((x - at[i - 1]) / (at[i] - at[i - 1]), 0.0), 1.0)
+    return values[i - 1] + part * (values[i] - values[i - 1])
 
 
 def smoothed(values: Sequence[float], width: float = 1.5) -> np.ndarray:
@@ -232,14 +235,8 @@ class Design:
         self.reads_demos = changed.get("demos", True)
 
     def play(self, seed: int) -> Played:
-        before = {name: getattr(blocks, name) for name in CONSTANTS}
-        try:
-            for name, value in self.constants.items():
-                setattr(blocks, name, value)
+        with patch.multiple(blocks, **self.constants):
             return self._play(np.random.default_rng(seed), seed)
-        finally:
-            for name, value in before.items():
-                setattr(blocks, name, value)
 
     def _play(self, rng: np.random.Generator, seed: int) -> Played:
         world, cfg = self.world, self.cfg.model_copy(deep=True)
@@ -255,10 +252,9 @@ class Design:
             if control.wants_look(int(clock), clock):
                 chance = world.prompts(s, e, hardness)
                 right = rng.binomial(1, chance[:, None], (len(chance), cfg.meta.num_generations))
-                alive = (np.ptp(right, axis=1) > 0) | right.all(axis=1)
                 nll = world.losses(s, e)[read] if demos else np.zeros(0)
                 looks, clock = looks + cost, min(clock + cost * steps, steps)
-                verdict, _ = control.looked(HeldOut(right.mean(1), alive, right.mean(), 0, nll), clock)
+                verdict, _ = control.looked(HeldOut.of_answers(right, right, 0, nll), clock)
                 kept, (s, e) = ((s, e), (s, e)) if verdict == "keep" else (kept, kept if verdict == "back" else (s, e))
             if demos and control.wants_validation(int(clock), clock):
                 control.validated([-world.losses(s, e)[[i]] for i in read])

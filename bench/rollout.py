@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from amft_fast.interfaces import Request, Sampling
+from amft_fast.model.convert import DTYPES
 from amft_fast.rollout import decoder
 from amft_fast.rollout.transformers import TransformersEngine
 from bench.results import RESULTS, environment, folder_name, markdown_table, prepare_vllm, write_json
@@ -44,7 +45,6 @@ LOADS = ("even", "ragged", "long-tailed")
 GENERATE, PAGED = "transformers generate", "transformers generate_batch"
 ENGINE, FORWARD = "engine", "engine by transformers' forward"
 PAGE = 32
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NARROW = 0.1  # by how much of the logits' spread a first choice may be off in bf16
 
 
@@ -318,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--models", default=",".join(ON_CPU), help=f"of {', '.join(CASES)} (default %(default)s)")
     parser.add_argument("--model", type=Path, help="a transformers folder, instead of --models")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: fp32 on a CPU, bf16 on a GPU")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="default: fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU (default 1)")
     parser.add_argument("--loads", default=",".join(LOADS), help=f"of {', '.join(LOADS)}")
     parser.add_argument("--ways", default="", help="these alone, with commas between; all by default")

@@ -45,13 +45,10 @@ def logits_into(
 ) -> None:
     """out = h Wᵀ + b, in out's dtype."""
     if out_NV.device.type == "cpu":
-        narrow = _stays_narrow(hidden_NH.dtype, out_NV.dtype)
-        wide_NH = hidden_NH if narrow else hidden_NH.to(out_NV.dtype)
+        dtype = _cpu_operands(hidden_NH.dtype, out_NV.dtype)
+        left_NH = hidden_NH.to(dtype)
         for slab in _slabs(out_NV, weight_VH):
-            if narrow:
-                _widened_product(out_NV[:, slab], hidden_NH, weight_VH[slab])
-            else:
-                _cpu_product(out_NV[:, slab], wide_NH, weight_VH[slab].to(out_NV.dtype), accumulate=False)
+            _cpu_product(out_NV[:, slab], left_NH, weight_VH[slab].to(dtype), accumulate=False, whole=True)
     elif hidden_NH.dtype == out_NV.dtype:
         torch.mm(hidden_NH, weight_VH.t(), out=out_NV)
     else:
@@ -71,27 +68,22 @@ def hidden_grad_into(
         _cpu_product(out_NH, grad_NV, weight_VH.t(), accumulate)
         return
     wide_NH = out_NH if accumulate else torch.zeros_like(out_NH, dtype=grad_NV.dtype)
+    dtype = _cpu_operands(weight_VH.dtype, grad_NV.dtype)
     for slab in _slabs(grad_NV, weight_VH):
-        if _stays_narrow(weight_VH.dtype, grad_NV.dtype):
-            _narrow_product(wide_NH, grad_NV[:, slab].to(weight_VH.dtype), weight_VH[slab], accumulate=True)
-        else:
-            _cpu_product(wide_NH, grad_NV[:, slab], weight_VH[slab].to(grad_NV.dtype).t(), accumulate=True)
+        _cpu_product(wide_NH, grad_NV[:, slab].to(dtype), weight_VH[slab].to(dtype).t(), accumulate=True)
     if not accumulate:
         out_NH.copy_(wide_NH)
 
 
 def weight_grad_into(out_VH: torch.Tensor, grad_NV: torch.Tensor, hidden_NH: torch.Tensor, *, accumulate: bool) -> None:
     """out (+)= gᵀ h. The first chunk of rows need not read `out`: that saves a pass over [V, H]."""
-    narrow = out_VH.device.type == "cpu" and _stays_narrow(hidden_NH.dtype, grad_NV.dtype)
-    hidden_NH = hidden_NH if narrow else hidden_NH.to(grad_NV.dtype)
     if out_VH.device.type != "cpu":
-        _cuda_product(out_VH, grad_NV.t(), hidden_NH, accumulate)
+        _cuda_product(out_VH, grad_NV.t(), hidden_NH.to(grad_NV.dtype), accumulate)
         return
+    dtype = _cpu_operands(hidden_NH.dtype, grad_NV.dtype)
+    hidden_NH = hidden_NH.to(dtype)
     for slab in _slabs(grad_NV, out_VH):
-        if narrow:
-            _narrow_product(out_VH[slab], grad_NV[:, slab].to(hidden_NH.dtype).t(), hidden_NH, accumulate)
-        else:
-            _cpu_product(out_VH[slab], grad_NV[:, slab].t(), hidden_NH.t(), accumulate)
+        _cpu_product(out_VH[slab], grad_NV[:, slab].to(dtype).t(), hidden_NH.t(), accumulate)
 
 
 def _cuda_product(out_mn: torch.Tensor, left_mk: torch.Tensor, right_kn: torch.Tensor, accumulate: bool) -> None:
@@ -103,40 +95,36 @@ def _cuda_product(out_mn: torch.Tensor, left_mk: torch.Tensor, right_kn: torch.T
         torch.mm(left_mk, right_kn, out_dtype=out_mn.dtype, out=out_mn)
 
 
-def _cpu_product(out_mn: torch.Tensor, left_mk: torch.Tensor, right_nk: torch.Tensor, accumulate: bool) -> None:
-    """out (+)= left @ rightᵀ; operands in one dtype."""
-    if _onednn_suits(left_mk, right_nk):
+def _cpu_product(
+    out_mn: torch.Tensor, left_mk: torch.Tensor, right_nk: torch.Tensor, accumulate: bool, whole: bool = False
+) -> None:
+    """out (+)= left @ rightᵀ; operands in one dtype: out's, or bf16 for an out in fp32.
+
+    Of bf16 the product is rounded before it is added, unless it is wanted `whole`, 2⁻¹⁷ of it off at most beside rounding in
+    fp32: a second one takes the rounded first off before it is rounded itself, in the fp32 sums that a product keeps, and so
+    is what was lost.
+    """
+    if left_mk.dtype != out_mn.dtype:
+        rounded_mn = left_mk @ right_nk.t()
+        out_mn.add_(rounded_mn) if accumulate else out_mn.copy_(rounded_mn)
+        if whole:
+            out_mn.add_(torch.addmm(rounded_mn, left_mk, right_nk.t(), beta=-1))
+    elif _onednn_suits(left_mk, right_nk):
         product_mn = torch.ops.mkldnn._linear_pointwise(left_mk.contiguous(), right_nk, None, "none", [], "")
         out_mn.add_(product_mn) if accumulate else out_mn.copy_(product_mn)
     else:
         torch.addmm(out_mn, left_mk, right_nk.t(), beta=float(accumulate), out=out_mn)
 
 
-def _narrow_product(out_mn: torch.Tensor, left_mk: torch.Tensor, right_kn: torch.Tensor, accumulate: bool) -> None:
-    """out (+)= left @ right, rounded to bf16 before it is added."""
-    product_mn = left_mk @ right_kn
-    out_mn.add_(product_mn) if accumulate else out_mn.copy_(product_mn)
-
-
-def _widened_product(out_mn: torch.Tensor, left_mk: torch.Tensor, right_nk: torch.Tensor) -> None:
-    """out = left @ rightᵀ in fp32 of bf16 operands, 2⁻¹⁷ of it off at most beside rounding in fp32.
-
-    The first product is rounded to bf16. The second takes it off again before rounding, in the fp32 sums that a product
-    keeps, and so is what the first one's rounding lost.
-    """
-    rounded_mn = left_mk @ right_nk.t()
-    out_mn.copy_(rounded_mn).add_(torch.addmm(rounded_mn, left_mk, right_nk.t(), beta=-1))
-
-
-def _stays_narrow(dtype: torch.dtype, wide: torch.dtype) -> bool:
-    """Whether a CPU's products of `dtype` with results in `wide` are made of bf16 products."""
-    return dtype == torch.bfloat16 and wide == torch.float32 and bf16_is_faster()
+def _cpu_operands(dtype: torch.dtype, wide: torch.dtype) -> torch.dtype:
+    """The dtype of the operands of a CPU's products of `dtype` with results in `wide`: bf16 stays where it is faster."""
+    return dtype if dtype == torch.bfloat16 and wide == torch.float32 and bf16_is_faster() else wide
 
 
 @functools.cache
 def bf16_is_faster() -> bool:
     """Whether two bf16 products cost less than one in fp32: with AMX they run at four to eight times its speed."""
-    limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
+    limit = _onednn_limit()
     held = limit not in ("", "DEFAULT", "ALL") and "AMX" not in limit
     return not held and torch.cpu.get_capabilities().get("amx_bf16", False) and torch.backends.mkldnn.is_available()
 
@@ -154,9 +142,13 @@ def _onednn_suits(left_mk: torch.Tensor, right_nk: torch.Tensor) -> bool:
 @functools.cache
 def _onednn_is_faster() -> bool:
     """Whether oneDNN may use AVX-512: torch's own kernels and oneDNN's are held below it by variables of their own."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
-    held = limit.upper() in ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2")
+    held = _onednn_limit() in ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2")
     return not held and "AVX512" in torch.backends.cpu.get_cpu_capability() and has_onednn()
+
+
+def _onednn_limit() -> str:
+    """The instruction set that oneDNN is held to by variables of its own; empty: none."""
+    return (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
 
 
 def has_onednn() -> bool:
@@ -187,7 +179,7 @@ def cpu_scratch_bytes(rows: int, vocab: int, hidden: int, dtype: torch.dtype) ->
     wide = compute_dtype(dtype)
     b, columns = wide.itemsize, _slab_columns(rows, vocab, hidden, wide.itemsize)
     narrow = dtype != wide
-    if _stays_narrow(dtype, wide):
+    if narrow and _cpu_operands(dtype, wide) == dtype:
         slab = 2 * rows * columns
         return max(2 * slab, 4 * rows * hidden + slab + 2 * rows * hidden, slab + 2 * columns * hidden)
     of_rows, of_weight, of_logits = b * rows * hidden, b * columns * hidden, b * rows * columns

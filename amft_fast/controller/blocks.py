@@ -47,9 +47,7 @@ LONGEST = 0.25  # of the run, for a block of imitation
 STATE = ("value", "block", "ends", "rewards", "nll", "settling", "was_dead", "imitated", "in_vain", "fell", "barren")
 MARGIN = 0.03  # of its loss: a demonstration that became likelier by less in the first block has not
 LATER_MARGIN = 0.06  # and in a later one
-LATER_ASKED = (
-    -1.0
-)  # of `confidence`: the evidence that is asked of a later block, where the first is asked for all of it
+LATER_ASKED = -1.0  # of `confidence`: the evidence that a later block must have; the first must have all of it
 
 
 class BlockController(Controller):

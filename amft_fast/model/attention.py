@@ -32,9 +32,7 @@ NAMES = {
     "flash_attention_2": "amft_packed_2",
 }
 TINY = 1024  # query-key pairs of a row, up to which attention is written out on a CPU
-SHORT = (
-    1 << 14
-)  # the same, up to which bf16 is attended in fp32 there: torch's backward in bf16 starts at a price of its own
+SHORT = 1 << 14  # the same, up to which bf16 is attended in fp32 there: torch's backward in bf16 has a price of its own
 LAYERS = {
     "full_attention",
     "sliding_attention",

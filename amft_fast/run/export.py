@@ -15,11 +15,11 @@ from amft_fast.config import ModelConfig
 from amft_fast.engine.parts import Tensors
 from amft_fast.errors import UserError
 from amft_fast.model import lora
+from amft_fast.model.convert import DTYPES
 from amft_fast.model.policy import fill, load_model
 from amft_fast.rollout.encoder import Encoder, load_encoder
 from amft_fast.run import checkpoint
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NEWEST = "newest"
 
 
