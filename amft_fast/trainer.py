@@ -193,7 +193,8 @@ class Trainer:
             return self.step - cfg.warmup_steps
         if self.step < cfg.warmup_steps:
             return -1
-        return min(self.clock_of(self.tokens - self.warmup_tokens), cfg.steps)
+        used = (self.tokens - self.warmup_tokens) / max(cfg.token_budget - self.warmup_tokens, 1)
+        return min(used, 1.0) * cfg.steps
 
     def clock_of(self, tokens: int) -> float:
         """By how much that many tokens beside the steps move the clock on: where steps are counted, by nothing."""
