@@ -135,8 +135,8 @@ demo-base: $(VENV)/.ready-gym
 	$(BIN)/python -m amft_fast.tasks.general_points.pretrain --out configs/demo_base
 	$(BIN)/python -m amft_fast.tasks.virl.pretrain --out configs/demo_virl_base
 	$(BIN)/python -m amft_fast.tasks.general_points.vision_pretrain --out configs/demo_gp_vl_base
-	$(BIN)/python -m amft_fast.tasks.gym.pretrain --task chain_sum --out configs/demo_gym_chain_sum_base
-	$(BIN)/python -m amft_fast.tasks.gym.pretrain --task number_sorting --out configs/demo_gym_number_sorting_base
+	for task in chain_sum number_sorting spell_backward gcd; do \
+	  $(BIN)/python -m amft_fast.tasks.gym.pretrain --task $$task --out configs/demo_gym_$${task}_base || exit 1; done
 
 $(VENV)/.ready-gym: $(READY)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev,gym]"

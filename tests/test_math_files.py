@@ -1,7 +1,5 @@
 """The reward and the layouts on real files, where they are (see math_files.py)."""
 
-import resource
-
 import pytest
 from math_files import FILES, FOLDER, needs_files
 
@@ -89,18 +87,12 @@ def test_demonstrations_end_in_their_gold(problems):
 
 
 @pytest.mark.integration
-def test_ten_thousand_rewards_of_the_real_mix_take_under_a_minute_of_two_cores(problems):
-    """Measured in processor time, so that what else the machine does is not in it."""
+def test_ten_thousand_rewards_of_the_real_mix(problems):
+    """None hangs: the pool has a limit for each. What they cost `python -m bench reward` says."""
     golds = [p.answer for name in FILES[2:] for p in problems[name]]
     pairs = [(golds[(i + k) % len(golds)], golds[i]) for k in (0, 3, 11) for i in range(len(golds))][:10_000]
     assert len(pairs) == 10_000
-    pool, before = Pool(2), _processor_time()
+    pool = Pool(2)
     got = rewards([f"Step one. So \\boxed{{{a}}}." for a, _ in pairs], [g for _, g in pairs], pool)
     pool.close()
-    assert (_processor_time() - before) / 2 < 60
     assert 4081 <= sum(got) < 5000
-
-
-def _processor_time():
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)

@@ -1,7 +1,7 @@
 """Make the bases of the demos of reasoning-gym: `python -m amft_fast.tasks.gym.pretrain --task chain_sum --out FOLDER`.
 
 A Qwen3 of 0.15 M parameters learns to answer easier problems of the task than the demo's, made by the package's own generator:
-fewer terms of a sum, fewer numbers to sort. One token is a digit, a sign, or a phrase that every question of the task has, so
+fewer terms of a sum, fewer numbers to sort, shorter words, smaller numbers. One token is a digit, a letter, a sign, or a phrase that every question of the task has, so
 that a question is short and what is decoded is the text that the verifier reads.
 
 Sequences: `<bos><user>` question `<assistant>` answer `<eos>`. Only answers are trained on. No question of the demo's `val` or
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from string import ascii_letters
 from typing import Any
 
 import torch
@@ -69,6 +70,22 @@ DEMOS = {
         (
             *(f"Sort these numbers in {way} order: " for way in ("ascending", "descending")),
             *(SORTING_RULES, ", ", "['", "', '", "']", ".0", *DIGITS),
+        ),
+        600,
+    ),
+    # The two that were kept back: chosen, with their options, when the controller was finished (docs/study.md).
+    "spell_backward": Demo(
+        {"min_word_len": 4, "max_word_len": 7},
+        {"min_word_len": 3, "max_word_len": 5},
+        ("Spell this word backward (example: sun -> nus): ", *ascii_letters),
+        600,
+    ),
+    "gcd": Demo(
+        {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 100},
+        {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 50},
+        (
+            *("Find the Greatest Common Divisor (GCD) of these numbers: ", ", "),
+            *(". Give only the GCD as your final answer.", *DIGITS),
         ),
         600,
     ),
