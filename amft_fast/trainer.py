@@ -117,9 +117,7 @@ class Trainer:
         self.held_out = self._validation_prompts(parts.task, cfg.prompts_of_a_look) if cfg.in_blocks else []
         self.kept: Any = None  # weights and moments that a block may be taken back to
         self.updates = 1  # of a step that imitates
-        self.utility_gradient = (
-            self._make_utility(parts.task) if self.controller.learned and not cfg.in_blocks else None
-        )
+        self.utility_gradient = self._make_utility(parts.task) if cfg.takes_utility else None
         self.validation = self._validation(parts.task)
         self.step = 0
         self.entropy_target: float | None = None  # H*

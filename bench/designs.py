@@ -72,8 +72,6 @@ DESIGNS: tuple[tuple[str, dict[str, Any]], ...] = (
 class ByHand(Controller):
     """μ as it was set, and no looks of its own."""
 
-    learned = True
-
     def __init__(self) -> None:
         self.value = 1.0
 

@@ -128,6 +128,12 @@ def test_an_entropy_that_is_not_finite_does_not_reach_mu():
     assert c.value == mu, "a window that saw nothing moves nothing"
 
 
+@pytest.mark.parametrize(("method", "built"), [("amft", True), ("amft_no_meta", False), ("gac", False)])
+def test_a_utility_gradient_is_built_where_it_is_read(tmp_path, checkpoint_folder, method, built):
+    cfg = cfg_for(tmp_path, checkpoint_folder, "--train.method", method, "--controller.signal", "balanced")
+    assert (Trainer(cfg, build(cfg, lambda: False)).utility_gradient is not None) == built
+
+
 STOPPED = {
     "windows": (
         *("--train.method", "amft", "--controller.signal", "balanced", "--meta.prompts", "2"),

@@ -8,7 +8,6 @@ from typing import Any
 class Controller:
     """What says μ, and what it wants to be told. This one wants nothing and remembers nothing."""
 
-    learned = False
     needs_entropy_target = False
 
     def mu(self, clock: float) -> float:

@@ -53,8 +53,6 @@ LATER_ASKED = -1.0  # of `confidence`: the evidence that a later block must have
 class BlockController(Controller):
     """Asked before each step whether it wants a look, and told of it: the verdict says what becomes of the weights."""
 
-    learned = True
-
     def __init__(self, cfg: Config) -> None:
         self.cfg, self.c = cfg, cfg.controller
         self.value = self.c.mu_init  # until the first look

@@ -36,8 +36,6 @@ from amft_fast.multi_tensor import mixing_slope, named_sums
 class MetaController(Controller):
     """Learns μ from the probe and the policy's entropy; `meta` and `entropy` switch its two parts."""
 
-    learned = True
-
     def __init__(self, cfg: Config, meta: bool = True, entropy: bool = True) -> None:
         self.cfg, self.c = cfg, cfg.controller
         self.has_meta, self.has_entropy = meta, entropy

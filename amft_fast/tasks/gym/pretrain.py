@@ -1,8 +1,8 @@
 """Make the bases of the demos of reasoning-gym: `python -m amft_fast.tasks.gym.pretrain --task chain_sum --out FOLDER`.
 
 A Qwen3 of 0.15 M parameters learns to answer easier problems of the task than the demo's, made by the package's own generator:
-fewer terms of a sum, fewer numbers to sort, shorter words, smaller numbers. One token is a digit, a letter, a sign, or a phrase that every question of the task has, so
-that a question is short and what is decoded is the text that the verifier reads.
+fewer terms of a sum, fewer numbers to sort, shorter words, smaller numbers. One token is a digit, a letter, a sign, or a phrase
+that every question of the task has, so that a question is short and what is decoded is the text that the verifier reads.
 
 Sequences: `<bos><user>` question `<assistant>` answer `<eos>`. Only answers are trained on. No question of the demo's `val` or
 `test` occurs.
