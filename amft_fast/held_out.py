@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ class HeldOut(NamedTuple):
     right: float  # share of all answers
     sampled: int  # tokens
     nll: np.ndarray  # [demonstrations]: the mean over a demonstration's tokens, in nats; empty where there are none
+    luck: float = math.nan  # see luck_of
 
     @classmethod
     def of(cls, samples: list[Sample], prompts: int, demos: Sequence[np.ndarray] = ()) -> HeldOut:
@@ -35,4 +37,18 @@ class HeldOut(NamedTuple):
     def of_answers(cls, rewards: np.ndarray, right: np.ndarray, sampled: int, nll: np.ndarray) -> HeldOut:
         """From each answer's reward and whether it is right, both [prompts, answers], and each demonstration's loss."""
         alive = (np.ptp(rewards, axis=1) > 0) | right.all(axis=1)
-        return cls(rewards.mean(axis=1), alive, float(right.mean()), sampled, nll)
+        return cls(rewards.mean(axis=1), alive, float(right.mean()), sampled, nll, luck_of(rewards))
+
+
+def luck_of(rewards: np.ndarray) -> float:
+    """The share of the variance of rewards [prompts, answers] that lies between the answers to a prompt, 0 to 1; the rest lies
+    between prompts. NaN where all earned the same, or no prompt has two answers.
+
+    One minus the intraclass correlation, by the unbiased mean squares of a one-way analysis of variance.
+    """
+    prompts, answers = rewards.shape
+    if prompts < 2 or answers < 2:
+        return math.nan
+    within = float(rewards.var(axis=1, ddof=1).mean())
+    between = max(float(rewards.mean(axis=1).var(ddof=1)) - within / answers, 0.0)
+    return within / (within + between) if within + between > 0 else math.nan

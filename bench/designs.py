@@ -6,8 +6,8 @@
 `--record` imitates from the start of a budget to its end, and from `--shares` of the way explores to the end of it (weights
 and moments are put back afterwards). At `--places` of each way, more of them early, it looks at held-out prompts and
 demonstrations. Played is `BlockController` on what was found: the state of a run is how much was imitated and how much
-explored, and between recorded ways rewards (smoothed) and losses go linearly. A look is as noisy as a real one (other prompts
-and demonstrations for each run, answers by lot), and the end is judged by its success without noise.
+explored, and between recorded ways rewards and their luck (both smoothed) and losses go linearly. A look is as noisy as a real
+one (other prompts and demonstrations for each run, answers by lot), and the end is judged by its success without noise.
 
 What that leaves out: how a run's own course differs from the recorded one, and exploring that is followed by more imitation
 has its rewards added up. So a point between two designs is not to be believed before real runs have shown it.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -41,6 +42,7 @@ CONSTANTS = (
     "LATER_MARGIN",
     "LATER_ASKED",
     "LONGEST",
+    "MOST",
 )  # of controller/blocks.py, that --set may name beside settings
 # What is tried unless --set says something else: name, and what it changes.
 DESIGNS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -98,7 +100,11 @@ class Recorder:
         t.updates = t.updates_of_a_step(samples)
         held_out = HeldOut.of(samples, len(t.held_out), demos)
         self.tokens_of_a_look = {"prompt": held_out.sampled / len(t.held_out), "demo": tokens / max(len(demos), 1)}
-        return {"rewards": held_out.rewards.round(4).tolist(), "nll": held_out.nll.round(4).tolist()}
+        return {
+            "rewards": held_out.rewards.round(4).tolist(),
+            "luck": round(held_out.luck, 4),
+            "nll": held_out.nll.round(4).tolist(),
+        }
 
     def go(self, mu: float, tokens: int) -> None:
         """So many tokens of imitating (μ = 1) or exploring."""
@@ -139,17 +145,20 @@ class World:
     def __init__(self, recorded: dict[str, Any]) -> None:
         self.name, self.config, self.flags = recorded["name"], recorded["config"], recorded["flags"]
         self.look = recorded["look"]
+        answers = config_file.load(self.config, self.flags).meta.num_generations
         ways = [recorded["imitated"], *recorded["explored"].values()]
         self.at = np.array([p["at"] for p in recorded["imitated"]])
         self.rewards = smoothed([np.mean(p["rewards"]) for p in recorded["imitated"]])
+        self.luck = smoothed([_luck(p, answers) for p in recorded["imitated"]])
         self.nll = np.array([p["nll"] for p in recorded["imitated"]])  # [places, demonstrations]
         self.shares = np.array([float(share) for share in recorded["explored"]])
-        self.ways = []  # from each share: places, mean rewards, losses [places, demonstrations]
+        self.ways = []  # from each share: places, mean rewards, losses [places, demonstrations], luck
         for share, way in zip(self.shares, recorded["explored"].values()):
             places = np.array([0.0, *(p["at"] for p in way)])
             rewards = smoothed([self._on(self.rewards, share), *(np.mean(p["rewards"]) for p in way)])
             losses = np.array([self._on(self.nll, share), *(p["nll"] for p in way)])
-            self.ways.append((places, rewards, losses))
+            luck = smoothed([self._on(self.luck, share), *(_luck(p, answers) for p in way)])
+            self.ways.append((places, rewards, losses, luck))
         # How hard each prompt is, beside how good the policy is: in log-odds, over all looks.
         means = np.mean([p["rewards"] for way in ways for p in way], axis=0).clip(0.01, 0.99)
         odds = np.log(means / (1 - means))
@@ -160,13 +169,13 @@ class World:
         return between(self.at, values, share)
 
     def _after(self, which: int, s: float, e: float) -> np.ndarray:
-        """After exploring for e from where s was imitated, between the recorded ways (1: rewards, 2: losses). What the way that
-        imitates has at s beside the line between theirs is forgotten as exploring goes on."""
+        """After exploring for e from where s was imitated, between the recorded ways (1: rewards, 2: losses, 3: luck). What the
+        way that imitates has at s beside the line between theirs is forgotten as exploring goes on."""
 
         k = min(max(int(np.searchsorted(self.shares, s, side="right")), 1), len(self.shares) - 1)
         low, high = self.shares[k - 1], self.shares[k]
         part = min(max((s - low) / (high - low), 0.0), 1.0)
-        beside = self._on((self.rewards, self.nll)[which - 1], s)
+        beside = self._on((self.rewards, self.nll, self.luck)[which - 1], s)
         less, more = self.ways[k - 1], self.ways[k]
         now, start = (
             (1 - part) * between(less[0], less[which], at) + part * between(more[0], more[which], at) for at in (e, 0.0)
@@ -181,12 +190,17 @@ class World:
         return np.maximum(self._after(2, s, e), 1e-4)
 
     def prompts(self, s: float, e: float, hardness: np.ndarray) -> np.ndarray:
-        """The chance of each prompt's answers, whose mean over all recorded prompts is `success`."""
-        goal, low, high = self.success(s, e), -15.0, 15.0
-        for _ in range(30):
-            middle = (low + high) / 2
-            low, high = (middle, high) if _sigmoid(middle + self.hardness).mean() < goal else (low, middle)
-        return _sigmoid(low + hardness)
+        """The chance of each prompt's answers: over all recorded prompts their mean is `success`, and their variance leaves to
+        luck what was recorded."""
+        goal, luck = self.success(s, e), float(np.clip(self._after(3, s, e), 0.02, 0.999))
+
+        def with_spread(spread: float) -> np.ndarray:
+            odds = spread * self.hardness
+            shift = bisected(lambda x: _sigmoid(x + odds).mean() < goal, -60.0, 60.0)
+            return np.array([shift, _luck_of_chances(_sigmoid(shift + odds))])
+
+        spread = bisected(lambda x: with_spread(x)[1] > luck, 0.0, 50.0, 18)
+        return _sigmoid(with_spread(spread)[0] + spread * hardness)
 
     def best(self) -> tuple[float, float]:
         """(success, share) of the best place to leave imitation for exploring, known afterwards; no looks to pay."""
@@ -210,6 +224,28 @@ def smoothed(values: Sequence[float], width: float = 1.5) -> np.ndarray:
         slope = (w * x * y).sum() / max((w * x * x).sum(), 1e-12)
         out.append((w * y).sum() / w.sum() + slope * x[i])
     return np.array(out)
+
+
+def bisected(below: Callable[[float], bool], low: float, high: float, times: int = 30) -> float:
+    """Where `below` ceases to hold."""
+    for _ in range(times):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) else (low, middle)
+    return low
+
+
+def _luck(look: dict[str, Any], answers: int) -> float:
+    """Of a recorded look; of those before it was recorded, as rewards of 0 and 1 have it. 1 where nothing was earned."""
+    rewards = np.array(look["rewards"])
+    within = (rewards * (1 - rewards)).mean() * answers / (answers - 1)
+    between = max(rewards.var(ddof=1) - within / answers, 0.0)
+    luck = look.get("luck", within / (within + between) if within + between > 0 else 1.0)
+    return 1.0 if math.isnan(luck) else luck
+
+
+def _luck_of_chances(p: np.ndarray) -> float:
+    within = (p * (1 - p)).mean()
+    return float(within / max(within + p.var(), 1e-12))
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

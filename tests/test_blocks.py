@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from amft_fast import config_file, controller
 from amft_fast.controller.blocks import LATER_MARGIN, MARGIN
 from amft_fast.controller.statistics import signed_rank, student
 from amft_fast.engine.parts import Tensors
-from amft_fast.held_out import HeldOut
+from amft_fast.held_out import HeldOut, luck_of
 from amft_fast.interfaces import Sample
 
 pytestmark = pytest.mark.cpu_isa
@@ -25,10 +26,10 @@ def make(*flags):
     return controller.make(config_file.load(None, ["--train.method", "amft", "--train.steps", "100", *flags]))
 
 
-def held_out(reward, alive=1.0, spread=0.3, prompts=20, right=0.5, nll=()):
+def held_out(reward, alive=1.0, spread=0.3, prompts=20, right=0.5, nll=(), luck=math.nan):
     """Prompts with this mean reward, of which this share is alive; and demonstrations."""
     rewards = reward + spread * np.cos(np.arange(prompts) * 2.0)
-    return HeldOut(rewards, np.arange(prompts) < alive * prompts, right, 0, np.array(nll))
+    return HeldOut(rewards, np.arange(prompts) < alive * prompts, right, 0, np.array(nll), luck)
 
 
 def looks(c, results, until=100.0, middles=()):
@@ -226,6 +227,59 @@ def test_what_imitation_has_all_but_solved_is_not_explored():
     assert [verdict for _, verdict, _ in seen] == ["keep", "keep", "keep", "keep", "back"]
     assert [clock for clock, _, _ in seen] == [0, 6, 12, 24, 48]
     assert looks(make(*flags), [solved, solved])[-1] == (6, "back", 0), "a base that is as good by itself"
+
+
+RISING = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1)
+
+
+@pytest.mark.parametrize(
+    ("lucks", "last"),
+    [
+        ((0.95, 0.95, 0.95), 12),  # 10 % of the run are enough, and a block ends at 6 and at 12
+        ((0.98, 0.98), 6),
+        ((0.95, 0.85, 0.75), 48),  # on average 0.95, 0.9, 0.85, 0.82: 10, 20, 30 and 35 %
+        ((0.5, 0.5, 0.5, 0.5), None),
+        ((math.nan,) * 4, None),  # no two answers to a prompt, or no reward at all
+    ],
+)
+def test_imitation_has_twice_the_share_of_the_variance_that_lies_between_prompts(lucks, last):
+    """What it has learned stays, and is explored from."""
+    results = [held_out(x, luck=luck) for x, luck in zip(RISING, (0.99, *lucks, lucks[-1]))]
+    seen = looks(make(), results)
+    assert next((clock for clock, _, mu in seen if mu == 0), None) == last
+    assert {verdict for _, verdict, _ in seen} == {"keep"}
+
+
+def test_luck_says_nothing_where_it_cannot():
+    """At the look that finds the first success, where all but solved, in a run by lot, once exploring has been taken back."""
+    lucky, dead = [held_out(x, luck=0.99) for x in RISING], held_out(0.0, alive=0.0, spread=0.0)
+    assert [mu for _, _, mu in looks(make(), [dead, *lucky[:2]])] == [1, 1, 0]
+    solved = [held_out(x, right=0.97, luck=0.99) for x in RISING[:4]]
+    assert [mu for _, _, mu in looks(make(), [lucky[0], held_out(0.2, luck=0.2), *solved])] == [1] * 6
+    by_lot = make("--controller.signal", "lot")
+    by_lot._lot = lambda: True
+    assert [mu for _, _, mu in looks(by_lot, lucky[:4])] == [1] * 4
+    c = make()
+    seen = looks(c, [*lucky[:2], held_out(-0.5, luck=0.99), held_out(0.31, luck=0.99)])
+    assert [verdict for _, verdict, _ in seen] == ["keep", "keep", "back", "keep"]
+    assert [mu for _, _, mu in seen] == [1, 0, 1, 1], "exploring fell"
+
+
+def test_luck_is_the_share_of_the_variance_between_the_answers_to_a_prompt():
+    """Its two mean squares, written out; and their meaning, over many draws."""
+    rewards = np.array([[0.0, 1.0, 1.0], [0.0, 0.0, 0.5], [1.0, 1.0, 1.0]])
+    means, squares = rewards.mean(axis=1), lambda x, m: ((x - m) ** 2).sum()
+    within = squares(rewards, means[:, None]) / (3 * (3 - 1))
+    between = (3 * squares(means, rewards.mean()) / (3 - 1) - within) / 3
+    assert luck_of(rewards) == pytest.approx(within / (within + between)) and 0 < luck_of(rewards) < 1
+    assert luck_of(np.repeat([[0.0], [1.0]], 4, axis=1)) == 0 and luck_of(np.array([[0.0, 1.0]] * 5)) == 1
+    for nothing in (np.zeros((4, 4)), np.ones((4, 1)), np.ones((1, 4))):
+        assert math.isnan(luck_of(nothing))
+    rng = np.random.default_rng(0)
+    for known in (0.0, 0.2, 0.4, 0.5):  # half of the prompts easier by so much, half harder
+        chances = np.where(np.arange(4000) % 2, 0.5 + known, 0.5 - known)
+        right = rng.random((4000, 8)) < chances[:, None]
+        assert luck_of(right * 1.0) == pytest.approx(1 - (2 * known) ** 2, abs=0.02)
 
 
 def test_exploring_goes_on_while_it_does_not_fall():

@@ -23,7 +23,10 @@ TEXTS = {
     ),
     "spell_backward": (("Spell this word backward (example: sun -> nus): Brodi", "idorB"), (6, 5)),
     "gcd": (
-        ("Find the Greatest Common Divisor (GCD) of these numbers: 69, 21. Give only the GCD as your final answer.", "3"),
+        (
+            "Find the Greatest Common Divisor (GCD) of these numbers: 69, 21. Give only the GCD as your final answer.",
+            "3",
+        ),
         (7, 1),
     ),
 }
@@ -59,7 +62,9 @@ def test_the_shipped_base_and_config_are_what_the_recipe_says(task):
 
 
 def test_another_task_is_refused():
-    with pytest.raises(UserError, match=r"--task: 'countdown' is none of chain_sum, number_sorting, spell_backward, gcd"):
+    with pytest.raises(
+        UserError, match=r"--task: 'countdown' is none of chain_sum, number_sorting, spell_backward, gcd"
+    ):
         Recipe(task="countdown")
 
 

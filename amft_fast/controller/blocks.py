@@ -7,6 +7,7 @@ signed-rank statistic of the fall of the loss beyond a margin, paired by demonst
 later ones. Rewards have risen or fallen where |t| is beyond `confidence`.
 
     imitating  fallen                    back to the kept weights and moments, and explore
+               enough                    these weights are kept, and explore: see below
                shown, or come alive      these weights are kept, and as much imitation again as there was so far, a quarter of
                                          the run at most. Shown: (t + z)/√2 is over `confidence`, z counted to twice of it; from
                                          the second block on over −`confidence`: what has shown before must be seen to harm
@@ -20,6 +21,12 @@ later ones. Rewards have risen or fallen where |t| is beyond `confidence`.
                risen                     these are kept; exploring goes on
                else                      exploring goes on
 
+Enough is where imitation, having shown, has had twice the share of the run that the share of the rewards' variance between
+prompts is (one minus `luck`, the mean over its looks), unless it has only just come alive or exploring has been taken back.
+Exploring learns from answers to one prompt that earn differently, and imitation brings what no answer to a prompt shows: where
+success is luck, and any prompt is solved now and then, exploring makes much of it; where it is the prompt's, and half of the
+variance lies between prompts, imitation has the whole run (docs/method.md).
+
 The first half of imitation that begins without a warm-up, or begins again, goes into the form of the demonstrations, which
 becomes likelier whatever is learned: there z is of the second half. A block of imitation that would leave less than half of
 itself to the run goes on to its end. Blocks of exploring double from `imitation_share` on. If for `window` steps no answer of
@@ -31,6 +38,7 @@ A step has the compute of one that explores, whatever it does: one that imitates
 from __future__ import annotations
 
 import math
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -44,7 +52,21 @@ from amft_fast.held_out import HeldOut, losses
 Verdict = Literal["keep", "back", "go on"]
 
 LONGEST = 0.25  # of the run, for a block of imitation
-STATE = ("value", "block", "ends", "rewards", "nll", "settling", "was_dead", "imitated", "in_vain", "fell", "barren")
+MOST = 2.0  # shares of the run for imitation, for each share of the variance of rewards that is not luck
+STATE = (
+    "value",
+    "block",
+    "ends",
+    "rewards",
+    "nll",
+    "lucks",
+    "settling",
+    "was_dead",
+    "imitated",
+    "in_vain",
+    "fell",
+    "barren",
+)
 MARGIN = 0.03  # of its loss: a demonstration that became likelier by less in the first block has not
 LATER_MARGIN = 0.06  # and in a later one
 LATER_ASKED = -1.0  # of `confidence`: the evidence that a later block must have; the first must have all of it
@@ -60,6 +82,7 @@ class BlockController(Controller):
         self.ends = 0.0  # clock at which it ends
         self.rewards: list[float] = []  # of each prompt, at the weights that are kept
         self.nll: list[float] = []  # of each demonstration, at what the present block of imitation is compared with
+        self.lucks: list[float] = []  # at the looks that found imitation to have shown
         self.settling = False  # whether it will be taken again in the middle of the block
         self.was_dead = False  # these
         self.imitated = 0.0  # steps of imitation in them
@@ -96,6 +119,8 @@ class BlockController(Controller):
         first, dead = not self.rewards, alive < self.c.min_alive
         t = 0.0 if first else student(held_out.rewards - np.array(self.rewards))
         z = None
+        if not math.isnan(held_out.luck):
+            figures["luck"] = held_out.luck
         if len(held_out.nll):
             figures["demo_nll"] = float(held_out.nll.mean())
         if not first:
@@ -108,7 +133,7 @@ class BlockController(Controller):
             verdict = self._explored(t)
         else:
             solved = held_out.right > self.c.solved and self.imitated > 0
-            verdict = self._imitated(t, z, dead or solved)
+            verdict = self._imitated(t, z, held_out.luck, dead or solved)
         if verdict == "keep":
             self.rewards, self.nll, self.was_dead = held_out.rewards.tolist(), held_out.nll.tolist(), dead
         self.barren, self.ends = 0, self._end(clock)
@@ -119,16 +144,25 @@ class BlockController(Controller):
         margin = LATER_MARGIN if self.imitated else MARGIN
         return signed_rank((1 - margin) * np.array(self.nll) - held_out.nll)
 
-    def _imitated(self, t: float, z: float | None, goes_on: bool) -> Verdict:
+    def _imitated(self, t: float, z: float | None, luck: float, goes_on: bool) -> Verdict:
         most = 2 * self.c.confidence
         evidence = t if z is None else (t + min(max(z, -most), most)) / math.sqrt(2)
         asked = self.c.confidence * (LATER_ASKED if self.imitated else 1)
         shown = self._lot() if self.c.signal == "lot" else evidence > asked and t > -self.c.confidence
         if shown or self.was_dead or goes_on or (self.fell and t > -self.c.confidence):
             self.imitated += self.block
+            if not math.isnan(luck):
+                self.lucks.append(luck)
+            if self._is_enough() and not (goes_on or self.was_dead):
+                return self._explore("keep")
             return self._imitate("keep", max(self.imitated, self.shortest))
-        self.value, self.in_vain, self.fell, self.block = 0.0, self.block, False, self.shortest
-        return "back"
+        self.in_vain, self.fell = self.block, False
+        return self._explore("back")
+
+    def _is_enough(self) -> bool:
+        if self.fell or not self.lucks or self.c.signal == "lot":
+            return False
+        return self.imitated >= MOST * (1 - fmean(self.lucks)) * self.cfg.train.steps
 
     def _explored(self, t: float) -> Verdict:
         if t < -self.c.confidence:
@@ -136,6 +170,10 @@ class BlockController(Controller):
             return self._imitate("back", max(2 * self.in_vain, self.shortest))
         self.block *= 2
         return "keep" if t > self.c.confidence else "go on"
+
+    def _explore(self, verdict: Verdict) -> Verdict:
+        self.value, self.block = 0.0, self.shortest
+        return verdict
 
     def _imitate(self, verdict: Verdict, block: float) -> Verdict:
         warmed_up = not self.rewards and self.cfg.train.warmup_steps > 0

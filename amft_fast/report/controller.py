@@ -63,8 +63,9 @@ BLOCKS = (
     ),
     Plot(
         "Held-out prompts",
-        (("controller/alive", "alive"), ("controller/right", "answers right")),
-        "A prompt is alive when its answers earned differently or are all right. Where few are, there is nothing to explore.",
+        (("controller/alive", "alive"), ("controller/right", "answers right"), ("controller/luck", "luck")),
+        "A prompt is alive when its answers earned differently or are all right. Where few are, there is nothing to explore. "
+        "Luck is the share of the rewards' variance between answers to one prompt: the more, the sooner exploring takes over.",
         guides=(("min_alive", "controller.min_alive"), ("solved", "controller.solved")),
         include=(0.0, 1.0),
         percent=True,
