@@ -37,25 +37,16 @@ from bench.results import environment, markdown_table
 MEASURED = ("amft_fast", "bench/designs.py")
 SHARES = (0.0, 0.06, 0.12, 0.24, 0.48)
 FORGOTTEN = 0.06  # of the budget: where exploring has begun to tell more than how it was begun
-CONSTANTS = (
-    "MARGIN",
-    "LATER_MARGIN",
-    "LATER_ASKED",
-    "LONGEST",
-    "MOST",
-)  # of controller/blocks.py, that --set may name beside settings
+CONSTANTS = ("MARGIN", "LATER_ASKED", "LONGEST", "MOST")  # of controller/blocks.py, that --set may name beside settings
 # What is tried unless --set says something else: name, and what it changes.
 DESIGNS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("as it is", {}),
-    ("later blocks as before: 0, 3 %", {"LATER_MARGIN": 0.03, "LATER_ASKED": 0.0}),
     ("first block of 3 %", {"controller.imitation_share": 0.03}),
     ("first block of 12 %", {"controller.imitation_share": 0.12}),
     ("confidence 1", {"controller.confidence": 1.0}),
     ("confidence 3", {"controller.confidence": 3.0}),
-    ("no margin", {"MARGIN": 0.0, "LATER_MARGIN": 0.0}),
-    ("first margin 6 %", {"MARGIN": 0.06}),
-    ("later margin 3 %", {"LATER_MARGIN": 0.03}),
-    ("later margin 9 %", {"LATER_MARGIN": 0.09}),
+    ("no margin", {"MARGIN": 0.0}),
+    ("margin 6 %", {"MARGIN": 0.06}),
     ("later blocks must rise (0)", {"LATER_ASKED": 0.0}),
     ("later blocks must show (1)", {"LATER_ASKED": 1.0}),
     ("luck not asked", {"MOST": 99.0}),

@@ -88,8 +88,7 @@ def test_a_design_changes_settings_and_constants_for_its_own_runs_alone(tmp_path
     with pytest.raises(SystemExit):
         designs.main([str(tmp_path / "w.json"), "--set", "margin=0"])
     assert (
-        "takes controller.setting=value or one of MARGIN, LATER_MARGIN, LATER_ASKED, LONGEST, MOST=value"
-        in capsys.readouterr().err
+        "takes controller.setting=value or one of MARGIN, LATER_ASKED, LONGEST, MOST=value" in capsys.readouterr().err
     )
 
 

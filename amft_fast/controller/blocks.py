@@ -3,8 +3,8 @@
 A run begins with a look at what is held out (the mean rewards of prompts, on answers drawn for it, and the loss of
 demonstrations) and a block of imitation, `imitation_share` of the run's compute. At the end of each block there is another
 look, compared with the one at the weights that are kept: t, Student's t of the rewards' rise, paired by prompt, and z, the
-signed-rank statistic of the fall of the loss beyond a margin, paired by demonstration: 3 % of it in the first block, 6 % in
-later ones. Rewards have risen or fallen where |t| is beyond `confidence`.
+signed-rank statistic of the fall of the loss beyond a margin of 3 % of it, paired by demonstration. Rewards have risen or
+fallen where |t| is beyond `confidence`.
 
     imitating  fallen                    back to the kept weights and moments, and explore
                enough                    these weights are kept, and explore: see below
@@ -67,9 +67,10 @@ STATE = (
     "fell",
     "barren",
 )
-MARGIN = 0.03  # of its loss: a demonstration that became likelier by less in the first block has not
-LATER_MARGIN = 0.06  # and in a later one
-LATER_ASKED = -1.0  # of `confidence`: the evidence that a later block must have; the first must have all of it
+MARGIN = 0.03  # of its loss: a demonstration that became likelier by less has not
+LATER_ASKED = (
+    -1.0
+)  # of `confidence`: the evidence that a block after the first must have; the first must have all of it
 
 
 class BlockController(Controller):
@@ -141,8 +142,7 @@ class BlockController(Controller):
 
     def _likelier(self, held_out: HeldOut) -> float:
         """z"""
-        margin = LATER_MARGIN if self.imitated else MARGIN
-        return signed_rank((1 - margin) * np.array(self.nll) - held_out.nll)
+        return signed_rank((1 - MARGIN) * np.array(self.nll) - held_out.nll)
 
     def _imitated(self, t: float, z: float | None, luck: float, goes_on: bool) -> Verdict:
         most = 2 * self.c.confidence
