@@ -96,7 +96,7 @@ class Recorder:
         self.tokens_of_a_look = {"prompt": held_out.sampled / len(t.held_out), "demo": tokens / max(len(demos), 1)}
         return {
             "rewards": held_out.rewards.round(4).tolist(),
-            "luck": round(held_out.luck, 4),
+            "luck": None if math.isnan(held_out.luck) else round(held_out.luck, 4),
             "nll": held_out.nll.round(4).tolist(),
         }
 
@@ -165,7 +165,6 @@ class World:
     def _after(self, which: int, s: float, e: float) -> np.ndarray:
         """After exploring for e from where s was imitated, between the recorded ways (1: rewards, 2: losses, 3: luck). What the
         way that imitates has at s beside the line between theirs is forgotten as exploring goes on."""
-
         k = min(max(int(np.searchsorted(self.shares, s, side="right")), 1), len(self.shares) - 1)
         low, high = self.shares[k - 1], self.shares[k]
         part = min(max((s - low) / (high - low), 0.0), 1.0)
@@ -188,10 +187,10 @@ class World:
         luck what was recorded."""
         goal, luck = self.success(s, e), float(np.clip(self._after(3, s, e), 0.02, 0.999))
 
-        def with_spread(spread: float) -> np.ndarray:
+        def with_spread(spread: float) -> tuple[float, float]:
             odds = spread * self.hardness
             shift = bisected(lambda x: _sigmoid(x + odds).mean() < goal, -60.0, 60.0)
-            return np.array([shift, _luck_of_chances(_sigmoid(shift + odds))])
+            return shift, _luck_of_chances(_sigmoid(shift + odds))
 
         spread = bisected(lambda x: with_spread(x)[1] > luck, 0.0, 50.0, 18)
         return _sigmoid(with_spread(spread)[0] + spread * hardness)
@@ -230,11 +229,12 @@ def bisected(below: Callable[[float], bool], low: float, high: float, times: int
 
 def _luck(look: dict[str, Any], answers: int) -> float:
     """Of a recorded look; of those before it was recorded, as rewards of 0 and 1 have it. 1 where nothing was earned."""
+    if look.get("luck") is not None:
+        return look["luck"]
     rewards = np.array(look["rewards"])
     within = (rewards * (1 - rewards)).mean() * answers / (answers - 1)
     between = max(rewards.var(ddof=1) - within / answers, 0.0)
-    luck = look.get("luck", within / (within + between) if within + between > 0 else 1.0)
-    return 1.0 if math.isnan(luck) else luck
+    return within / (within + between) if within + between > 0 else 1.0
 
 
 def _luck_of_chances(p: np.ndarray) -> float:

@@ -68,9 +68,7 @@ STATE = (
     "barren",
 )
 MARGIN = 0.03  # of its loss: a demonstration that became likelier by less has not
-LATER_ASKED = (
-    -1.0
-)  # of `confidence`: the evidence that a block after the first must have; the first must have all of it
+LATER_ASKED = -1.0  # of `confidence`: the evidence that later blocks must have; the first must have all of it
 
 
 class BlockController(Controller):
