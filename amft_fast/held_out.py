@@ -49,6 +49,10 @@ def luck_of(rewards: np.ndarray) -> float:
     prompts, answers = rewards.shape
     if prompts < 2 or answers < 2:
         return math.nan
-    within = float(rewards.var(axis=1, ddof=1).mean())
-    between = max(float(rewards.mean(axis=1).var(ddof=1)) - within / answers, 0.0)
+    return luck_of_means(rewards.mean(axis=1), float(rewards.var(axis=1, ddof=1).mean()), answers)
+
+
+def luck_of_means(means: np.ndarray, within: float, answers: int) -> float:
+    """The same from the mean reward of each prompt over so many answers and the mean variance within prompts."""
+    between = max(float(means.var(ddof=1)) - within / answers, 0.0)
     return within / (within + between) if within + between > 0 else math.nan

@@ -29,7 +29,7 @@ import numpy as np
 
 from amft_fast import config_file
 from amft_fast.controller import BlockController, Controller, blocks
-from amft_fast.held_out import HeldOut
+from amft_fast.held_out import HeldOut, luck_of_means
 from amft_fast.run.build import build
 from amft_fast.trainer import Trainer
 from bench.results import environment, markdown_table
@@ -232,9 +232,8 @@ def _luck(look: dict[str, Any], answers: int) -> float:
     if look.get("luck") is not None:
         return look["luck"]
     rewards = np.array(look["rewards"])
-    within = (rewards * (1 - rewards)).mean() * answers / (answers - 1)
-    between = max(rewards.var(ddof=1) - within / answers, 0.0)
-    return within / (within + between) if within + between > 0 else 1.0
+    luck = luck_of_means(rewards, float((rewards * (1 - rewards)).mean()) * answers / (answers - 1), answers)
+    return 1.0 if math.isnan(luck) else luck
 
 
 def _luck_of_chances(p: np.ndarray) -> float:
