@@ -42,9 +42,24 @@ def cfg(folder, count=None):
     ids=["each is faster", "no tenth more", "cores are taken", "hardly faster", "one core"],
 )
 def test_the_least_number_that_no_larger_one_beats_by_a_tenth(model, monkeypatch, seconds, most, want):
-    monkeypatch.setattr(threads, "_median_seconds", lambda model, ids: seconds[torch.get_num_threads()])
+    monkeypatch.setattr(threads, "SECONDS", 0.0)
+    monkeypatch.setattr(threads, "_seconds", lambda model, ids: seconds[torch.get_num_threads()])
     model.train()
     assert threads.fastest(model, most) == want and model.training
+
+
+@pytest.mark.parametrize("begins", [3, 4, 5, 6])
+def test_what_else_runs_for_a_moment_does_not_decide(model, monkeypatch, begins):
+    """A machine that is four times slower for three passes, whichever number's they are."""
+    passes = []
+
+    def seconds(model, ids):
+        passes.append({1: 1.0, 2: 0.6}[torch.get_num_threads()])
+        return passes[-1] * (4 if begins <= len(passes) < begins + 3 else 1)
+
+    monkeypatch.setattr(threads, "SECONDS", 0.0)
+    monkeypatch.setattr(threads, "_seconds", seconds)
+    assert threads.fastest(model, 2) == 2
 
 
 def test_a_real_model_is_timed(model, monkeypatch):

@@ -151,14 +151,14 @@ class BlockController(Controller):
             self.imitated += self.block
             if not math.isnan(luck):
                 self.lucks.append(luck)
-            if self._is_enough() and not (goes_on or self.was_dead):
+            if self._is_enough(goes_on):
                 return self._explore("keep")
             return self._imitate("keep", max(self.imitated, self.shortest))
         self.in_vain, self.fell = self.block, False
         return self._explore("back")
 
-    def _is_enough(self) -> bool:
-        if self.fell or not self.lucks or self.c.signal == "lot":
+    def _is_enough(self, goes_on: bool) -> bool:
+        if goes_on or self.was_dead or self.fell or not self.lucks or self.c.signal == "lot":
             return False
         return self.imitated >= MOST * (1 - fmean(self.lucks)) * self.cfg.train.steps
 
