@@ -425,12 +425,13 @@ class Trainer:
         """The learning rate of step t after the warm-up (negative: in it).
 
         The warm-up and what follows it are two stages, each with its own rise over `lr_warmup_steps` and its own schedule;
-        updates that only imitate have their own peak, `sft_lr`.
+        updates that only imitate have their own peak, `sft_lr`. Moments that a verdict has emptied again rise again.
         """
         cfg = self.cfg.train
         peak = cfg.sft_lr if mu == 1 and cfg.sft_lr else cfg.lr
         done, progress = (t, self.clock / cfg.steps) if t >= 0 else (self.step, self.step / cfg.warmup_steps)
-        ramp = min(1.0, (done + 1) / cfg.lr_warmup_steps) if cfg.lr_warmup_steps else 1.0
+        risen = min(done, self.engine.attempts) + 1
+        ramp = min(1.0, risen / cfg.lr_warmup_steps) if cfg.lr_warmup_steps else 1.0
         shape = {
             "constant": 1.0,
             "linear": 1 - 0.9 * progress,

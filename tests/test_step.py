@@ -21,10 +21,11 @@ from amft_fast.run.signals import SIGNALS, StopSignal
 from amft_fast.trainer import Trainer
 
 
-def at(step, *flags, tokens=0):
-    """A trainer at a step, as far as its clock and its learning rate look at it."""
+def at(step, *flags, tokens=0, updates=10**6):
+    """A trainer at a step, as far as its clock and its learning rate look at it; its moments have seen so many updates."""
     cfg = config_file.load(None, ["--train.steps", "10", "--train.lr", "1.0", "--train.sft_lr", "0.5", *flags])
     trainer = SimpleNamespace(cfg=cfg, step=step, tokens=tokens, warmup_tokens=0, total=cfg.train.warmup_steps + 10)
+    trainer.engine = SimpleNamespace(attempts=updates)
     trainer.clock = Trainer.clock.fget(trainer)
     return trainer
 
@@ -35,6 +36,12 @@ def at(step, *flags, tokens=0):
 def test_the_learning_rate_rises_for_imitation_too(step, mu, want):
     trainer = at(step, "--train.lr_warmup_steps", "4")
     assert Trainer.learning_rate(trainer, step, mu) == pytest.approx(want)
+
+
+def test_the_learning_rate_rises_again_where_a_verdict_has_emptied_the_moments():
+    """AdamW's first updates move every weight by the whole rate, whichever gradient they come from."""
+    rates = [Trainer.learning_rate(at(6 + k, "--train.lr_warmup_steps", "3", updates=k), 6 + k, 0) for k in range(4)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 1])
 
 
 @pytest.mark.parametrize(("schedule", "want"), [("linear", 0.55), ("cosine", 0.55), ("constant", 1.0)])

@@ -31,7 +31,7 @@ class TrainConfig(Section):
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the learning rate over the steps after its warm-up, down to a tenth of the peak."""
     lr_warmup_steps: int = Field(0, ge=0)
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0; they begin again where the optimizer's state is back to nothing."""
     sft_share: float = Field(0.3, gt=0, lt=1)
     """Share of the steps that sft_then_rl spends on demonstrations."""
     sft_stop: Literal["share", "saturation"] = "share"
