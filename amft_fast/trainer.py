@@ -31,12 +31,12 @@ from amft_fast import controller, gradient_noise, mixtures, objective
 from amft_fast.config import Config
 from amft_fast.data.batch import TokenSequence
 from amft_fast.data.loader import Loader
-from amft_fast.data.stream import Stream, choose
+from amft_fast.data.stream import Stream
 from amft_fast.engine.parts import Part, Tensors
 from amft_fast.engine.phases import Phases
 from amft_fast.errors import RolloutFailure, UserError
-from amft_fast.held_out import HeldOut
 from amft_fast.interfaces import Demo, Item, RolloutEngine, Sample, Task, UpdateEngine
+from amft_fast.looks import Looks, held_out_prompts
 from amft_fast.losses import EntropyBonus
 from amft_fast.meta_gradient import Utility, UtilityGradient
 from amft_fast.mixtures.base import Group, Mix, groups_of
@@ -114,11 +114,10 @@ class Trainer:
         )
         self.rollouts.generations = self.mixture.generations
         self.rollouts.hints = lambda: copy(self.mixture).hint  # threads read no progress that the next step changes
-        self.held_out = self._validation_prompts(parts.task, cfg.prompts_of_a_look) if cfg.in_blocks else []
+        self.looks = Looks(cfg, self.controller, parts.task, self._encoded, self.rollouts, self.scorer)
         self.kept: Any = None  # weights and moments that a block may be taken back to
         self.updates = 1  # of a step that imitates
         self.utility_gradient = self._make_utility(parts.task) if cfg.takes_utility else None
-        self.validation = self._validation(parts.task)
         self.step = 0
         self.entropy_target: float | None = None  # H*
         self.entropy_bonus = EntropyBonus(cfg.objective)  # c_H
@@ -141,27 +140,9 @@ class Trainer:
                 "problem with a gold answer); method sft needs demonstrations alone"
             )
 
-    def _validation(self, task: Task) -> list[TokenSequence]:
-        """Held-out demonstrations whose likelihood says when imitation has had its effect, where the controller reads it."""
-        switches = isinstance(self.controller, controller.Switch)
-        count = self.cfg.meta.prompts if switches else self.cfg.demos_of_a_look if self.cfg.in_blocks else 0
-        demos = choose(task.demos("val"), count) if count else []
-        if switches and not demos:
-            raise UserError("train.sft_stop saturation looks at demonstrations of the split val, and the task has none")
-        return [self._encoded(d) for d in demos]
-
-    def _validation_prompts(self, task: Task, count: int) -> list[Item]:
-        """The held-out prompts that μ is learned on."""
-        items = choose(task.prompts("val"), count)
-        if len(items) < 2:
-            raise UserError(
-                f"method {self.cfg.train.method!r} needs at least 2 validation prompts, the task has {len(items)}"
-            )
-        return items
-
     def _make_utility(self, task: Task) -> UtilityGradient:
         cfg = self.cfg
-        items = self._validation_prompts(task, cfg.meta.prompts)
+        items = held_out_prompts(cfg, task, cfg.meta.prompts)
         demos = {d.id: d for d in task.demos("val")} if cfg.meta.utility != "reward" else {}
         temperature = cfg.rollout.temperature
         return UtilityGradient(cfg.meta, items, demos, self.encoder, self.engine, self.scorer.batches, temperature)
@@ -215,7 +196,7 @@ class Trainer:
         t = self.step - cfg.warmup_steps  # negative in the warm-up
         looked = (
             self.look_at_validation(self.looked)
-            if self.validation and self.controller.wants_validation(t, self.clock)
+            if self.looks.demos and self.controller.wants_validation(t, self.clock)
             else self.looked
         )
         mu = 1.0 if t < 0 else self.controller.mu(self.clock)
@@ -312,17 +293,13 @@ class Trainer:
 
         What it was told stays told when the step breaks off later on: the look is not taken again.
         """
-        items = self.held_out
-        if not items or not self.controller.wants_look(t, self.clock):
+        if not self.looks.prompts or not self.controller.wants_look(t, self.clock):
             return
         with self.phases("utility"):
             with self.undone_on_stop():
-                samples = self.draw_held_out(items, self.step)
-                demos, tokens = self.read_validation()
-            held_out = HeldOut.of(samples, len(items), demos)
-            tokens += held_out.sampled
-            verdict, figures = self.controller.looked(held_out, self.clock + self.clock_of(tokens))
-            self.looked, self.updates = Looked(figures, tokens), self.updates_of_a_step(samples)
+                look = self.looks.take(self.step)
+            verdict, figures = self.controller.looked(look.held_out, self.clock + self.clock_of(look.tokens))
+            self.looked, self.updates = Looked(figures, look.tokens), self.updates_of_a_step(look.samples)
             if verdict == "keep":
                 self.kept = self.engine.snapshot()
             elif verdict == "back":
@@ -337,20 +314,11 @@ class Trainer:
         explores = cfg.train.prompts_per_step * cfg.rollout.num_generations * answer
         return max(1, round(explores / (cfg.train.demos_per_step * demo)))
 
-    def draw_held_out(self, items: list[Item], step: int) -> list[Sample]:
-        cfg = self.cfg
-        return self.rollouts.sample(items, cfg.rollout.temperature, ("held out", step), cfg.meta.num_generations)
-
     def look_at_validation(self, so_far: Looked) -> Looked:
         """The controller is told how likely held-out demonstrations are now."""
         with self.phases("utility"):
-            logprobs, tokens = self.read_validation()
+            logprobs, tokens = self.looks.read()
         return Looked(so_far.figures | self.controller.validated(logprobs), so_far.tokens + tokens)
-
-    def read_validation(self) -> tuple[list[np.ndarray], int]:
-        """The log-probs of each held-out demonstration's tokens, and the tokens that were read for them."""
-        read = self.scorer.tokens(self.validation) if self.validation else []
-        return [logprobs for logprobs, _ in read], sum(len(s.ids) for s in self.validation)
 
     def look_at_noise(self, sft: list[TokenSequence], groups: list[Group]) -> Looked:
         """The controller is told how noisy the two gradients of this step are, from halves of its demonstrations and

@@ -89,11 +89,12 @@ class Recorder:
 
     def look(self) -> dict[str, Any]:
         t = self.trainer
-        samples = t.draw_held_out(t.held_out, t.step)
-        demos, tokens = t.read_validation()
-        t.updates = t.updates_of_a_step(samples)
-        held_out = HeldOut.of(samples, len(t.held_out), demos)
-        self.tokens_of_a_look = {"prompt": held_out.sampled / len(t.held_out), "demo": tokens / max(len(demos), 1)}
+        samples, held_out, tokens = t.looks.take(t.step)
+        t.updates, demos = t.updates_of_a_step(samples), max(len(held_out.nll), 1)
+        self.tokens_of_a_look = {
+            "prompt": held_out.sampled / len(held_out.rewards),
+            "demo": (tokens - held_out.sampled) / demos,
+        }
         return {
             "rewards": held_out.rewards.round(4).tolist(),
             "luck": None if math.isnan(held_out.luck) else round(held_out.luck, 4),

@@ -406,7 +406,7 @@ def test_a_run_that_took_imitation_back_is_where_it_was(tmp_path, checkpoint_fol
         assert b.mu == 0 and [s.response_ids for s in b.drawn.samples] == [s.response_ids for s in a.drawn.samples]
         assert all(b.figures[k] == a.figures[k] for k in ("loss", "grad_norm", "entropy"))
         extra = b.tokens - a.tokens
-        look = 2 * 8 * 4 + sum(len(s.ids) for s in amft.validation)
+        look = 2 * 8 * 4 + sum(len(s.ids) for s in amft.looks.demos)
         assert 0 < extra <= look if "controller/reward" in b.figures else extra == 0, "the tokens of the look"
     assert all(map(torch.equal, weights(rl), weights(amft))) and amft.kept is not None
 
@@ -459,12 +459,12 @@ def test_a_look_reads_the_likelihood_of_held_out_demonstrations_where_there_are_
         looked = trainer.controller.looked
         trainer.controller.looked = lambda found, clock, looked=looked: (seen.append(found), looked(found, clock))[1]
         trainer.look(0)
-        tokens = sum(len(s.ids) for s in trainer.validation)
+        tokens = sum(len(s.ids) for s in trainer.looks.demos)
         assert trainer.looked.tokens == seen[-1].sampled + tokens and (tokens > 0) == (len(seen) == 1)
         assert ("controller/demo_nll" in trainer.looked.figures) == (tokens > 0)
         if tokens:
             want = []
-            for s in trainer.validation:
+            for s in trainer.looks.demos:
                 ids = torch.as_tensor(s.ids)[None]
                 logp = trainer.policy.model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
                 want.append(-float(logp[torch.as_tensor(s.trained)[1:]].mean()))
