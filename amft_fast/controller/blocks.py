@@ -17,12 +17,15 @@ fallen where |t| is beyond `confidence`.
                                          are few mistakes left to learn from, and what is there can be lost
                else                      back to the kept weights and moments, and explore
     exploring  fallen                    back to the kept ones, and imitate: twice as long as when it last did not show. From
-                                         here on imitation is taken back where it falls, not where it does not rise
+                                         here on imitation is taken back where it falls, not where it does not rise. Where the
+                                         first look's luck leaves imitation the whole run (see below), t under 0 is a fall
+                                         until exploring has risen once
                risen                     these are kept; exploring goes on
                else                      exploring goes on
 
 Enough is where imitation, having shown, has had twice the share of the run that the share of the rewards' variance between
-prompts is (one minus `luck`, the mean over its looks), unless it has only just come alive or exploring has been taken back.
+prompts is (one minus `luck`, the mean over its looks), unless it has only just come alive; as much again once exploring has
+been taken back.
 Exploring learns from answers to one prompt that earn differently, and imitation brings what no answer to a prompt shows: where
 success is luck, and any prompt is solved now and then, exploring makes much of it; where it is the prompt's, and half of the
 variance lies between prompts, imitation has the whole run (docs/method.md).
@@ -60,15 +63,22 @@ STATE = (
     "rewards",
     "nll",
     "lucks",
+    "doubted",
     "settling",
     "was_dead",
     "imitated",
     "in_vain",
     "fell",
+    "tried",
     "barren",
 )
 MARGIN = 0.03  # of its loss: a demonstration that became likelier by less has not
 LATER_ASKED = -1.0  # of `confidence`: the evidence that later blocks must have; the first must have all of it
+
+
+def _share(luck: float) -> float:
+    """Of the run, that imitation may have."""
+    return MOST * (1 - luck)
 
 
 class BlockController(Controller):
@@ -82,11 +92,13 @@ class BlockController(Controller):
         self.rewards: list[float] = []  # of each prompt, at the weights that are kept
         self.nll: list[float] = []  # of each demonstration, at what the present block of imitation is compared with
         self.lucks: list[float] = []  # at the looks that found imitation to have shown
+        self.doubted = False  # whether exploring is given up where it does not rise at all
         self.settling = False  # whether it will be taken again in the middle of the block
         self.was_dead = False  # these
         self.imitated = 0.0  # steps of imitation in them
         self.in_vain = 0.0  # length of the last block of imitation that was taken back
         self.fell = False  # whether exploring has been taken back since
+        self.tried = 0.0  # what was `imitated` when it was last taken back
         self.barren = 0  # steps in a row whose answers taught nothing
 
     @property
@@ -120,6 +132,7 @@ class BlockController(Controller):
         z = None
         if not math.isnan(held_out.luck):
             figures["luck"] = held_out.luck
+            self.doubted |= first and _share(held_out.luck) >= 1 and self.c.signal != "lot"
         if len(held_out.nll):
             figures["demo_nll"] = float(held_out.nll.mean())
         if not first:
@@ -158,16 +171,19 @@ class BlockController(Controller):
         return self._explore("back")
 
     def _is_enough(self, goes_on: bool) -> bool:
-        if goes_on or self.was_dead or self.fell or not self.lucks or self.c.signal == "lot":
+        if goes_on or self.was_dead or not self.lucks or self.c.signal == "lot":
             return False
-        return self.imitated >= MOST * (1 - fmean(self.lucks)) * self.cfg.train.steps
+        return self.imitated - self.tried >= _share(fmean(self.lucks)) * self.cfg.train.steps
 
     def _explored(self, t: float) -> Verdict:
-        if t < -self.c.confidence:
-            self.fell = True
+        if t < (0 if self.doubted else -self.c.confidence):
+            self.fell, self.tried = True, self.imitated
             return self._imitate("back", max(2 * self.in_vain, self.shortest))
         self.block *= 2
-        return "keep" if t > self.c.confidence else "go on"
+        if t <= self.c.confidence:
+            return "go on"
+        self.doubted = False
+        return "keep"
 
     def _explore(self, verdict: Verdict) -> Verdict:
         self.value, self.block = 0.0, self.shortest
