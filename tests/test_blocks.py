@@ -267,11 +267,11 @@ def test_luck_says_nothing_where_it_cannot():
     assert [mu for _, _, mu in looks(by_lot, lucky[:4])] == [1] * 4
 
 
-def test_imitation_has_as_much_again_once_exploring_has_been_taken_back():
-    """At a luck of 0.95: a tenth of the run, reached at 12, and another one after the fall at 18."""
+def test_luck_ends_imitation_after_a_fall_of_exploring_too():
+    """At a luck of 0.95 a tenth of the run is enough. What fell had 6 and imitation has 12 before exploring begins again."""
     results = [held_out(x, luck=0.95) for x in (0.1, 0.3, 0.5, 0.2, 0.7, 0.9)]
     seen = looks(make(), results)
-    assert seen == [(0, "keep", 1), (6, "keep", 1), (12, "keep", 0), (18, "back", 1), (24, "keep", 1), (42, "keep", 0)]
+    assert seen == [(0, "keep", 1), (6, "keep", 1), (12, "keep", 0), (18, "back", 1), (30, "keep", 0), (36, "keep", 0)]
 
 
 @pytest.mark.parametrize(

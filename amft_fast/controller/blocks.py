@@ -16,16 +16,15 @@ fallen where |t| is beyond `confidence`.
                solved                    the same: over `solved` of the answers are right and imitation has made them so. There
                                          are few mistakes left to learn from, and what is there can be lost
                else                      back to the kept weights and moments, and explore
-    exploring  fallen                    back to the kept ones, and imitate: twice as long as when it last did not show. From
-                                         here on imitation is taken back where it falls, not where it does not rise. Where the
-                                         first look's luck leaves imitation the whole run (see below), t under 0 is a fall
-                                         until exploring has risen once
+    exploring  fallen                    back to the kept ones, and imitate: twice as long as this block, or as the last of
+                                         imitation that did not show. From here on imitation is taken back where it falls, not
+                                         where it does not rise. Where the first look's luck leaves imitation the whole run (see
+                                         below), t under 0 is a fall until exploring has risen once
                risen                     these are kept; exploring goes on
                else                      exploring goes on
 
 Enough is where imitation, having shown, has had twice the share of the run that the share of the rewards' variance between
-prompts is (one minus `luck`, the mean over its looks), unless it has only just come alive; as much again once exploring has
-been taken back.
+prompts is (one minus `luck`, the mean over its looks), unless it has only just come alive.
 Exploring learns from answers to one prompt that earn differently, and imitation brings what no answer to a prompt shows: where
 success is luck, and any prompt is solved now and then, exploring makes much of it; where it is the prompt's, and half of the
 variance lies between prompts, imitation has the whole run (docs/method.md).
@@ -69,7 +68,6 @@ STATE = (
     "imitated",
     "in_vain",
     "fell",
-    "tried",
     "barren",
 )
 MARGIN = 0.03  # of its loss: a demonstration that became likelier by less has not
@@ -98,7 +96,6 @@ class BlockController(Controller):
         self.imitated = 0.0  # steps of imitation in them
         self.in_vain = 0.0  # length of the last block of imitation that was taken back
         self.fell = False  # whether exploring has been taken back since
-        self.tried = 0.0  # what was `imitated` when it was last taken back
         self.barren = 0  # steps in a row whose answers taught nothing
 
     @property
@@ -173,12 +170,12 @@ class BlockController(Controller):
     def _is_enough(self, goes_on: bool) -> bool:
         if goes_on or self.was_dead or not self.lucks or self.c.signal == "lot":
             return False
-        return self.imitated - self.tried >= _share(fmean(self.lucks)) * self.cfg.train.steps
+        return self.imitated >= _share(fmean(self.lucks)) * self.cfg.train.steps
 
     def _explored(self, t: float) -> Verdict:
         if t < (0 if self.doubted else -self.c.confidence):
-            self.fell, self.tried = True, self.imitated
-            return self._imitate("back", max(2 * self.in_vain, self.shortest))
+            self.fell = True
+            return self._imitate("back", 2 * max(self.in_vain, self.block))
         self.block *= 2
         if t <= self.c.confidence:
             return "go on"
