@@ -278,6 +278,7 @@ class UpdateEngine(Protocol):
     world_size: int
     device: torch.device
     cut: bool  # parameters are there in parts only, outside the model's forward pass
+    attempts: int  # updates that the present weights and moments come from, the skipped ones included
     bad_in_row: torch.Tensor  # updates in a row that were skipped because their gradient was not finite, on the device
     bad_total: torch.Tensor  # all of those
     skipped: int  # the same, as the loop has read it last and told the engine

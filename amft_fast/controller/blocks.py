@@ -127,9 +127,10 @@ class BlockController(Controller):
         first, dead = not self.rewards, alive < self.c.min_alive
         t = 0.0 if first else student(held_out.rewards - np.array(self.rewards))
         z = None
+        luck = math.nan if self.c.signal == "lot" else held_out.luck  # a run by lot does not ask
+        self.doubted |= first and _share(luck) >= 1
         if not math.isnan(held_out.luck):
             figures["luck"] = held_out.luck
-            self.doubted |= first and _share(held_out.luck) >= 1 and self.c.signal != "lot"
         if len(held_out.nll):
             figures["demo_nll"] = float(held_out.nll.mean())
         if not first:
@@ -142,7 +143,7 @@ class BlockController(Controller):
             verdict = self._explored(t)
         else:
             solved = held_out.right > self.c.solved and self.imitated > 0
-            verdict = self._imitated(t, z, held_out.luck, dead or solved)
+            verdict = self._imitated(t, z, luck, dead or solved)
         if verdict == "keep":
             self.rewards, self.nll, self.was_dead = held_out.rewards.tolist(), held_out.nll.tolist(), dead
         self.barren, self.ends = 0, self._end(clock)
@@ -168,7 +169,7 @@ class BlockController(Controller):
         return self._explore("back")
 
     def _is_enough(self, goes_on: bool) -> bool:
-        if goes_on or self.was_dead or not self.lucks or self.c.signal == "lot":
+        if goes_on or self.was_dead or not self.lucks:
             return False
         return self.imitated >= _share(fmean(self.lucks)) * self.cfg.train.steps
 
