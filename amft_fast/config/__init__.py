@@ -87,6 +87,11 @@ class Config(Section):
                 f"rollout.num_generations must be at least 2 for advantage.kind {self.advantage.kind!r}, whose baseline is "
                 f"the rest of the group, got {self.rollout.num_generations}; reinforce++ and gae work with 1"
             )
+        if self.ask_again < 1 and self.advantage.kind not in GROUP_KINDS:
+            raise ValueError(
+                f"rollout.ask_again passes over prompts whose answers all earned the same, and with advantage.kind "
+                f"{self.advantage.kind!r} these teach as well: leave it at 1, got {self.ask_again}"
+            )
         self._check_loss()
         self._check_mixture()
         self._check_shared_rows()
@@ -120,6 +125,13 @@ class Config(Section):
     def takes_utility(self) -> bool:
         """Whether mu is learned from dot-products with the utility gradient (controller/windows.py)."""
         return METHODS[self.train.method].learns_from_utility and not self.in_blocks
+
+    @property
+    def ask_again(self) -> float:
+        """The probability with which a prompt whose answers all earned the same is in the next pass over the prompts."""
+        if self.rollout.ask_again is not None:
+            return self.rollout.ask_again
+        return 0.5 if self.in_blocks and self.advantage.kind in GROUP_KINDS else 1.0
 
     @property
     def sends_adapter(self) -> bool:
@@ -196,12 +208,12 @@ class Config(Section):
             raise ValueError(
                 f"train.method {method.name!r} compares answers to one prompt: advantage.kind must not be gae"
             )
-        if self.rollout.dynamic_sampling and method.mixture in ("luffy", "srft", "hpt", "superrl", "relift"):
-            raise ValueError(
-                "rollout.dynamic_sampling replaces the prompts that no answer solves, from which train.method "
-                f"{method.name!r} learns by "
-                "imitation: leave it off"
-            )
+        if method.mixture in ("luffy", "srft", "hpt", "superrl", "relift"):
+            unsolved = f"the prompts that no answer solves, from which train.method {method.name!r} learns by imitation"
+            if self.rollout.dynamic_sampling:
+                raise ValueError(f"rollout.dynamic_sampling replaces {unsolved}: leave it off")
+            if self.ask_again < 1:
+                raise ValueError(f"rollout.ask_again passes over {unsolved}: leave it at 1, got {self.ask_again}")
         if method.mixture in ("luffy", "srft") and self.rollout.num_generations < 2:
             raise ValueError(
                 f"rollout.num_generations must be at least 2 for train.method {method.name!r}, whose group is all but "

@@ -113,6 +113,10 @@ class RolloutConfig(Section):
     engine decodes at once: prompts come in buckets by length. Changes memory and speed only; default: max_batch alone."""
     dynamic_sampling: bool = False
     """Replace groups whose rewards are all equal, which teach nothing, by groups of the next prompts."""
+    ask_again: float | None = Field(None, gt=0, le=1)
+    """Probability with which a prompt whose answers all earned the same, which teaches nothing, is in the next pass over the
+    prompts; squared after two such times in a row, to the third power after three. 1: all prompts are in every pass. Default:
+    0.5 where method amft compares answers to one prompt, else 1."""
     max_redraws: int = Field(3, ge=1, le=1000)
     """How often in a step dynamic sampling replaces; groups that are flat then stay."""
 

@@ -273,8 +273,9 @@ ANSWERS = (
     Plot("Cut off", (("truncated", "truncated answers"),), "Answers that ran into the bound on tokens.", percent=True),
     Plot(
         "Groups without spread",
-        (("groups_without_spread", "all answers earn the same"),),
-        "Share of prompts whose answers all earn the same: they teach a group-relative method nothing.",
+        (("groups_without_spread", "all answers earn the same"), ("passed_over", "prompts that this pass leaves out")),
+        "Share of prompts whose answers all earn the same: they teach a group-relative method nothing, and later passes over "
+        "the prompts may leave them out (rollout.ask_again).",
         percent=True,
         include=(0.0,),
     ),

@@ -49,5 +49,10 @@ def is_flat(group: list[Sample]) -> bool:
     return len({sample.reward for sample in group}) < 2
 
 
+def flat_prompts(samples: list[Sample]) -> dict[str, bool]:
+    """Of each prompt, whether its group is flat."""
+    return {group[0].prompt_id: is_flat(group) for group in _groups(samples)}
+
+
 def _groups(samples: list[Sample]) -> list[list[Sample]]:
     return [list(group) for _, group in groupby(samples, key=lambda s: s.group_id)]

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import torch
 
 from amft_fast.config import Config
-from amft_fast.data.stream import Stream
+from amft_fast.data.stream import Passes
 from amft_fast.engine.phases import Phases
 from amft_fast.engine.world import World
 from amft_fast.errors import RolloutFailure
 from amft_fast.interfaces import Item, RolloutEngine, Sample, Sampling, Task, UpdateEngine
 from amft_fast.rollout import episodes
 from amft_fast.rollout.ahead import Ahead
-from amft_fast.rollout.dynamic import draw_with_spread
+from amft_fast.rollout.dynamic import draw_with_spread, flat_prompts
 from amft_fast.rollout.encoder import Encoder
 
 
@@ -84,7 +84,9 @@ class Rollouts:
         self.version = 0  # of the policy
         self.sent: int | None = 0  # version that the engine has; None: other weights than any version now
         self.prompts = task.prompts("train")
-        self.stream = Stream(len(self.prompts), cfg.run.seed, "prompts")
+        self.stream = Passes(len(self.prompts), cfg.run.seed, "prompts", cfg.ask_again)
+        self.places = {item.id: i for i, item in enumerate(self.prompts)} if cfg.ask_again < 1 else {}
+        self.flat: dict[str, bool] = {}  # whether all answers to a prompt of this step earned the same
         self.on_answer: Callable[[], object] = lambda: None  # told of each answer drawn on this rank
         depth = cfg.rollout.async_steps
         self.ahead = Ahead(depth) if depth else None
@@ -97,21 +99,29 @@ class Rollouts:
 
     def draw(self, step: int) -> Drawn:
         """G answers to each of the step's prompts, judged by the task; those that were drawn ahead, where they were."""
-        cfg, count = self.cfg.rollout, self.cfg.train.prompts_per_step
-        if self.ahead:
-            with self.phases("rollout"):
-                self._wait(1)
-                parts = self.world.together(self.ahead.first)
-            return Drawn([sample for part in parts for sample in part], {})
+        cfg, count, figures = self.cfg.rollout, self.cfg.train.prompts_per_step, {}
+        self.flat = {}
 
         def draw(items: list[Item], redraw: int) -> list[Sample]:
             # A prompt that comes again in the same step must not draw the same samples again.
             purpose = ("train", step, redraw) if redraw else ("train", step)
-            return self.sample(items, cfg.temperature, purpose, self.generations)
+            drawn = self.sample(items, cfg.temperature, purpose, self.generations)
+            self.flat |= flat_prompts(drawn)
+            return drawn
 
-        if cfg.dynamic_sampling:
-            return Drawn(*draw_with_spread(draw, self._take, count, cfg.max_redraws))
-        return Drawn(draw(self._take(count), 0), {})
+        if self.ahead:
+            with self.phases("rollout"):
+                self._wait(1)
+                parts = self.world.together(self.ahead.first)
+            samples = [sample for part in parts for sample in part]
+            self.flat = flat_prompts(samples)
+        elif cfg.dynamic_sampling:
+            samples, figures = draw_with_spread(draw, self._take, count, cfg.max_redraws)
+        else:
+            samples = draw(self._take(count), 0)
+        if self.places:
+            figures["passed_over"] = self.stream.left_out
+        return Drawn(samples, figures)
 
     def _take(self, count: int) -> list[Item]:
         return [self.prompts[i] for i in self.stream.take(count)]
@@ -213,6 +223,7 @@ class Rollouts:
         broken off what was being drawn ahead; the loop asks for a stop itself.
         """
         self.version, in_flight = version, self.cfg.rollout.in_flight
+        self._told()
         if self.ahead and len(self.ahead) > 1 and not in_flight:
             return None
         try:
@@ -224,6 +235,13 @@ class Rollouts:
         except RolloutFailure as e:
             return e
         return None
+
+    def _told(self) -> None:
+        """The step is done: later passes over the prompts know what it has found flat."""
+        if self.places:
+            oldest = self.ahead.queue[0].position if self.ahead else self.stream.position
+            self.stream.told({self.places[name]: flat for name, flat in self.flat.items()}, oldest)
+        self.flat = {}
 
     def replace(self) -> None:
         """The policy's weights have been put back to earlier ones: what is drawn from now on is of these."""
@@ -258,8 +276,9 @@ class Rollouts:
 
         In flight it waits for nothing: prompts that are not answered yet are asked again after a resume.
         """
+        history = {"prompt_history": self.stream.history()} if self.places else {}
         if self.ahead is None:
-            return {"prompt_position": self.stream.position, "ahead": []}
+            return {"prompt_position": self.stream.position, "ahead": []} | history
         if not self.cfg.rollout.in_flight:
             self.ahead.settle()
         count = min(self.world.together(self.ahead.whole))
@@ -267,11 +286,12 @@ class Rollouts:
         parts = self.world.together(lambda: [batch.state_dict() for batch in batches[:count]])
         drawn = [states[0] | {"samples": [s for part in states for s in part["samples"]]} for states in zip(*parts)]
         position = batches[count].position if count < len(batches) else self.stream.position
-        return {"prompt_position": position, "ahead": drawn}
+        return {"prompt_position": position, "ahead": drawn} | history
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
         """Takes up what `state_dict` gave before `step`, and gives the engine the present weights."""
         self.stream.position = state["prompt_position"]
+        self.stream.load_history(state.get("prompt_history"))
         drawn, depth = state.get("ahead") or [], self.cfg.rollout.async_steps
         if drawn and "samples" not in drawn[0]:  # of one step, in checkpoints of earlier versions
             before = self.stream.position - self.cfg.train.prompts_per_step
