@@ -177,6 +177,15 @@ def test_a_block_of_imitation_is_a_quarter_of_the_run_at_most_and_the_last_one_g
     assert [clock for clock, _, _ in looks(c, results)] == [0, 45] and c.ends == 100
 
 
+@pytest.mark.parametrize(("steps", "want"), [(98, [0, 6, 12, 24, 48]), (100, [0, 6, 12, 24, 48, 96])])
+def test_no_look_is_taken_that_leaves_the_run_next_to_nothing(steps, want):
+    """After that at 96 of blocks of exploring that begin with 6, the run would have 2 or 4 steps."""
+    flags = ("--train.steps", str(steps), "--controller.imitation_share", str(6 / steps))
+    results = [held_out(0.5), held_out(0.5), held_out(0.6), held_out(0.7), held_out(0.8), held_out(0.9)]
+    seen = looks(make(*flags), results, until=float(steps))
+    assert [clock for clock, _, _ in seen] == want
+
+
 def test_likelihood_is_asked_for_once_in_the_middle_of_imitation_that_begins():
     c = make()
     c.looked(held_out(0.3, nll=DEMOS), 0.0)

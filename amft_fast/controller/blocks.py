@@ -31,8 +31,9 @@ variance lies between prompts, imitation has the whole run (docs/method.md).
 
 The first half of imitation that begins without a warm-up, or begins again, goes into the form of the demonstrations, which
 becomes likelier whatever is learned: there z is of the second half. A block of imitation that would leave less than half of
-itself to the run goes on to its end. Blocks of exploring double from `imitation_share` on. If for `window` steps no answer of
-a step earns more than another and none is right, a look is taken at once, and imitation begins again where it says dead.
+itself to the run goes on to its end, and so does one of exploring that would leave less than half of the first. Blocks of
+exploring double from `imitation_share` on. If for `window` steps no answer of a step earns more than another and none is
+right, a look is taken at once, and imitation begins again where it says dead.
 
 A step has the compute of one that explores, whatever it does: one that imitates makes as many updates as cost the same.
 """
@@ -194,9 +195,9 @@ class BlockController(Controller):
         return verdict
 
     def _end(self, clock: float) -> float:
-        """Of the block that begins now; one of imitation leaves nothing to the run or at least half of itself."""
+        """Of the block that begins now, which leaves nothing to the run or enough for a look to be worth its cost."""
         left = self.cfg.train.steps - clock
-        if self.value == 1 and left < 1.5 * self.block:
+        if left - self.block < 0.5 * (self.block if self.value == 1 else self.shortest):
             self.block = left
         return clock + self.block
 
