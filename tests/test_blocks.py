@@ -131,6 +131,16 @@ def test_the_first_block_is_judged_by_rewards_and_the_likelihood_of_demonstratio
     assert [s[:2] for s in seen] == [(0, "keep"), (6, want)]
 
 
+@pytest.mark.parametrize(
+    ("luck", "t", "z", "want"),
+    [(0.4, -1.5, 2.5, "keep"), (0.4, -2.1, 6, "back"), (0.4, -1, 1.5, "back"), (0.6, -1.5, 2.5, "back")],
+)
+def test_where_luck_leaves_imitation_the_whole_run_it_stays_for_what_it_learns(luck, t, z, want):
+    before = held_out(0.3, nll=DEMOS + 1, luck=luck)
+    seen = looks(make(), [before, risen(t, falls_by(z, MARGIN), before)], middles=[DEMOS])
+    assert seen[-1][:2] == (6, want)
+
+
 def test_getting_used_to_the_form_of_demonstrations_does_not_count():
     before = held_out(0.3, nll=DEMOS + 1)
     assert looks(make(), [before, risen(0, DEMOS, before)], middles=[DEMOS])[-1] == (6, "back", 0)

@@ -10,7 +10,9 @@ fallen where |t| is beyond `confidence`.
                enough                    these weights are kept, and explore: see below
                shown, or come alive      these weights are kept, and as much imitation again as there was so far, a quarter of
                                          the run at most. Shown: (t + z)/√2 is over `confidence`, z counted to twice of it; from
-                                         the second block on over −`confidence`: what has shown before must be seen to harm
+                                         the second block on over −`confidence`: what has shown before must be seen to harm.
+                                         Where the first look's luck leaves imitation the whole run (see below), z over
+                                         `confidence` is enough, until exploring has risen once
                dead                      the same: there is nothing to explore from. The answers to all but `min_alive` of the
                                          prompts earned the same and are not right
                solved                    the same: over `solved` of the answers are right and imitation has made them so. There
@@ -91,7 +93,7 @@ class BlockController(Controller):
         self.rewards: list[float] = []  # of each prompt, at the weights that are kept
         self.nll: list[float] = []  # of each demonstration, at what the present block of imitation is compared with
         self.lucks: list[float] = []  # at the looks that found imitation to have shown
-        self.doubted = False  # whether exploring is given up where it does not rise at all
+        self.doubted = False  # exploring, by the first look's luck and until it has risen
         self.settling = False  # whether it will be taken again in the middle of the block
         self.was_dead = False  # these
         self.imitated = 0.0  # steps of imitation in them
@@ -158,7 +160,9 @@ class BlockController(Controller):
         most = 2 * self.c.confidence
         evidence = t if z is None else (t + min(max(z, -most), most)) / math.sqrt(2)
         asked = self.c.confidence * (LATER_ASKED if self.imitated else 1)
-        shown = self._lot() if self.c.signal == "lot" else evidence > asked and t > -self.c.confidence
+        learned = self.doubted and z is not None and z > self.c.confidence  # and nothing else to be had
+        risen = (evidence > asked or learned) and t > -self.c.confidence
+        shown = self._lot() if self.c.signal == "lot" else risen
         if shown or self.was_dead or goes_on or (self.fell and t > -self.c.confidence):
             self.imitated += self.block
             if not math.isnan(luck):
