@@ -107,8 +107,9 @@ class Passes(Stream):
         self.passes = [p for p in self.passes[:-1] if p.end > oldest] + self.passes[-1:]
 
     def history(self) -> dict[str, Any]:
-        """What was told and which passes there are, as JSON values."""
-        return {"flat": _digits(self.flat), "passes": [(p.number, p.start, _digits(p.flat)) for p in self.passes]}
+        """What was told and which passes have begun by this position, as JSON values."""
+        begun = [(p.number, p.start, _digits(p.flat)) for p in self.passes if p.start < self.position]
+        return {"flat": _digits(self.flat), "passes": begun}
 
     def load_history(self, state: dict[str, Any] | None) -> None:
         """Takes up what `history` gave; nothing where it is of another number of indices."""
