@@ -47,11 +47,11 @@ class Looks:
             raise UserError("train.sft_stop saturation looks at demonstrations of the split val, and the task has none")
         self.demos = [encode(demo) for demo in demos]
 
-    def take(self, step: int) -> Look:
+    def take(self, step: int, reads_demos: bool = True) -> Look:
         """Answers to the prompts at the present weights, and how likely the demonstrations are."""
         cfg, place = self.cfg, ("held out", step)
         samples = self.rollouts.sample(self.prompts, cfg.rollout.temperature, place, cfg.meta.num_generations)
-        demos, tokens = self.read()
+        demos, tokens = self.read() if reads_demos else ([], 0)
         held_out = HeldOut.of(samples, len(self.prompts), demos)
         return Look(samples, held_out, tokens + held_out.sampled)
 

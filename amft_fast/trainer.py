@@ -297,7 +297,7 @@ class Trainer:
             return
         with self.phases("utility"):
             with self.undone_on_stop():
-                look = self.looks.take(self.step)
+                look = self.looks.take(self.step, self.controller.reads_demos)
             verdict, figures = self.controller.looked(look.held_out, self.clock + self.clock_of(look.tokens))
             self.looked, self.updates = Looked(figures, look.tokens), self.updates_of_a_step(look.samples)
             if verdict == "keep":

@@ -272,7 +272,6 @@ class Design:
         n, demos = len(world.hardness), world.nll.shape[1] if self.reads_demos else 0
         hardness = world.hardness[rng.permutation(n)[: cfg.prompts_of_a_look]]
         read = rng.permutation(demos)[: cfg.demos_of_a_look]
-        cost = len(hardness) * world.look["prompt"] + len(read) * world.look["demo"]
         control, steps = BlockController(cfg), cfg.train.steps
         clock = s = e = looks = 0.0
         kept = (s, e)
@@ -280,7 +279,8 @@ class Design:
             if control.wants_look(int(clock), clock):
                 chance = world.prompts(s, e, hardness)
                 right = rng.binomial(1, chance[:, None], (len(chance), cfg.meta.num_generations))
-                nll = world.losses(s, e)[read] if demos else np.zeros(0)
+                nll = world.losses(s, e)[read] if demos and control.reads_demos else np.zeros(0)
+                cost = len(hardness) * world.look["prompt"] + len(nll) * world.look["demo"]
                 looks, clock = looks + cost, min(clock + cost * steps, steps)
                 verdict, _ = control.looked(HeldOut.of_answers(right, right, 0, nll), clock)
                 kept, (s, e) = ((s, e), (s, e)) if verdict == "keep" else (kept, kept if verdict == "back" else (s, e))

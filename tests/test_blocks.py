@@ -502,6 +502,7 @@ def test_a_look_reads_the_likelihood_of_held_out_demonstrations_where_there_are_
     seen = []
     for task in (Alive(), NoneHeldOut()):
         trainer = trainer_of(cfg, task)
+        trainer.controller.value = 1.0  # as after imitation
         looked = trainer.controller.looked
         trainer.controller.looked = lambda found, clock, looked=looked: (seen.append(found), looked(found, clock))[1]
         trainer.look(0)
@@ -516,6 +517,17 @@ def test_a_look_reads_the_likelihood_of_held_out_demonstrations_where_there_are_
                 want.append(-float(logp[torch.as_tensor(s.trained)[1:]].mean()))
             assert seen[0].nll == pytest.approx(want, rel=1e-4) and len(want) <= 8
     assert len(seen) == 2 and len(seen[1].nll) == 0
+
+
+def test_a_look_reads_demonstrations_only_where_a_verdict_asks_them():
+    """Not after exploring, nor where the middle of the block to come will be the measure."""
+    c, after = make("--train.warmup_steps", "0"), make("--train.warmup_steps", "5")
+    assert not c.reads_demos and after.reads_demos
+    for control in (c, after):
+        control.looked(held_out(0.5), 0.0)
+        assert control.value == 1 and control.reads_demos
+        control.looked(held_out(0.5), 6.0)
+        assert control.value == 0 and not control.reads_demos
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

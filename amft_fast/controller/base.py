@@ -9,6 +9,7 @@ class Controller:
     """What says μ, and what it wants to be told. This one wants nothing and remembers nothing."""
 
     needs_entropy_target = False
+    reads_demos = False  # whether a look now is to read held-out demonstrations
 
     def mu(self, clock: float) -> float:
         """μ at `clock`, a position between 0 and the number of steps (see Trainer.clock)."""

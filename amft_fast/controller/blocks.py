@@ -112,6 +112,11 @@ class BlockController(Controller):
         """Whether answers to the held-out prompts are to be drawn before this step."""
         return step >= self.c.start_step and (clock >= self.ends or self.barren >= self.c.window)
 
+    @property
+    def reads_demos(self) -> bool:
+        """Whether a look now is to read held-out demonstrations: after imitation, and after a warm-up, before it."""
+        return self.value == 1 or (not self.rewards and self.cfg.train.warmup_steps > 0)
+
     def wants_validation(self, step: int, clock: float) -> bool:
         return self.settling and self.value == 1 and clock >= self.ends - self.block / 2 - 0.5  # the nearest step
 
