@@ -62,6 +62,20 @@ def test_what_else_runs_for_a_moment_does_not_decide(model, monkeypatch, begins)
     assert threads.fastest(model, 2) == 2
 
 
+def test_a_large_model_is_not_timed_long_on_few_threads(model, monkeypatch):
+    """A pass of 64 seconds on one thread, as of some billions of parameters: once on few, four times on many."""
+    passes = []
+
+    def seconds(model, ids):
+        passes.append(torch.get_num_threads())
+        return 64 / passes[-1]
+
+    monkeypatch.setattr(threads, "SECONDS", 0.0)
+    monkeypatch.setattr(threads, "_seconds", seconds)
+    assert threads.fastest(model, 64) == 64
+    assert [passes.count(n) for n in (1, 2, 4, 8, 16, 32, 64)] == [1, 1, 1, 1, 1, 4, 4]
+
+
 def test_a_real_model_is_timed(model, monkeypatch):
     monkeypatch.setattr(threads, "SECONDS", 0.0)
     assert threads.fastest(model, 2) in (1, 2)

@@ -21,6 +21,7 @@ GAIN = 0.9  # more threads must take at most this share of the time
 # Sequences and tokens of the pass that is timed: between decoding, which hardly gains by threads, and an update, which does.
 SHAPE = (16, 16)
 SECONDS, PASSES = 0.3, 3  # spent on each number of threads, and the least of passes
+LONG, BEATEN = 1.0, 3.0  # a number whose first pass took so many seconds, and so many times the fastest's, is out
 
 
 def choose(cfg: Config, model: nn.Module, resume: bool = False) -> int:
@@ -55,13 +56,15 @@ def fastest(model: nn.Module, most: int) -> int:
     taken: dict[int, list[float]] = {count: [] for count in candidates}
     until = time.perf_counter() + SECONDS * len(candidates)
     try:
-        while len(taken[most]) < 1 + PASSES or time.perf_counter() < until:
+        while len(taken[candidates[0]]) < 1 + PASSES or time.perf_counter() < until:
             for count in candidates:
                 torch.set_num_threads(count)
                 taken[count].append(_seconds(model, ids))
+            least = min(taken[count][0] for count in candidates)
+            candidates = [count for count in candidates if taken[count][0] <= max(LONG, BEATEN * least)]
     finally:
         model.train(training)
-    seconds = {count: _first_quartile(of[1:]) for count, of in taken.items()}  # the first makes room
+    seconds = {count: _first_quartile(taken[count][1:]) for count in candidates}  # the first makes room
     best = candidates[0]
     for count in candidates[1:]:
         if seconds[count] < GAIN * seconds[best]:
