@@ -3,6 +3,7 @@
 import json
 from concurrent.futures import Future
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 from fakes import CopyEpisode, CopyTask
@@ -39,6 +40,17 @@ def test_what_was_flat_k_times_in_a_row_is_in_a_pass_with_probability_again_to_t
     assert passes.left_out == pytest.approx(1 - len(taken) / n)
     passes.told({4: False}, n)
     assert passes.flat[4] == 0 and passes.flat[9] == MOST_IN_A_ROW, "one that is not flat counts from the start again"
+
+
+def test_each_stands_for_as_many_as_it_was_drawn_from():
+    passes = Passes(3000, 0, "x", 0.5)
+    passes.take(3000)
+    passes.told({i: True for i in range(3000) if i % 3}, 3000)
+    taken = passes.take(passes.n - 1)[: passes.passes[1].end - 3000]
+    assert passes.chances(2990, 10).tolist() == [1] * 10, "of the first pass"
+    chances = passes.chances(3000, len(taken))
+    assert chances.tolist() == [0.5 if i % 3 else 1.0 for i in taken]
+    assert (1 / chances).sum() == pytest.approx(3000, rel=0.05)
 
 
 def test_a_pass_of_nothing_is_a_whole_one():
@@ -85,7 +97,7 @@ def test_a_checkpoint_without_a_history_goes_on_where_it_stood():
 
 
 class Words(CopyTask):
-    """Thirty prompts: the answers to every third earn what they are long, those to the others nothing."""
+    """Thirty prompts: the answers to every third are right and earn what they are long, those to the others nothing."""
 
     def prompts(self, split):
         if split != "train":
@@ -105,7 +117,9 @@ class Graded(CopyEpisode):
         self.teaches = teaches
 
     def step(self, text):
-        return replace(super().step(text), reward=len(text.split()) * float(self.teaches))
+        done = super().step(text)
+        reward = len(text.split()) * float(self.teaches)
+        return replace(done, reward=reward, info=done.info | {"success": self.teaches})
 
 
 def run_of(folder, model, *flags):
@@ -126,6 +140,13 @@ def test_prompts_that_teach_come_more_often(tmp_path, checkpoint_folder, more):
     assert done[0].drawn.figures["passed_over"] == 0 and done[-1].drawn.figures["passed_over"] > 0.4
     whole = run_of(tmp_path, checkpoint_folder, *more, "--rollout.ask_again", "1")
     assert "passed_over" not in steps(whole, 1)[0].drawn.figures
+
+
+def test_success_is_also_said_as_if_all_had_been_asked(tmp_path, checkpoint_folder):
+    """A third of all prompts are answered right, and more than that of those that are asked."""
+    done = steps(run_of(tmp_path, checkpoint_folder), 50)[8:]
+    assert fmean(s.success for step in done for s in step.drawn.samples) > 0.45
+    assert fmean(step.drawn.figures["success_all"] for step in done) == pytest.approx(1 / 3, abs=0.06)
 
 
 def test_a_run_that_is_taken_up_asks_what_it_would_have_asked(tmp_path, checkpoint_folder):

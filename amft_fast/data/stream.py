@@ -86,8 +86,16 @@ class Passes(Stream):
             last = self.passes[-1] if self.passes else None
             number = last.number + 1 if last else position // self.n
             self.passes.append(self._pass(number, last.end if last else number * self.n, self.flat.copy()))
-        found = next(p for p in reversed(self.passes) if p.start <= position)
+        found = self._at(position)
         return int(found.order[position - found.start])
+
+    def _at(self, position: int) -> Pass:
+        return next(p for p in reversed(self.passes) if p.start <= position)
+
+    def chances(self, begin: int, count: int) -> np.ndarray:
+        """With which probability what stands at each of these positions, taken before, was in its pass."""
+        flat = [self._at(p).flat[self.index(p)] for p in range(begin, begin + count)]
+        return self.again ** np.array(flat, float)
 
     def _pass(self, number: int, start: int, flat: np.ndarray) -> Pass:
         rng = np.random.default_rng([self.key, number])

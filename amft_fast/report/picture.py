@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 from amft_fast.report.charts import LIGHT, Line
-from amft_fast.report.plots import PHASES, in_bars, phase_seconds, smoothed, success_lines
+from amft_fast.report.plots import PHASES, in_bars, phase_seconds, rollout_lines, smoothed, success_lines
 from amft_fast.report.reader import Record
 
 _STYLES = {"solid": "-", "dashed": "--", "dotted": ":", "faint": "-"}
@@ -84,7 +84,7 @@ def _draw(ax, line: Line, scale: float = 1.0, pixel: float = 0.0) -> None:
 
 
 def _success(ax, record: Record) -> None:
-    for line in [*smoothed(record, "success", "rollouts", 0, faint=False), *success_lines(record, "sampled")]:
+    for line in [*rollout_lines(record), *success_lines(record, "sampled")]:
         _draw(ax, line, 100, record.done / 400)
     ax.yaxis.set_major_formatter("{x:g}%")
     ax.set_ylim(bottom=0)

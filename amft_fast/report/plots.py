@@ -43,8 +43,9 @@ def success_section(record: Record) -> Section | None:
     note = "Lines: scheduled evaluations, on some of the problems. Circles: full ones."
     body = line_chart(
         "Sampled success",
-        [*success_lines(record, "sampled"), *smoothed(record, "success", "rollouts", 0, faint=False)],
-        note.replace("ones.", "ones with 95 % intervals.") + " Rollouts: the answers trained on, smoothed.",
+        [*success_lines(record, "sampled"), *rollout_lines(record)],
+        note.replace("ones.", "ones with 95 % intervals.")
+        + " Rollouts: the answers trained on, smoothed; where prompts are passed over, as if all had been asked alike.",
         percent=True,
         log=False,
         include=(0.0,),
@@ -55,6 +56,12 @@ def success_section(record: Record) -> Section | None:
         lines = success_lines(record, name)
         body += line_chart(title, lines, note + note_k, percent=True, log=False, include=(0.0,), shaded=warmup(record))
     return grid("Success", body)
+
+
+def rollout_lines(record: Record) -> list[Line]:
+    """Success of the answers that were trained on; where prompts are passed over, as if all had been asked alike."""
+    field = "success_all" if record.series("success_all")[0] else "success"
+    return smoothed(record, field, "rollouts", 0, faint=False)
 
 
 def success_lines(record: Record, name: str) -> list[Line]:

@@ -14,6 +14,7 @@ from functools import partial
 from threading import Lock
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from amft_fast.config import Config
@@ -100,6 +101,7 @@ class Rollouts:
     def draw(self, step: int) -> Drawn:
         """G answers to each of the step's prompts, judged by the task; those that were drawn ahead, where they were."""
         cfg, count, figures = self.cfg.rollout, self.cfg.train.prompts_per_step, {}
+        begin = self.ahead.queue[0].position if self.ahead else self.stream.position
         self.flat = {}
 
         def draw(items: list[Item], redraw: int) -> list[Sample]:
@@ -121,7 +123,14 @@ class Rollouts:
             samples = draw(self._take(count), 0)
         if self.places:
             figures["passed_over"] = self.stream.left_out
+            if not cfg.dynamic_sampling:
+                figures["success_all"] = self._success_of_all(samples, begin, count)
         return Drawn(samples, figures)
+
+    def _success_of_all(self, samples: list[Sample], begin: int, count: int) -> float:
+        """Success as if no prompt had been passed over: each weighs as many as it stands for."""
+        success = np.array([s.success for s in samples], float).reshape(count, -1).mean(axis=1)
+        return float(np.average(success, weights=1 / self.stream.chances(begin, count)))
 
     def _take(self, count: int) -> list[Item]:
         return [self.prompts[i] for i in self.stream.take(count)]
