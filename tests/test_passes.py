@@ -87,13 +87,18 @@ def test_passes_go_on_from_their_history():
     grown.load_history(state)
     grown.position = 42
     assert sorted(grown.take(21)) == list(range(21)), "of another number of prompts, nothing is known"
+    other = Passes(20, 0, "x", 0.25)
+    other.load_history(state)
+    assert not other.passes, "passes of another probability are of another length"
 
 
 def test_a_checkpoint_without_a_history_goes_on_where_it_stood():
     plain, passes = Stream(20, 0, "x"), Passes(20, 0, "x", 0.5)
     plain.position = passes.position = 50
     passes.load_history(None)
+    assert passes.chances(50, 3).tolist() == [1, 1, 1], "nothing is known of what was drawn ahead"
     assert passes.take(10) == plain.take(10)
+    assert passes.chances(30, 12).tolist() == [1] * 12
 
 
 class Words(CopyTask):

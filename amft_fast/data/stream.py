@@ -93,8 +93,10 @@ class Passes(Stream):
         return next(p for p in reversed(self.passes) if p.start <= position)
 
     def chances(self, begin: int, count: int) -> np.ndarray:
-        """With which probability what stands at each of these positions, taken before, was in its pass."""
-        flat = [self._at(p).flat[self.index(p)] for p in range(begin, begin + count)]
+        """With which probability what stands at each of these positions, taken before, was in its pass; 1 where the pass is
+        not known any more."""
+        known = self.passes[0].start if self.passes else begin + count
+        flat = [self._at(p).flat[self.index(p)] if p >= known else 0 for p in range(begin, begin + count)]
         return self.again ** np.array(flat, float)
 
     def _pass(self, number: int, start: int, flat: np.ndarray) -> Pass:
@@ -117,11 +119,11 @@ class Passes(Stream):
     def history(self) -> dict[str, Any]:
         """What was told and which passes have begun by this position, as JSON values."""
         begun = [(p.number, p.start, _digits(p.flat)) for p in self.passes if p.start < self.position]
-        return {"flat": _digits(self.flat), "passes": begun}
+        return {"again": self.again, "flat": _digits(self.flat), "passes": begun}
 
     def load_history(self, state: dict[str, Any] | None) -> None:
-        """Takes up what `history` gave; nothing where it is of another number of indices."""
-        if state and len(state["flat"]) == self.n:
+        """Takes up what `history` gave; nothing where it is of another number of indices, or of another `again`."""
+        if state and len(state["flat"]) == self.n and state["again"] == self.again:
             self.flat = _counts(state["flat"])
             self.passes = [self._pass(number, start, _counts(flat)) for number, start, flat in state["passes"]]
 

@@ -21,12 +21,12 @@ def draw_with_spread(
     Figures: `dynamic/flat_first` and `dynamic/flat` (shares of flat groups before and after), `dynamic/replaced` (groups),
     `dynamic/redraws`, `dynamic/tokens` (sampled for groups that were dropped).
     """
-    groups = _groups(draw(take(count), 0))
+    groups = by_group(draw(take(count), 0))
     first = flat = [i for i, group in enumerate(groups) if is_flat(group)]
     replaced, dropped_tokens, redraws = 0, 0, 0
     while flat and redraws < max_redraws:
         redraws += 1
-        for i, group in zip(flat, _groups(draw(take(len(flat)), redraws))):
+        for i, group in zip(flat, by_group(draw(take(len(flat)), redraws))):
             dropped_tokens += sum(sum(s.loss_mask) for s in groups[i])
             groups[i] = group
         replaced += len(flat)
@@ -51,8 +51,9 @@ def is_flat(group: list[Sample]) -> bool:
 
 def flat_prompts(samples: list[Sample]) -> dict[str, bool]:
     """Of each prompt, whether its group is flat."""
-    return {group[0].prompt_id: is_flat(group) for group in _groups(samples)}
+    return {group[0].prompt_id: is_flat(group) for group in by_group(samples)}
 
 
-def _groups(samples: list[Sample]) -> list[list[Sample]]:
+def by_group(samples: list[Sample]) -> list[list[Sample]]:
+    """Each group's samples, in order."""
     return [list(group) for _, group in groupby(samples, key=lambda s: s.group_id)]

@@ -25,7 +25,7 @@ from amft_fast.errors import RolloutFailure
 from amft_fast.interfaces import Item, RolloutEngine, Sample, Sampling, Task, UpdateEngine
 from amft_fast.rollout import episodes
 from amft_fast.rollout.ahead import Ahead
-from amft_fast.rollout.dynamic import draw_with_spread, flat_prompts
+from amft_fast.rollout.dynamic import by_group, draw_with_spread, flat_prompts
 from amft_fast.rollout.encoder import Encoder
 
 
@@ -124,13 +124,13 @@ class Rollouts:
         if self.places:
             figures["passed_over"] = self.stream.left_out
             if not cfg.dynamic_sampling:
-                figures["success_all"] = self._success_of_all(samples, begin, count)
+                figures["success_all"] = self._success_of_all(samples, begin)
         return Drawn(samples, figures)
 
-    def _success_of_all(self, samples: list[Sample], begin: int, count: int) -> float:
-        """Success as if no prompt had been passed over: each weighs as many as it stands for."""
-        success = np.array([s.success for s in samples], float).reshape(count, -1).mean(axis=1)
-        return float(np.average(success, weights=1 / self.stream.chances(begin, count)))
+    def _success_of_all(self, samples: list[Sample], begin: int) -> float:
+        """Success as if no prompt had been passed over: each, from this position on, weighs as many as it stands for."""
+        success = [np.mean([s.success for s in group]) for group in by_group(samples)]
+        return float(np.average(success, weights=1 / self.stream.chances(begin, len(success))))
 
     def _take(self, count: int) -> list[Item]:
         return [self.prompts[i] for i in self.stream.take(count)]
