@@ -6,9 +6,9 @@ from dataclasses import replace
 from statistics import fmean
 
 import pytest
+from drawing import Drawing
 from fakes import CopyEpisode, CopyTask
 from runs import cfg_for, steps, taken_up, trainer_of
-from test_ahead import Drawing
 
 from amft_fast import config_file
 from amft_fast.data.stream import MOST_IN_A_ROW, Passes, Stream
